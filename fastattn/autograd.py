@@ -1,0 +1,161 @@
+"""Gradients of the operators, and the way a call takes: straight to the backend, or through torch's dispatcher.
+
+`Attention` is the one autograd function for dense and varlen calls. Its backward is itself an autograd function,
+`AttentionBackward`, whose gradients (the second derivatives) come from differentiating the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import Needs
+from .philox import draw_seed
+from .problem import DIFFERENTIABLE, Inputs, Options, describe
+from .reference import softmax_attention
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_N_ARGS = len(ops.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
+_POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
+_BACKWARD_LEADING = 4  # dout, dlse, out, lse come before the arguments of the forward
+
+
+def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """True if nothing but eager PyTorch looks on: no tracer, no mode, no function transform, no tensor subclass.
+
+    Then the backend is called directly, which saves the operator's way through the dispatcher.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) in _PLAIN_TYPES
+        and type(k) in _PLAIN_TYPES
+        and type(v) in _PLAIN_TYPES
+        and q.device.type != "meta"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a dense or varlen call, differentiable."""
+    args = ops.join_arguments(inputs, options, backend)
+    if not is_plain(inputs.q, inputs.k, inputs.v):
+        return torch.ops.fastattn.forward(*args)
+    if torch.is_grad_enabled() and _any_requires_grad(inputs):
+        return Attention.apply(*args)
+    return ops.run_forward(*args)
+
+
+def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call with a cache. Raises ValueError if a gradient would be expected of it."""
+    if torch.is_grad_enabled() and (_any_requires_grad(inputs) or _requires_grad(inputs.k_new, inputs.v_new)):
+        raise ValueError(
+            "attention_with_kv_cache is for inference only, but an input requires grad: call it under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
+    args = ops.join_cache_arguments(inputs, options, backend)
+    if is_plain(inputs.q, inputs.k, inputs.v):
+        return ops.run_cache(*args)
+    return torch.ops.fastattn.cache(*args)
+
+
+def new_seed() -> Tensor:
+    """A seed from torch's default CPU generator, visible to tracers as a random operator."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return torch.ops.fastattn.draw_seed()
+    return draw_seed()
+
+
+def _any_requires_grad(inputs: Inputs) -> bool:
+    return _requires_grad(*inputs.differentiable)
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+class Attention(torch.autograd.Function):
+    """forward(*arguments of the operator `forward`) -> (out, lse)."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return ops.run_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: D102
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[: ops.FORWARD_TENSORS], *output)
+        ctx.options = inputs[ops.FORWARD_TENSORS :]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+        *tensors, out, lse = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
+        result: list[Tensor | None] = [None] * _N_ARGS
+        if dout is None and dlse is None:
+            return tuple(result)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        args = (dout, dlse, out, lse, *tensors, *ctx.options, needs)
+        if not is_plain(dout, out, tensors[0]):
+            grads = torch.ops.fastattn.backward(*args)
+        elif torch.is_grad_enabled():
+            grads = AttentionBackward.apply(*args)
+        else:
+            grads = ops.run_backward(*args)
+        for position, need, grad in zip(_POSITIONS, needs, grads, strict=True):
+            result[position] = grad if need else None
+        return tuple(result)
+
+
+class AttentionBackward(torch.autograd.Function):
+    """forward(*arguments of the operator `backward`) -> gradients of q, k, v, bias and sinks."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
+        return ops.run_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
+        ctx.set_materialize_grads(False)
+        dout, dlse, _, _, *args, needs = inputs
+        ctx.save_for_backward(dout, dlse, *args[: ops.FORWARD_TENSORS])
+        ctx.options = args[ops.FORWARD_TENSORS :]
+        ctx.needs = Needs(*needs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+        dout, dlse, *tensors = ctx.saved_tensors
+        inputs, options, _ = ops.split_arguments((*tensors, *ctx.options))
+        problem = describe("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options, cached=False)
+        # out and lse are functions of the other arguments here, so their own gradients stay None.
+        positions = [0, 1, *[_BACKWARD_LEADING + p for p in _POSITIONS]]
+        wanted = {p: x for p, x in zip(positions, (dout, dlse, *inputs.differentiable), strict=True) if ctx.needs_input_grad[p]}
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            out, lse = softmax_attention(problem, inputs)
+            sources = [x for x, need in zip(inputs.differentiable, ctx.needs, strict=True) if need]
+            outputs, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+            first = torch.autograd.grad(outputs, sources, seeds, create_graph=True, materialize_grads=True)
+        given = [c for c, need in zip(cotangents, ctx.needs, strict=True) if need]
+        pairs = [(g, c) for g, c in zip(first, given, strict=True) if c is not None]
+        second = torch.autograd.grad(
+            [g for g, _ in pairs],
+            list(wanted.values()),
+            [c for _, c in pairs],
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
+        result: list[Tensor | None] = [None] * (_BACKWARD_LEADING + _N_ARGS + 1)
+        for position, grad in zip(wanted, second, strict=True):
+            result[position] = grad
+        return tuple(result)
+
+
+torch.library.register_autograd("fastattn::forward", Attention.backward, setup_context=Attention.setup_context)
+torch.library.register_autograd(
+    "fastattn::backward", AttentionBackward.backward, setup_context=AttentionBackward.setup_context
+)

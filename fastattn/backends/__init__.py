@@ -1,0 +1,83 @@
+"""The backends: what computes an attention call. One interface, in the order in which they are tried."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..problem import Inputs, Problem
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass must compute."""
+
+    q: bool
+    k: bool
+    v: bool
+    bias: bool
+    sinks: bool
+
+
+class Grads(NamedTuple):
+    """Gradients, each with the shape and dtype of its tensor; None where not needed."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+
+
+class Backend(Protocol):
+    """Computes validated calls. Outputs are allocated with `empty_out` and `empty_lse`."""
+
+    name: str
+
+    def why_unavailable(self) -> str | None:
+        """None if the backend can run on this machine, else a sentence that says what is missing."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        """None if the backend can compute the call, else a sentence that says what stands in the way."""
+
+    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """(out, lse) of a dense or varlen call."""
+
+    def backward(
+        self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: Needs
+    ) -> Grads:
+        """The gradients of a dense or varlen call; dlse None stands for zeros."""
+
+    def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """(out, lse) of a call with a cache, after writing the new keys and values into it."""
+
+
+def empty_out(problem: Problem, q: Tensor) -> Tensor:
+    """Uninitialised memory for out: the dimensions before the last in q's stride order, head_dim_v innermost.
+
+    So a caller whose q is a view of (batch, seqlen, heads, head_dim) gets out in that order too and can merge heads
+    without a copy.
+    """
+    shape = (*q.shape[:-1], problem.head_dim_v)
+    return torch.empty_permuted(shape, _outer_order(q), dtype=q.dtype, device=q.device)
+
+
+def empty_lse(problem: Problem) -> Tensor:
+    """Uninitialised memory for lse: (batch, heads_q, seqlen_q), or (heads_q, total_q) for varlen; contiguous."""
+    rows = (problem.heads_q, problem.seqlen_q)
+    shape = rows if problem.kind == "varlen" else (problem.batch, *rows)
+    return torch.empty(shape, dtype=problem.accumulator, device=problem.device)
+
+
+def empty_grad(like: Tensor) -> Tensor:
+    """Uninitialised memory for a gradient: dense, the dimensions before the last in `like`'s order."""
+    return torch.empty_permuted(like.shape, _outer_order(like), dtype=like.dtype, device=like.device)
+
+
+def _outer_order(x: Tensor) -> tuple[int, ...]:
+    """The dimensions by descending stride, the last one always innermost, as kernels want it."""
+    if x.ndim == 0:
+        return ()
+    outer = range(x.ndim - 1)
+    return (*sorted(outer, key=lambda d: -x.stride(d)), x.ndim - 1)  # stable: ties keep the dimensions' order

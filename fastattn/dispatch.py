@@ -1,0 +1,87 @@
+"""Which backend computes a call, and why each other does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .backends import Backend
+from .backends.reference import ReferenceBackend
+from .problem import Problem
+
+BACKENDS: tuple[Backend, ...] = (ReferenceBackend(),)
+"""In the order in which automatic choice tries them."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `fastattn.explain` found. str() of it is meant for people.
+
+    backend: the name of the backend that runs the call. reasons: for each other backend, a sentence that says why
+    it is not the one. problem: the description of the call that the backends judged.
+    """
+
+    backend: str
+    reasons: dict[str, str]
+    problem: Problem
+
+    def __str__(self) -> str:
+        p = self.problem
+        lines = [
+            f"This call runs on the backend '{self.backend}'.",
+            f"  call: {p.kind}, q ({p.batch}, {p.heads_q}, {p.seqlen_q}, {p.head_dim}), k ({p.batch}, {p.heads_kv}, "
+            f"{p.seqlen_k}, {p.head_dim}), head_dim_v {p.head_dim_v}, {p.dtype}, {p.device}, "
+            f"features: {', '.join(sorted(p.features))}",
+        ]
+        return "\n".join(lines + [f"  not '{name}': {reason}" for name, reason in self.reasons.items()])
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run on this machine, the preferred one first."""
+    return [backend.name for backend in BACKENDS if backend.why_unavailable() is None]
+
+
+def why_not(backend: Backend, problem: Problem) -> str | None:
+    """None if the backend can compute the call here, else a sentence."""
+    return backend.why_unavailable() or backend.why_not(problem)
+
+
+def by_name(name: str) -> Backend:
+    """The backend of that name, available or not. Raises ValueError for an unknown name."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend must be a string or None, got {type(name).__name__} {name!r}")
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"backend must be None or one of {[b.name for b in BACKENDS]}, got {name!r}")
+
+
+def choose(problem: Problem, name: str | None) -> Backend:
+    """The backend named, or else the first that can compute the call.
+
+    Raises ValueError if the named backend is unknown or cannot compute the call, with the reason.
+    """
+    candidates = BACKENDS if name is None else (by_name(name),)
+    reasons = []
+    for backend in candidates:
+        reason = why_not(backend, problem)
+        if reason is None:
+            return backend
+        reasons.append(f"backend {backend.name!r} cannot compute this call: {reason}")
+    raise ValueError("; ".join(reasons))
+
+
+choose_cached = lru_cache(maxsize=4096)(choose)
+
+
+def explain_choice(problem: Problem, name: str | None) -> Report:
+    """The choice for a described call, with a sentence for each backend not chosen."""
+    chosen = choose(problem, name)
+    reasons = {}
+    for backend in BACKENDS:
+        if backend is not chosen:
+            reasons[backend.name] = why_not(backend, problem) or (
+                f"it can compute this call, but {chosen.name!r} "
+                + ("was asked for by name." if name is not None else "comes first.")
+            )
+    return Report(chosen.name, reasons, problem)

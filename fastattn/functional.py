@@ -1,0 +1,380 @@
+"""The public functions. All of them describe their call, and hand it to `fastattn.autograd`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, dispatch
+from .dispatch import Report, available_backends
+from .merge import merge_states
+from .philox import seed_tensor
+from .problem import Inputs, Options, check_values, describe, split_window
+from .rotary import Rotary, apply_rotary
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .problem import AttentionOptions
+
+__all__ = [
+    "Report",
+    "Rotary",
+    "apply_rotary",
+    "attention",
+    "attention_varlen",
+    "attention_with_kv_cache",
+    "available_backends",
+    "explain",
+    "merge_states",
+    "scaled_dot_product_attention",
+]
+
+Window = tuple[int | None, int | None] | None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    causal_alignment: str = "bottom-right",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Exact attention, softmax(scale * q k^T) v, with every option combinable with every other.
+
+    Tensors (dtype float32, float64, bfloat16 or float16, any strides):
+
+        q              (batch, heads_q, seqlen_q, head_dim)
+        k              (batch, heads_kv, seqlen_k, head_dim)     heads_q a multiple of heads_kv (GQA, MQA)
+        v              (batch, heads_kv, seqlen_k, head_dim_v)   head_dim_v may differ from head_dim
+        mask           bool, broadcastable to (batch, heads_q, seqlen_q, seqlen_k); True = attend
+        bias           float, broadcastable likewise; added to the scores; differentiable
+        alibi_slopes   (heads_q,) or (batch, heads_q), float: adds -slope * |i + offset - j| to the scores
+        sinks          (heads_q,), float: one more logit per head in the softmax's denominator; differentiable
+        kv_lengths     (batch,), int32: keys at or past it do not exist and are never read
+
+    Options:
+
+        scale             default 1 / sqrt(head_dim)
+        softcap           scores become softcap * tanh(scores / softcap), before ALiBi and bias are added
+        causal            query i sees key j only if j <= i + offset
+        window            (left, right), None = open: query i sees i + offset - left <= j <= i + offset + right
+        causal_alignment  "bottom-right" (default): offset = kv_length - seqlen_q, the last query stands at the last
+                          key; "top-left": offset = 0, the first query stands at the first key
+        dropout_p         probability, in [0, 1), of dropping each entry of the softmax; survivors grow by 1 / (1 - p)
+        seed              int in [0, 2^63) or int64 tensor without dimensions: fixes the dropout mask (Philox4x32-10, the
+                          same on all backends); None draws one from torch's default CPU generator
+        return_lse        return (out, lse) instead of out
+        backend           name of a backend that must do the call; None chooses, see `explain`
+
+    With 3 queries and 5 keys (x = seen):
+
+        causal, bottom-right   causal, top-left    window=(1, 0), bottom-right
+            x x x . .              x . . . .            . x x . .
+            x x x x .              x x . . .            . . x x .
+            x x x x x              x x x . .            . . . x x
+
+    Returns out (batch, heads_q, seqlen_q, head_dim_v) in q's dtype, its dimensions in memory in q's order; lse
+    (batch, heads_q, seqlen_q), natural logarithm of the softmax's denominator, float32 (float64 for float64).
+    A query that sees no key gives out = 0, lse = -inf and zero gradients.
+    Differentiable in q, k, v, bias and sinks, through out and lse.
+
+    Raises TypeError or ValueError that names the argument, what came and what was expected.
+    """
+    q, k, v = _autocast(q, k, v)
+    left, right = split_window(window)
+    inputs = Inputs(
+        q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, None, None, _seed(seed, dropout_p)
+    )
+    options = Options(causal, left, right, causal_alignment, softcap, scale, dropout_p)
+    result = autograd.attend(inputs, options, backend)
+    return result if return_lse else result[0]
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    window: Window = None,
+    causal_alignment: str = "bottom-right",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`attention` over sequences of different lengths, packed one behind the other without padding.
+
+        q              (total_q, heads_q, head_dim)
+        k, v           (total_k, heads_kv, head_dim), (total_k, heads_kv, head_dim_v)
+        cu_seqlens_q   (batch + 1,), int32: sequence b's queries are the rows cu_seqlens_q[b] to cu_seqlens_q[b + 1];
+                       begins with 0, never decreases. Rows behind the last sequence see nothing and give 0
+        cu_seqlens_k   (batch + 1,), int32: likewise for the keys
+        kv_lengths     (batch,), int32: of sequence b only the first kv_lengths[b] keys exist
+        mask, bias     broadcastable to (batch, heads_q, longest query sequence, longest key sequence)
+
+    All other arguments as in `attention`; positions, lengths, alignment and dropout count within each sequence.
+    Returns out (total_q, heads_q, head_dim_v) or (out, lse), lse (heads_q, total_q).
+    Raises TypeError or ValueError that names the argument, what came and what was expected.
+    """
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu is None:
+            raise TypeError(f"{name} must be an int32 tensor of shape (batch + 1,), got None")
+    q, k, v = _autocast(q, k, v)
+    left, right = split_window(window)
+    inputs = Inputs(
+        *(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, _seed(seed, dropout_p))
+    )
+    options = Options(causal, left, right, causal_alignment, softcap, scale, dropout_p)
+    result = autograd.attend(inputs, options, backend)
+    return result if return_lse else result[0]
+
+
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_lengths: Tensor,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary: Rotary | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, bool] | None = None,
+    causal: bool = False,
+    window: Window = None,
+    causal_alignment: str = "bottom-right",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`attention` of a few new queries over cached keys and values, which it first extends in place. Inference only.
+
+        q               (batch, heads_q, seqlen_q, head_dim)
+        k_cache         (batch, heads_kv, capacity, head_dim), or with block_table (num_pages, heads_kv, page_size, head_dim)
+        v_cache         likewise, with head_dim_v
+        cache_lengths   (batch,), int32: keys in the cache before the call; the caller advances it afterwards
+        k_new, v_new    (batch, heads_kv, seqlen_new, head_dim / head_dim_v): written behind them, in place
+        block_table     (batch, max_pages), int32: position p of sequence b lies in page block_table[b, p // page_size]
+                        at row p % page_size; capacity = max_pages * page_size
+        rotary          fastattn.Rotary(cos, sin, interleaved=False): rotates q and k_new by their positions before use;
+                        new key t stands at position cache_lengths[b] + t, query i at i + offset
+        mask, bias      broadcastable to (batch, heads_q, seqlen_q, capacity)
+
+    A query sees at most the cache_lengths + seqlen_new keys there are (the kv_lengths of `attention`); memory past them
+    is never read. All other arguments as in `attention`.
+    Returns out (batch, heads_q, seqlen_q, head_dim_v) or (out, lse), lse (batch, heads_q, seqlen_q).
+    Raises TypeError or ValueError that names the argument, what came and what was expected, before the cache is written;
+    ValueError also if an input requires grad while gradients are recorded.
+    """
+    if cache_lengths is None:
+        raise TypeError("cache_lengths must be an int32 tensor of shape (batch,), got None")
+    left, right = split_window(window)
+    cos, sin, interleaved = _split_rotary(rotary)
+    inputs = Inputs(
+        *(q, k_cache, v_cache, mask, bias, alibi_slopes, sinks, cache_lengths),
+        k_new=k_new,
+        v_new=v_new,
+        block_table=block_table,
+        cos=cos,
+        sin=sin,
+    )
+    options = Options(causal, left, right, causal_alignment, softcap, scale, 0.0, interleaved)
+    result = autograd.attend_cache(inputs, options, backend)
+    return result if return_lse else result[0]
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention: same arguments, same meaning.
+
+        query       (..., heads_q, seqlen_q, head_dim), any number of leading dimensions
+        key         (..., heads, seqlen_k, head_dim); leading dimensions broadcast as in torch
+        value       (..., heads, seqlen_k, head_dim_v)
+        attn_mask   bool (True = attend) or float (added to the scores), broadcastable to (..., seqlen_q, seqlen_k)
+        is_causal   query i sees keys j <= i (upper-left, whatever the lengths); not together with attn_mask
+        enable_gqa  heads_q may be a multiple of the heads of key and value
+
+    Returns (..., heads_q, seqlen_q, head_dim_v). dropout_p is always applied: pass 0 in evaluation.
+    The dropout mask is fastattn's own, not torch's. Rows that see nothing give 0.
+    Raises TypeError or ValueError if an argument does not fit.
+    """
+    if is_causal and attn_mask is not None:
+        raise ValueError("attn_mask must be None when is_causal is True, got both")
+    query, key, value, lead = _four_dimensional(query, key, value, enable_gqa)
+    mask = bias = None
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor):
+            raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
+        if attn_mask.ndim > 2 and len(lead) != 2:
+            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:]).reshape(*query.shape[:2], *attn_mask.shape[-2:])
+        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    out = attention(
+        query,
+        key,
+        value,
+        causal=is_causal,
+        causal_alignment="top-left",
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Report:
+    """Which backend `attention` would run this call on (`attention_varlen` with cu_seqlens), and why each other not.
+
+    Takes the arguments of `attention`; computes nothing. print() the result.
+    Raises what the call itself would raise.
+    """
+    given: dict[str, Any] = dict(options)
+    left, right = split_window(given.pop("window", None))
+    seed = _seed(given.pop("seed", None), given.get("dropout_p", 0.0), draw=False)
+    tensors = {name: given.pop(name) for name in list(given) if name in Inputs._fields}
+    unknown = set(given) - set(Options._fields)
+    if unknown:
+        raise TypeError(f"explain got an unexpected keyword argument {min(unknown)!r}")
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k go together, got only one of them")
+    q, k, v = _autocast(q, k, v)
+    inputs = Inputs(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed, **tensors)
+    kind = "dense" if cu_seqlens_q is None else "varlen"
+    problem = describe(kind, inputs, Options(**given, window_left=left, window_right=right), cached=False)
+    check_values(problem, inputs)
+    return dispatch.explain_choice(problem, backend)
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Casts as torch.autocast does for torch's own scaled_dot_product_attention."""
+    if not isinstance(q, Tensor) or q.device.type == "meta" or not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return _cast(q, dtype), _cast(k, dtype), _cast(v, dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    castable = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if castable else x
+
+
+def _seed(seed: int | Tensor | None, dropout_p: float, *, draw: bool = True) -> Tensor | None:
+    """The seed tensor of a call; None without dropout. A given seed is checked even then."""
+    if seed is not None:
+        given = seed_tensor(seed)
+        return given if dropout_p else None
+    return autograd.new_seed() if dropout_p and draw else None
+
+
+def _split_rotary(rotary: Any) -> tuple[Tensor | None, Tensor | None, bool]:
+    if rotary is None:
+        return None, None, False
+    if not isinstance(rotary, tuple) or len(rotary) not in (2, 3):
+        raise TypeError(f"rotary must be fastattn.Rotary(cos, sin, interleaved), got {type(rotary).__name__}")
+    cos, sin, interleaved = Rotary(*rotary)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, Tensor):
+            raise TypeError(f"rotary.{name} must be a torch.Tensor, got {type(table).__name__}")
+    return cos, sin, bool(interleaved)
+
+
+def _four_dimensional(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
+    """Query, key and value as (batch, heads, seqlen, dim), and the leading dimensions that they came with."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim < 2:
+            raise ValueError(f"{name} must have shape (..., seqlen, head_dim), got {tuple(x.shape)}")
+    if enable_gqa:
+        key, value = _grouped_heads(query, key, value)
+        batches = [x.shape[:-3] for x in (query, key, value)]
+        heads = [x.shape[-3:-2] for x in (query, key, value)]
+    else:
+        batches, heads = [x.shape[:-2] for x in (query, key, value)], [torch.Size()] * 3
+    try:
+        batch = torch.broadcast_shapes(*batches)
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"the leading dimensions of query, key and value must broadcast, got {shapes}") from None
+    lead = (*batch, *heads[0])
+    query, key, value = (
+        _as_four(x.expand(*batch, *h, *x.shape[-2:])) for x, h in zip((query, key, value), heads, strict=True)
+    )
+    return query, key, value, lead
+
+
+def _grouped_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim < 3:
+            raise ValueError(f"{name} must have shape (..., heads, seqlen, head_dim) with enable_gqa, got {tuple(x.shape)}")
+    if key.shape[-3] == value.shape[-3]:
+        return key, value
+    heads_q = query.shape[-3]
+    for name, x in (("key", key), ("value", value)):
+        if x.shape[-3] == 0 or heads_q % x.shape[-3] != 0:
+            raise ValueError(f"{name} must have a number of heads that divides query's {heads_q}, got {x.shape[-3]}")
+    repeated = (x.repeat_interleave(heads_q // x.shape[-3], dim=-3) for x in (key, value))
+    return tuple(repeated)  # type: ignore[return-value]
+
+
+def _as_four(x: Tensor) -> Tensor:
+    if x.ndim == 4:
+        return x
+    if x.ndim < 4:
+        return x[(None,) * (4 - x.ndim)]
+    return x.flatten(0, -4)

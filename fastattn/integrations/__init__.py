@@ -1,0 +1,1 @@
+"""Ways to put fastattn under code that was written for other attention interfaces."""

@@ -1,0 +1,151 @@
+"""The operators `torch.ops.fastattn.*`: what torch.compile, export and other tracers see of fastattn.
+
+Each is registered once, by schema, with the function that runs it and the fake kernel that tells tracers the shapes
+and strides of its results. The same functions are called directly where nothing traces (see `fastattn.autograd`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, Needs, empty_grad, empty_lse, empty_out
+from .dispatch import choose, choose_cached
+from .philox import draw_seed
+from .problem import Inputs, Options, Problem, check_values, describe
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
+    "Tensor? kv_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed"
+)
+_OPTIONS = (
+    "bool causal, SymInt? window_left, SymInt? window_right, str causal_alignment, float? softcap, float? scale, "
+    "float dropout_p"
+)
+_CACHE_TENSORS = (
+    "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, "
+    "Tensor? sinks, Tensor cache_lengths, Tensor? k_new, Tensor? v_new, Tensor? block_table, Tensor? cos, Tensor? sin"
+)
+_CACHE_FIELDS = (
+    *("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks", "kv_lengths"),
+    *("k_new", "v_new", "block_table", "cos", "sin"),
+)
+
+FORWARD_TENSORS = 11  # the leading fields of Inputs that `forward` takes
+_N_OPTIONS = 7
+
+torch.library.define("fastattn::forward", f"({_TENSORS}, {_OPTIONS}, str? backend) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "fastattn::backward",
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS}, str? backend, bool[] needs) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+)
+torch.library.define(
+    "fastattn::cache",
+    f"({_CACHE_TENSORS}, {_OPTIONS}, bool rotary_interleaved, str? backend) -> (Tensor out, Tensor lse)",
+)
+# Without this tag two layers' seeds would be merged as a common subexpression, and recomputed ones would differ.
+torch.library.define("fastattn::draw_seed", "() -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def split_arguments(args: tuple[Any, ...]) -> tuple[Inputs, Options, str | None]:
+    """The arguments of `forward` as (inputs, options, backend)."""
+    return (
+        Inputs(*args[:FORWARD_TENSORS]),
+        Options(*args[FORWARD_TENSORS : FORWARD_TENSORS + _N_OPTIONS]),
+        args[FORWARD_TENSORS + _N_OPTIONS],
+    )
+
+
+def join_arguments(inputs: Inputs, options: Options, backend: str | None) -> tuple[Any, ...]:
+    """The inverse of `split_arguments`."""
+    return (*inputs[:FORWARD_TENSORS], *options[:_N_OPTIONS], backend)
+
+
+def join_cache_arguments(inputs: Inputs, options: Options, backend: str | None) -> tuple[Any, ...]:
+    """The arguments of `cache`."""
+    return (*[getattr(inputs, name) for name in _CACHE_FIELDS], *options, backend)
+
+
+def _split_cache_arguments(args: tuple[Any, ...]) -> tuple[Inputs, Options, str | None]:
+    n = len(_CACHE_FIELDS)
+    return Inputs(**dict(zip(_CACHE_FIELDS, args[:n], strict=True))), Options(*args[n:-1]), args[-1]
+
+
+def _kind(inputs: Inputs) -> str:
+    return "dense" if inputs.cu_seqlens_q is None else "varlen"
+
+
+def _plan(kind: str, inputs: Inputs, options: Options, backend: str | None) -> tuple[Problem, Backend]:
+    problem = describe(kind, inputs, options)
+    chosen = choose_cached(problem, backend)
+    check_values(problem, inputs)
+    return problem, chosen
+
+
+# ----------------------------------------------------------------------------------------- what runs on real tensors
+
+
+def run_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Computes (out, lse); arguments as in the schema."""
+    inputs, options, name = split_arguments(args)
+    problem, backend = _plan(_kind(inputs), inputs, options, name)
+    return backend.forward(problem, inputs)
+
+
+def run_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Computes the gradients of q, k, v, bias and sinks; an empty tensor stands for one that is not needed."""
+    inputs, options, name = split_arguments(args)
+    problem, backend = _plan(_kind(inputs), inputs, options, name)
+    grads = backend.backward(problem, inputs, out, lse, dout, dlse, Needs(*args[-1]))
+    return tuple([dout.new_empty(0) if grad is None else grad for grad in grads])
+
+
+def run_cache(*args: Any) -> tuple[Tensor, Tensor]:
+    """Writes the new keys and values into the cache and computes (out, lse)."""
+    inputs, options, name = _split_cache_arguments(args)
+    problem, backend = _plan("cache", inputs, options, name)
+    return backend.decode(problem, inputs)
+
+
+for _name, _run in (("forward", run_forward), ("backward", run_backward), ("cache", run_cache), ("draw_seed", draw_seed)):
+    torch.library.impl(f"fastattn::{_name}", "CompositeExplicitAutograd")(_run)
+
+
+# ------------------------------------------------------------------------------------------ what tracers see of them
+
+
+def _outputs(kind: str, inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
+    problem = describe(kind, inputs, options, cached=False)
+    if backend is not None:
+        choose(problem, backend)  # an impossible choice is refused while tracing, not when the program runs
+    return empty_out(problem, inputs.q), empty_lse(problem)
+
+
+@torch.library.register_fake("fastattn::forward")
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, options, backend = split_arguments(args)
+    return _outputs(_kind(inputs), inputs, options, backend)
+
+
+@torch.library.register_fake("fastattn::cache")
+def _fake_cache(*args: Any) -> tuple[Tensor, Tensor]:
+    return _outputs("cache", *_split_cache_arguments(args))
+
+
+@torch.library.register_fake("fastattn::backward")
+def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs, _, _ = split_arguments(args)
+    return tuple(
+        [
+            empty_grad(x) if need and x is not None else dout.new_empty(0)
+            for x, need in zip(inputs.differentiable, args[-1], strict=True)
+        ]
+    )
+
+
+@torch.library.register_fake("fastattn::draw_seed")
+def _fake_draw_seed() -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")

@@ -1,0 +1,297 @@
+"""Attention in plain PyTorch: the mathematics that every kernel is tested against.
+
+Readable first: it builds the whole (batch, heads, seqlen_q, seqlen_k) matrix of scores. Everything is differentiable
+by autograd, any number of times. Scores, sums and gradients are float32 (float64 for float64 inputs).
+
+    scores = scale * q k^T             then softcap * tanh(scores / softcap)
+    scores = scores - slope * |i + offset - j| + bias
+    scores = -inf where query i does not see key j
+    probs  = exp(scores) / (sum_j exp(scores) + exp(sink))
+    out    = dropout(probs) v          lse = log(sum_j exp(scores) + exp(sink))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .philox import dropout_keep, seed_tensor
+from .problem import DIFFERENTIABLE, Inputs, Options, Problem, check_values, describe, split_window
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .problem import AttentionOptions
+
+
+class _Softmax(NamedTuple):
+    """A dense call up to the probabilities, each query head with its own keys and values.
+
+    In the accumulator's dtype; rows of q, k and v that are part of no visible pair are zero, because they may hold
+    anything, NaN too, and 0 * NaN is NaN.
+    """
+
+    q: Tensor  # (batch, heads_q, seqlen_q, head_dim)
+    k: Tensor  # (batch, heads_q, seqlen_k, head_dim)
+    v: Tensor  # (batch, heads_q, seqlen_k, head_dim_v)
+    visible: Tensor  # bool, broadcastable to (batch, heads_q, seqlen_q, seqlen_k)
+    softcap_slope: Tensor | float  # derivative of the capped scores by the raw ones
+    probs: Tensor  # (batch, heads_q, seqlen_q, seqlen_k), before dropout
+    dropout: Tensor | float  # what dropout multiplies them with: 0 or 1 / (1 - p)
+    lse: Tensor  # (batch, heads_q, seqlen_q)
+
+
+def softmax_attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a validated call; a cache is seen as the dense call over all of it."""
+    if problem.kind == "varlen":
+        return _varlen(problem, inputs)
+    return _dense(problem, inputs, range(problem.batch))
+
+
+def _dense(problem: Problem, inputs: Inputs, batches: range) -> tuple[Tensor, Tensor]:
+    s = _softmax(problem, inputs, batches)
+    return ((s.probs * s.dropout) @ s.v).to(problem.dtype), s.lse
+
+
+def _softmax(problem: Problem, inputs: Inputs, batches: range) -> _Softmax:
+    """Probabilities and lse of the sequences `batches` (their numbers decide the dropout mask)."""
+    visible, distance = _visibility(problem, inputs)
+    unused_rows, unused_keys = ~visible.any(dim=-1), ~visible.any(dim=-2)
+    q = inputs.q.to(problem.accumulator).masked_fill(unused_rows[..., None], 0.0)
+    k, v = (_per_query_head(x, problem).masked_fill(unused_keys[..., None], 0.0) for x in (inputs.k, inputs.v))
+
+    scores = problem.scale * (q @ k.transpose(-2, -1))
+    softcap_slope: Tensor | float = 1.0
+    if problem.softcap is not None:
+        tanh = torch.tanh(scores / problem.softcap)
+        scores, softcap_slope = problem.softcap * tanh, 1.0 - tanh * tanh
+    if inputs.alibi_slopes is not None:
+        slopes = inputs.alibi_slopes.to(scores.dtype)
+        scores = scores - slopes.view(-1, slopes.shape[-1], 1, 1) * distance.abs()
+    if inputs.bias is not None:
+        scores = scores + inputs.bias.to(scores.dtype)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    sinks = None if inputs.sinks is None else inputs.sinks.to(scores.dtype)[:, None]
+    probs, lse = _normalise(scores, sinks)
+
+    dropout: Tensor | float = 1.0
+    if problem.dropout_p > 0.0 and inputs.seed is not None:
+        size = (problem.heads_q, *scores.shape[-2:])
+        keep = dropout_keep(int(inputs.seed), problem.dropout_threshold, batches, *size, device=problem.device)
+        dropout = keep / (1.0 - problem.dropout_p)
+    return _Softmax(q, k, v, visible, softcap_slope, probs, dropout, lse)
+
+
+def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(probs, lse) of the scores; a row whose scores are all -inf gives 0 and -inf."""
+    # Any finite shift gives the same result. The maximum keeps exp from overflowing; 0 stands in where no score is
+    # finite, so that -inf - (-inf) = NaN never arises.
+    if scores.shape[-1] > 0:
+        row_max = scores.detach().amax(dim=-1)
+    else:
+        row_max = scores.new_full(scores.shape[:-1], -torch.inf)
+    empty = row_max == -torch.inf
+    if sinks is not None:
+        row_max = torch.maximum(row_max, sinks.detach())
+    row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
+    weights = torch.exp(scores - row_max[..., None])
+    row_sum = weights.sum(dim=-1)
+    if sinks is not None:
+        row_sum = row_sum + torch.exp(sinks - row_max)
+    row_sum = row_sum.masked_fill(empty, 1.0)
+    return weights / row_sum[..., None], (row_max + torch.log(row_sum)).masked_fill(empty, -torch.inf)
+
+
+def _visibility(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """(visible, distance): bool and int64, broadcastable to (batch, heads_q, seqlen_q, seqlen_k).
+
+    Query i stands at position i + offset among the keys; distance = i + offset - j.
+    """
+    seqlen_q, seqlen_k = inputs.q.shape[2], inputs.k.shape[2]
+    i = torch.arange(seqlen_q, device=problem.device)[:, None]
+    j = torch.arange(seqlen_k, device=problem.device)
+    if inputs.kv_lengths is None:
+        length = torch.full((1, 1, 1, 1), seqlen_k, device=problem.device)
+    else:
+        length = inputs.kv_lengths.to(torch.int64)[:, None, None, None]
+    offset = length - seqlen_q if problem.bottom_right else torch.zeros_like(length)
+    distance = i + offset - j
+    visible = (j < length).expand_as(distance)
+    if problem.window_left is not None:
+        visible = visible & (distance <= problem.window_left)
+    if problem.window_right is not None:
+        visible = visible & (distance >= -problem.window_right)
+    if inputs.mask is not None:
+        visible = visible & inputs.mask
+    return visible, distance
+
+
+def _per_query_head(x: Tensor, problem: Problem) -> Tensor:
+    """Key/value heads in the accumulator's dtype, repeated so that each query head has its own."""
+    x = x.to(problem.accumulator)
+    return x if problem.group == 1 else x.repeat_interleave(problem.group, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+def softmax_attention_backward(
+    problem: Problem, inputs: Inputs, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients for q, k, v, bias and sinks, in the accumulator's dtype; None for an absent bias or sinks."""
+    if problem.kind == "varlen":
+        return _varlen_backward(problem, inputs, dout, dlse)
+    return _dense_backward(problem, inputs, range(problem.batch), dout, dlse)
+
+
+def _dense_backward(
+    problem: Problem, inputs: Inputs, batches: range, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    s = _softmax(problem, inputs, batches)
+    empty = s.lse == -torch.inf
+    dout = dout.to(problem.accumulator).masked_fill(empty[..., None], 0.0)
+    dprobs = ((dout @ s.v.transpose(-2, -1)) * s.dropout).masked_fill(~s.visible, 0.0)
+    delta = (s.probs * dprobs).sum(dim=-1)
+    if dlse is not None:  # d lse / d scores = probs, so it takes part as a shift of delta
+        delta = delta - dlse.to(delta.dtype).masked_fill(empty, 0.0)
+    dscores = s.probs * (dprobs - delta[..., None])
+
+    dbias = dsinks = None
+    if inputs.bias is not None:
+        dbias = dscores.sum_to_size(inputs.bias.shape)
+    if inputs.sinks is not None:
+        sink_probs = torch.exp(inputs.sinks.to(delta.dtype)[:, None] - s.lse).masked_fill(empty, 0.0)
+        dsinks = -(sink_probs * delta).sum(dim=(0, 2))
+    draw = problem.scale * dscores * s.softcap_slope
+    dk = draw.transpose(-2, -1) @ s.q
+    dv = (s.probs * s.dropout).transpose(-2, -1) @ dout
+    return draw @ s.k, _sum_groups(dk, problem), _sum_groups(dv, problem), dbias, dsinks
+
+
+def _sum_groups(x: Tensor, problem: Problem) -> Tensor:
+    """The transpose of `_per_query_head`."""
+    return x if problem.group == 1 else x.unflatten(1, (problem.heads_kv, problem.group)).sum(dim=2)
+
+
+# ---------------------------------------------------------------------------------------------------------- varlen
+
+
+def _varlen(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Each sequence by itself; tokens behind the last sequence see nothing."""
+    ends_q, ends_k = _ends(inputs)
+    outs, lses = [], []
+    for b in range(problem.batch):
+        out, lse = _dense(problem, _sequence(inputs, b, ends_q, ends_k), range(b, b + 1))
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    rest = problem.seqlen_q - ends_q[-1]
+    outs.append(inputs.q.new_zeros(rest, problem.heads_q, problem.head_dim_v))
+    lses.append(inputs.q.new_full((problem.heads_q, rest), -torch.inf, dtype=problem.accumulator))
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def _varlen_backward(
+    problem: Problem, inputs: Inputs, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    ends_q, ends_k = _ends(inputs)
+    grads = [None if x is None else torch.zeros_like(x, dtype=problem.accumulator) for x in inputs.differentiable]
+    for b in range(problem.batch):
+        queries = slice(ends_q[b], ends_q[b + 1])
+        cotangents = _one_dense(dout, queries), None if dlse is None else dlse[None, :, queries]
+        found = _dense_backward(problem, _sequence(inputs, b, ends_q, ends_k), range(b, b + 1), *cotangents)
+        views = _sequence(inputs._replace(**dict(zip(DIFFERENTIABLE, grads, strict=True))), b, ends_q, ends_k)
+        for total, part in zip(views.differentiable, found, strict=True):
+            if total is not None and part is not None:
+                total += part
+    return tuple(grads)
+
+
+def _ends(inputs: Inputs) -> tuple[list[int], list[int]]:
+    assert inputs.cu_seqlens_q is not None
+    assert inputs.cu_seqlens_k is not None
+    return inputs.cu_seqlens_q.tolist(), inputs.cu_seqlens_k.tolist()
+
+
+def _one_dense(x: Tensor, tokens: slice) -> Tensor:
+    """Rows of (total, heads, dim) as (1, heads, seqlen, dim); a view."""
+    return x[tokens].transpose(0, 1)[None]
+
+
+def _sequence(inputs: Inputs, b: int, ends_q: list[int], ends_k: list[int]) -> Inputs:
+    """Sequence b as a dense call of batch 1; all views."""
+    queries, keys = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
+
+    def cut(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x[(None,) * (4 - x.ndim)]
+        x = x[b : b + 1] if x.shape[0] > 1 else x
+        x = x[:, :, : queries.stop - queries.start] if x.shape[2] > 1 else x
+        return x[..., : keys.stop - keys.start] if x.shape[3] > 1 else x
+
+    slopes, lengths = inputs.alibi_slopes, inputs.kv_lengths
+    return inputs._replace(
+        q=_one_dense(inputs.q, queries),
+        k=_one_dense(inputs.k, keys),
+        v=_one_dense(inputs.v, keys),
+        mask=cut(inputs.mask),
+        bias=cut(inputs.bias),
+        alibi_slopes=slopes[b] if slopes is not None and slopes.ndim == 2 else slopes,
+        kv_lengths=None if lengths is None else lengths[b : b + 1],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ public API
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Unpack[AttentionOptions]) -> Any:
+    """`fastattn.attention` in plain, differentiable PyTorch: same arguments (but no `backend`), same meaning.
+
+    Needs O(batch * heads_q * seqlen_q * seqlen_k) memory.
+    """
+    out, lse = softmax_attention(*_prepare("dense", Inputs(q, k, v), options))
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[AttentionOptions],
+) -> Any:
+    """`fastattn.attention_varlen` in plain, differentiable PyTorch: same arguments (but no `backend`)."""
+    inputs = Inputs(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    out, lse = softmax_attention(*_prepare("varlen", inputs, options))
+    return (out, lse) if return_lse else out
+
+
+def attention_weights(q: Tensor, k: Tensor, **options: Unpack[AttentionOptions]) -> Tensor:
+    """The probabilities that multiply v, after dropout: (batch, heads_q, seqlen_q, seqlen_k) in q's dtype.
+
+    Same keyword arguments as `fastattn.attention`, but for return_lse and backend.
+    """
+    problem, inputs = _prepare("dense", Inputs(q, k, k), options)
+    s = _softmax(problem, inputs, range(problem.batch))
+    return (s.probs * s.dropout).to(problem.dtype)
+
+
+def _prepare(kind: str, inputs: Inputs, given: AttentionOptions) -> tuple[Problem, Inputs]:
+    """Sorts a call's keyword arguments into tensors and options, and validates them."""
+    arguments: dict[str, Any] = dict(given)
+    tensors = {name: arguments.pop(name, None) for name in ("mask", "bias", "alibi_slopes", "sinks", "kv_lengths")}
+    seed = arguments.pop("seed", None)
+    left, right = split_window(arguments.pop("window", None))
+    unknown = set(arguments) - set(Options._fields)
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    options = Options(**arguments, window_left=left, window_right=right)
+    inputs = inputs._replace(**tensors, seed=seed_tensor(seed) if options.dropout_p else None)
+    problem = describe(kind, inputs, options, cached=False)
+    check_values(problem, inputs)
+    return problem, inputs
