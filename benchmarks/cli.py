@@ -1,0 +1,215 @@
+"""The command line of the benchmarks: `python -m benchmarks` and `python -m fastattn bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import fastattn
+
+from .cases import DTYPES, Case
+from .harness import run_cases
+from .machine import header
+from .memory import method
+from .peaks import measure_peaks
+from .plot import has_curves, plot
+from .report import Table, header_lines, summary_lines
+from .results import Run
+from .rivals import Eager, Fastattn, Rival, Sdpa
+from .rivals_extra import FlashAttn, Flex, Xformers
+from .suites import DEFAULT_SUITE, SUITES
+from .timing import Effort, clock_for
+
+RIVALS: dict[str, type[Rival]] = {rival.name: rival for rival in (Sdpa, Eager, Flex, FlashAttn, Xformers)}
+DEFAULT_RIVALS = tuple(name for name, rival in RIVALS.items() if not rival.compiles)
+
+OK, WRONG_RESULT, BAD_ARGUMENT = 0, 1, 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the benchmarks to a parser."""
+    add = parser.add_argument
+    add(
+        "--list",
+        action="store_true",
+        help="print the suites with their cases, the rivals and the backends, and stop",
+    )
+    add("--suite", metavar="NAMES", help=f"suites to run, separated by commas (default: {DEFAULT_SUITE})")
+    add(
+        "--family",
+        metavar="NAMES",
+        help="only cases of these families (of every suite, where no --suite is given)",
+    )
+    add("--dtype", metavar="NAMES", help=f"only cases of these dtypes: {', '.join(DTYPES)}")
+    add(
+        "--backend",
+        metavar="NAMES",
+        default="auto",
+        help="fastattn's backends: auto (default), all, or names",
+    )
+    add(
+        "--rivals",
+        metavar="NAMES",
+        default=",".join(DEFAULT_RIVALS),
+        help=f"none, all, or some of {', '.join(RIVALS)} (default: %(default)s; flex compiles each shape)",
+    )
+    add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    add(
+        "--budget",
+        "--min-time",
+        type=float,
+        default=Effort().budget,
+        metavar="SECONDS",
+        help="time to measure each case, all rivals together (default: %(default)s)",
+    )
+    add("--json", type=Path, metavar="PATH", help="write header, raw samples and results there")
+    add(
+        "--plot", type=Path, metavar="PATH", help="draw time and GFLOP/s over the sequence length there (PNG)"
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    cases: list[Case]
+    rivals: list[Rival]
+    device: torch.device
+    effort: Effort
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what the arguments ask for.
+
+    Returns 0; 1 if a result of fastattn was wrong or missing; 2, with a sentence on stderr, for bad values.
+    """
+    try:
+        plan = _plan(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_ARGUMENT
+    if args.list:
+        _print_lines(_listing())
+        return OK
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        found = _measure(plan)
+    finally:
+        torch.set_num_threads(threads)
+    _print_lines(["", *summary_lines(found)])
+    if args.json is not None:
+        found.save(args.json)
+    if args.plot is not None:
+        plot(found, args.plot)
+    return WRONG_RESULT if found.failures() else OK
+
+
+def _measure(plan: _Plan) -> Run:
+    """Measures the machine's ceilings, then every case, printing each result as it comes."""
+    peaks = measure_peaks(plan.device, {case.dtype for case in plan.cases})
+    found = Run(
+        {
+            **header(plan.device),
+            "clock": clock_for(plan.device).name,
+            "memory_method": method(plan.device),
+            "budget_seconds": plan.effort.budget,
+        },
+        peaks,
+        [],
+    )
+    table = Table(plan.cases, [rival.name for rival in plan.rivals], peaks)
+    _print_lines([*header_lines(found.header, peaks), "", table.head()])
+    for result in run_cases(plan.cases, plan.rivals, plan.device, plan.effort):
+        found.results.append(result)
+        _print_lines(table.rows(result))
+    return found
+
+
+def _plan(args: argparse.Namespace) -> _Plan:
+    """What is to be run. Raises ValueError with a sentence for a value that makes no sense."""
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}")
+    if not args.budget > 0:
+        raise ValueError(f"--budget must be more than 0 seconds, got {args.budget}")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{option} names a file in a folder that does not exist: {path}")
+    cases = _cases(args.suite, args.family, args.dtype)
+    if args.plot is not None and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs the package matplotlib, which is not installed")
+    if args.plot is not None and not has_curves(cases):
+        raise ValueError(
+            "--plot needs cases that differ in the sequence length alone, and none of those chosen do"
+        )
+    backends = _names(
+        "--backend", args.backend, {"auto": None, **dict.fromkeys(fastattn.available_backends())}
+    )
+    ours = [Fastattn(None if name == "auto" else name) for name in backends]
+    others = (
+        [] if args.rivals == "none" else [RIVALS[name]() for name in _names("--rivals", args.rivals, RIVALS)]
+    )
+    return _Plan(cases, [*ours, *others], _device(args.device), Effort(budget=args.budget))
+
+
+def _cases(suites: str | None, families: str | None, dtypes: str | None) -> list[Case]:
+    """The cases of the suites, each once, that are of one of the families and one of the dtypes."""
+    everything = suites is None and families is not None
+    chosen = list(SUITES) if everything else _names("--suite", suites or DEFAULT_SUITE, SUITES, groups=())
+    cases = list(dict.fromkeys(case for suite in chosen for case in SUITES[suite]))
+    if families is not None:
+        wanted = _names("--family", families, dict.fromkeys(case.family for case in cases), groups=())
+        cases = [case for case in cases if case.family in wanted]
+    if dtypes is not None:
+        wanted = _names("--dtype", dtypes, DTYPES)
+        cases = [case for case in cases if case.dtype in wanted]
+    if not cases:
+        raise ValueError(f"--dtype {dtypes} leaves no case of those chosen")
+    return cases
+
+
+def _names(
+    option: str, given: str, known: Mapping[str, object], groups: Sequence[str] = ("all",)
+) -> list[str]:
+    """The names in a list separated by commas; where "all" is one of the groups, it stands for every name."""
+    names = [name.strip() for name in given.split(",")]
+    if names == ["all"] and "all" in groups:
+        return list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} knows {', '.join([*groups, *known])}; got {name!r}")
+    return list(dict.fromkeys(names))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name} does not exist: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def _listing() -> Iterator[str]:
+    for suite, cases in SUITES.items():
+        yield f"{suite} ({len(cases)} cases)"
+        for case in cases if suite != "all" else ():
+            yield f"  {case.family}: {case.name}"
+    yield "  every case of the suites above but for quick and sweep60"
+    yield f"rivals: {', '.join(RIVALS)}"
+    yield f"backends: auto, {', '.join(fastattn.available_backends())}"
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)

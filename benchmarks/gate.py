@@ -1,0 +1,153 @@
+"""The correctness gate: no result is timed that is not right.
+
+Right means: against a float64 evaluation of the same (rounded) inputs by `fastattn.reference`, the largest
+error of every output is at most twice the error of plain eager attention in the case's dtype, plus a floor in
+proportion to the largest value; NaN and infinities stand in the same places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastattn import reference
+
+from .cases import Case
+from .data import Data, hidden_pairs, options, split, split_packed
+from .rivals import eager_attention
+
+OUTPUTS = ("out", "dq", "dk", "dv")
+FLOORS = {"float64": 1e-11, "float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}
+
+
+class Expected(NamedTuple):
+    """One output in float64 and how far a result may be from it."""
+
+    values: Tensor
+    limit: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """errors: the largest absolute error of each output. problems: a sentence for each one that is wrong."""
+
+    errors: dict[str, float]
+    problems: tuple[str, ...]
+
+    @property
+    def right(self) -> bool:
+        """Whether the result may be timed."""
+        return not self.problems
+
+
+def check(expected: dict[str, Expected], results: Sequence[Tensor]) -> Verdict:
+    """Compares the outputs of one call, in the order of OUTPUTS, with what they should be."""
+    if len(results) != len(expected):
+        return Verdict({}, (f"{len(results)} outputs instead of {len(expected)}",))
+    errors, problems = {}, []
+    for (name, wanted), result in zip(expected.items(), results, strict=True):
+        if result.shape != wanted.values.shape:
+            problems.append(f"{name} has shape {tuple(result.shape)} instead of {tuple(wanted.values.shape)}")
+            continue
+        errors[name] = max_error(result, wanted.values)
+        if not errors[name] <= wanted.limit:
+            problems.append(f"{name} is off by {errors[name]:.2e}, allowed are {wanted.limit:.2e}")
+    return Verdict(errors, tuple(problems))
+
+
+def max_error(result: Tensor, wanted: Tensor) -> float:
+    """The largest absolute error; infinite where NaN and infinities do not agree."""
+    result = result.detach().double()
+    finite = wanted.isfinite()
+    # Equal infinities differ by NaN, hence they are compared apart from the finite values.
+    same = torch.where(wanted.isnan(), result.isnan(), result == wanted)
+    if not bool((result.isfinite() == finite).all()) or not bool((same | finite).all()):
+        return float("inf")
+    difference = torch.where(finite, result - wanted, 0.0).abs()
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def expect(case: Case, data: Data) -> dict[str, Expected]:
+    """Evaluates the case in float64 and, for the limits, by eager attention in its own dtype.
+
+    Works through one (sequence, key/value head) after the other: only one group's scores are in memory.
+    """
+    count = 4 if case.train else 1
+    shapes = ((*data.q.shape[:-1], case.head_dim_v), data.q.shape, data.k.shape, data.v.shape)[:count]
+    exact = [torch.zeros(shape, dtype=torch.float64, device=data.q.device) for shape in shapes]
+    eager = [torch.zeros_like(x) for x in exact]
+    for slices, part in _groups(case, data):
+        _store(case, exact, slices, _evaluate(_reference, case, part, torch.float64))
+        _store(case, eager, slices, _evaluate(_eager, case, part, case.torch_dtype))
+    return {
+        name: Expected(truth, _limit(case, truth, other))
+        for name, truth, other in zip(OUTPUTS, exact, eager, strict=False)
+    }
+
+
+def _limit(case: Case, exact: Tensor, eager: Tensor) -> float:
+    finite = exact.isfinite()
+    # A row that sees no key is NaN in eager attention: it says nothing about rounding.
+    eager_error = torch.where(finite & eager.isfinite(), eager - exact, 0.0).abs()
+    largest = torch.where(finite, exact, 0.0).abs()
+    if exact.numel() == 0:
+        return 0.0
+    return 2.0 * eager_error.max().item() + FLOORS[case.dtype] * largest.max().item()
+
+
+class _Slices(NamedTuple):
+    """The part of the outputs that a group fills: the sequence's number in `split`, batch entry, heads."""
+
+    sequence: int
+    batch: slice
+    queries: slice
+    keys: slice
+
+
+def _groups(case: Case, data: Data) -> Iterator[tuple[_Slices, Data]]:
+    group = case.heads_q // case.heads_kv
+    for number, part in enumerate(split(case, data)):
+        for b in range(part.q.shape[0]):
+            for head in range(case.heads_kv):
+                at = _Slices(
+                    number, slice(b, b + 1), slice(head * group, (head + 1) * group), slice(head, head + 1)
+                )
+                q, dout = part.q[at.batch, at.queries], part.dout
+                k, v = part.k[at.batch, at.keys], part.v[at.batch, at.keys]
+                yield (
+                    at,
+                    part._replace(q=q, k=k, v=v, dout=None if dout is None else dout[at.batch, at.queries]),
+                )
+
+
+def _store(case: Case, outputs: Sequence[Tensor], at: _Slices, values: Sequence[Tensor]) -> None:
+    """Writes one group's results into the whole outputs; dk and dv have the keys' lengths and heads."""
+    lengths = (case.lengths_q, case.lengths_q, case.lengths_k, case.lengths_k)
+    heads = (at.queries, at.queries, at.keys, at.keys)
+    for output, value, length, head in zip(outputs, values, lengths, heads, strict=False):
+        split_packed(output, length)[at.sequence][at.batch, head] = value.double()
+
+
+def _evaluate(
+    attention: Callable[[Case, Data], Tensor], case: Case, part: Data, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    q, k, v = (x.detach().to(dtype).requires_grad_(case.train) for x in (part.q, part.k, part.v))
+    with torch.set_grad_enabled(case.train):
+        out = attention(case, part._replace(q=q, k=k, v=v))
+    if part.dout is None:
+        return (out,)
+    return (out.detach(), *torch.autograd.grad(out, (q, k, v), part.dout.to(dtype)))
+
+
+def _reference(case: Case, part: Data) -> Tensor:
+    out: Tensor = reference.attention(part.q, part.k, part.v, **options(case, part))
+    return out
+
+
+def _eager(case: Case, part: Data) -> Tensor:
+    hidden = hidden_pairs(case, part.q.shape[2], part.k.shape[2], part.mask, part.q.device)
+    return eager_attention(part.q, part.k, part.v, hidden, part.bias)

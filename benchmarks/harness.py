@@ -1,0 +1,116 @@
+"""Runs cases: correctness first, then interleaved timing, then memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import NamedTuple
+
+import torch
+
+from .cases import Case
+from .data import Data, make_cold_data, make_data
+from .gate import Expected, check, expect
+from .machine import last_level_cache
+from .memory import peak_bytes
+from .results import FAILED, RAN, SKIPPED, WRONG, CaseResult, Measurement
+from .rivals import Call, Rival
+from .timing import Clock, Effort, clock_for, interleave
+
+logger = logging.getLogger(__name__)
+
+# Larger than most, for machines that do not tell the size of their last cache.
+_ASSUMED_CACHE = 2**26
+
+
+class _Admitted(NamedTuple):
+    """A rival that passed the gate, with one prepared call for each copy of the tensors."""
+
+    rival: Rival
+    calls: list[Call]
+    errors: dict[str, float]
+
+
+def run_cases(
+    cases: Sequence[Case], rivals: Sequence[Rival], device: torch.device, effort: Effort
+) -> Iterator[CaseResult]:
+    """Yields the result of each case as soon as it is known."""
+    clock = clock_for(device)
+    for case in cases:
+        yield run_case(case, rivals, device, effort, clock)
+
+
+def run_case(
+    case: Case, rivals: Sequence[Rival], device: torch.device, effort: Effort, clock: Clock
+) -> CaseResult:
+    """Measures every rival that can do the case and does it right."""
+    copies = _copies(case, device)
+    expected = expect(case, copies[0])
+    verdicts = {rival.name: _admit(rival, case, copies, expected) for rival in rivals}
+    admitted = {name: v for name, v in verdicts.items() if isinstance(v, _Admitted)}
+    calls = dict(zip(admitted, in_turn([a.calls for a in admitted.values()]), strict=True))
+    samples = interleave(calls, clock, effort)
+    measurements = [
+        verdict
+        if isinstance(verdict, Measurement)
+        else Measurement(
+            name,
+            verdict.rival.ours,
+            RAN,
+            errors=verdict.errors,
+            seconds=samples.seconds[name],
+            peak_bytes=peak_bytes(calls[name], device),
+        )
+        for name, verdict in verdicts.items()
+    ]
+    return CaseResult(case, measurements, samples.dropped, samples.quiet)
+
+
+def _copies(case: Case, device: torch.device) -> list[Data]:
+    """The tensors; several copies for a cold case on the CPU (on CUDA the clock flushes the cache)."""
+    if case.cold and device.type == "cpu":
+        return make_cold_data(case, device, last_level_cache() or _ASSUMED_CACHE)
+    return [make_data(case, device)]
+
+
+def _admit(
+    rival: Rival, case: Case, copies: Sequence[Data], expected: dict[str, Expected]
+) -> _Admitted | Measurement:
+    """Prepares the rival's calls and compares the results of one with what they should be."""
+    reason = rival.why_not(case, copies[0])
+    if reason is not None:
+        return Measurement(rival.name, rival.ours, SKIPPED, reason)
+    try:
+        calls = [rival.prepare(case, data) for data in copies]
+        verdict = check(expected, calls[0]())
+    except Exception as error:
+        # Whatever a rival raises is a finding about it and must not end the run.
+        logger.info("%s failed on %s", rival.name, case.name, exc_info=True)
+        return Measurement(rival.name, rival.ours, FAILED, _first_line(error))
+    if not verdict.right:
+        return Measurement(rival.name, rival.ours, WRONG, "; ".join(verdict.problems), errors=verdict.errors)
+    return _Admitted(rival, calls, verdict.errors)
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of the error at the bottom: compilers wrap the one that says what is the matter."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def in_turn(calls: Sequence[Sequence[Call]]) -> list[Callable[[], object]]:
+    """For each rival a call that takes the next copy of the tensors, counted over all rivals together.
+
+    Were each rival to count for itself, the second would find in the caches what the first has just read.
+    """
+    turn = count()
+
+    def next_call(of_one_rival: Sequence[Call]) -> Callable[[], object]:
+        if len(of_one_rival) == 1:
+            return of_one_rival[0]
+        return lambda: of_one_rival[next(turn) % len(of_one_rival)]()
+
+    return [next_call(one) for one in calls]

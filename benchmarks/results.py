@@ -1,0 +1,190 @@
+"""What a run found, as data: saved to JSON and read back without loss."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .cases import Case
+from .costs import bytes_moved, flops
+from .peaks import Peaks
+
+RAN, WRONG, FAILED, SKIPPED = "ran", "wrong", "failed", "skipped"
+FORMAT = 1
+
+
+@dataclass
+class Measurement:
+    """One rival on one case.
+
+    status: "ran"; "wrong" (its result did not pass the gate); "failed" (it raised); "skipped" (it says that
+    it cannot do the case). reason: a sentence for the last three. errors: largest absolute error per output.
+    seconds: time per call, one sample per round. peak_bytes: memory beyond the inputs, None if not measured.
+    """
+
+    rival: str
+    ours: bool
+    status: str
+    reason: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Median of the seconds per call."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile of the seconds per call."""
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return first, third
+
+
+@dataclass
+class CaseResult:
+    """All rivals on one case. The first of ours that ran is what the ratios compare with.
+
+    dropped_rounds: rounds left out because other processes disturbed them. quiet: False if so many were
+    disturbed that they had to be kept, which makes the figures doubtful.
+    """
+
+    case: Case
+    measurements: list[Measurement]
+    dropped_rounds: int = 0
+    quiet: bool = True
+
+    @property
+    def baseline(self) -> Measurement | None:
+        """The measurement of ours that the others are compared with; None if none of ours ran."""
+        return next((m for m in self.measurements if m.ours and m.status == RAN), None)
+
+    def ratio(self, measurement: Measurement) -> float | None:
+        """Time of the rival over time of ours: the median over the rounds of the ratio within a round.
+
+        Above 1 ours is faster. Both samples of a round were taken one right after the other, so that a slow
+        moment of the machine cancels out.
+        """
+        ours = self.baseline
+        if ours is None or measurement.status != RAN:
+            return None
+        return statistics.median(
+            theirs / mine for theirs, mine in zip(measurement.seconds, ours.seconds, strict=True)
+        )
+
+
+class Comparison(NamedTuple):
+    """Ours against one rival on one case; ratio above 1 means that ours is faster."""
+
+    case: Case
+    rival: str
+    ratio: float
+
+
+@dataclass
+class Run:
+    """A whole run: where and with what it was made, the machine's ceilings, the results."""
+
+    header: dict[str, Any]
+    peaks: Peaks
+    results: list[CaseResult]
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Ours against every rival that ran, case by case."""
+        for result in self.results:
+            for measurement in result.measurements:
+                ratio = None if measurement.ours else result.ratio(measurement)
+                if ratio is not None:
+                    yield Comparison(result.case, measurement.rival, ratio)
+
+    def worst(self, count: int = 10) -> list[Comparison]:
+        """The cases on which ours does worst against the fastest of its rivals, the worst first."""
+        fastest: dict[Case, Comparison] = {}
+        for found in self.comparisons():
+            if found.case not in fastest or found.ratio < fastest[found.case].ratio:
+                fastest[found.case] = found
+        return sorted(fastest.values(), key=lambda found: found.ratio)[:count]
+
+    def geometric_means(self) -> dict[tuple[str, str], tuple[float, int]]:
+        """(family, rival) -> (geometric mean of the ratios, number of cases)."""
+        ratios: dict[tuple[str, str], list[float]] = {}
+        for found in self.comparisons():
+            ratios.setdefault((found.case.family, found.rival), []).append(found.ratio)
+        return {key: (geometric_mean(values), len(values)) for key, values in ratios.items()}
+
+    def failures(self) -> list[tuple[Case, Measurement]]:
+        """Where ours was wrong or raised."""
+        return [
+            (result.case, m)
+            for result in self.results
+            for m in result.measurements
+            if m.ours and m.status in (WRONG, FAILED)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, raw samples included, with the derived figures beside them."""
+        return {
+            "format": FORMAT,
+            "header": self.header,
+            "peaks": asdict(self.peaks),
+            "results": [_result_to_json(result) for result in self.results],
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Run:
+        """The run that `to_json` described. Raises ValueError for a document of another format."""
+        if document.get("format") != FORMAT:
+            raise ValueError(
+                f"expected a benchmark document of format {FORMAT}, got {document.get('format')!r}"
+            )
+        results = [
+            CaseResult(
+                Case.from_json(entry["case"]),
+                [
+                    Measurement(**{key: m[key] for key in Measurement.__dataclass_fields__})
+                    for m in entry["rivals"]
+                ],
+                entry["dropped_rounds"],
+                entry["quiet"],
+            )
+            for entry in document["results"]
+        ]
+        return cls(document["header"], Peaks(**document["peaks"]), results)
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON document."""
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Reads a JSON document back."""
+        return cls.from_json(json.loads(path.read_text()))
+
+
+def _result_to_json(result: CaseResult) -> dict[str, Any]:
+    rivals = []
+    for m in result.measurements:
+        derived = {} if m.status != RAN else {"median_seconds": m.median, "ratio": result.ratio(m)}
+        rivals.append({**asdict(m), **derived})
+    return {
+        "case": result.case.to_json(),
+        "flops": flops(result.case),
+        "bytes": bytes_moved(result.case),
+        "dropped_rounds": result.dropped_rounds,
+        "quiet": result.quiet,
+        "rivals": rivals,
+    }
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The n-th root of the product of n positive numbers."""
+    logs = [math.log(value) for value in values]
+    return math.exp(math.fsum(logs) / len(logs))
