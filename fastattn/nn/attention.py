@@ -1,0 +1,381 @@
+"""Multi-head attention as a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import reference
+from ..functional import attention
+from .attention_checks import Window, check_cached, check_features, check_inputs, check_positions
+from .cache import KVCache
+from .checks import check_count, check_divides, check_probability
+from .masks import check_mask, mask_and_bias, reveal_more_keys, spell_out_positions
+from .nested import forward_nested
+from .positional import alibi_slopes
+from .rotary import RotaryEmbedding, table_dtype
+from .sdpa import torch_attention
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention on fastattn: same constructor, forward and state_dict, and more options.
+
+    As in torch: embed_dim, num_heads, dropout (of the attention probabilities, in training only), bias,
+    add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype.
+    What torch lacks is keyword-only, and everything combines with everything:
+
+        num_kv_heads   key/value heads, a divisor of num_heads, each shared by a group of query heads (GQA)
+        window         (left, right), None = open: query i sees keys i - left to i + right
+        softcap        scores become softcap * tanh(scores / softcap)
+        alibi          True subtracts slope * |i - j| from the scores, see `alibi_slopes`
+        rotary         a RotaryEmbedding of dim embed_dim // num_heads, applied to queries and keys
+        sinks          True learns one more logit per head in the softmax's denominator (parameter `sinks`)
+        qk_norm        True normalises each head of queries and keys by RMSNorm (modules `q_norm`, `k_norm`)
+        scale          of the scores; None = 1 / sqrt(head dimension)
+        backend        a backend of `fastattn.attention`; None chooses; "torch" calls
+                       torch.nn.functional.scaled_dot_product_attention instead, for comparison
+
+    Without these the state_dict is torch's, and results and gradients equal torch's. Differences: a query
+    that sees no key gives 0 where torch gives NaN; bool and float masks can be mixed; is_causal needs no
+    attn_mask; the shortcuts of torch.nn.TransformerEncoderLayer in evaluation, which would bypass the module,
+    are not taken.
+    Raises TypeError or ValueError if an argument does not fit.
+    """
+
+    sinks: nn.Parameter | None
+    alibi_slopes: Tensor | None
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
+    rotary: RotaryEmbedding | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        window: Window = None,
+        softcap: float | None = None,
+        alibi: bool = False,
+        rotary: RotaryEmbedding | None = None,
+        sinks: bool = False,
+        qk_norm: bool = False,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        widths = {name: width for name, width in (("kdim", kdim), ("vdim", vdim)) if width is not None}
+        for name, size in {**sizes, **widths}.items():
+            check_count(name, size)
+        check_divides("embed_dim", embed_dim, "num_heads", num_heads)
+        check_divides("num_heads", num_heads, "num_kv_heads", num_kv_heads)
+        check_probability("dropout", dropout)
+        torchs_own = (embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim)
+        super().__init__(*torchs_own, batch_first, device, dtype)
+        if num_kv_heads != num_heads:
+            self._share_heads(num_kv_heads)
+        self.add_features(
+            window=window,
+            softcap=softcap,
+            alibi=alibi,
+            rotary=rotary,
+            sinks=sinks,
+            qk_norm=qk_norm,
+            scale=scale,
+            backend=backend,
+        )
+
+    def add_features(
+        self,
+        *,
+        window: Window = None,
+        softcap: float | None = None,
+        alibi: bool = False,
+        rotary: RotaryEmbedding | None = None,
+        sinks: bool = False,
+        qk_norm: bool = False,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """Sets what torch.nn.MultiheadAttention lacks, but for num_kv_heads; arguments as in the class."""
+        check_features(self.head_dim, window, softcap, rotary, sinks, scale, backend)
+        # torch.nn.TransformerEncoderLayer and TransformerEncoder read this flag: True lets them compute
+        # attention in evaluation from our parameters, without calling the module.
+        self._qkv_same_embed_dim = False
+        self.window, self.softcap, self.scale, self.backend = window, softcap, scale, backend
+        self.rotary = rotary
+        weight = self.out_proj.weight
+        factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        logits = nn.Parameter(torch.zeros(self.num_heads, **factory)) if sinks else None
+        self.register_parameter("sinks", logits)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
+        slopes = alibi_slopes(self.num_heads, weight.device) if alibi else None
+        self.register_buffer("alibi_slopes", slopes, persistent=False)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads."""
+        weight = self.in_proj_weight
+        width = self.k_proj_weight.shape[0] if weight is None else (weight.shape[0] - self.embed_dim) // 2
+        return width // self.head_dim
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+        *,
+        kv_cache: KVCache | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output, weights or None), as torch.nn.MultiheadAttention.forward.
+
+            query               (L, N, embed_dim), batch_first (N, L, embed_dim), unbatched (L, embed_dim)
+            key, value          (S, N, kdim), (S, N, vdim), or likewise
+            key_padding_mask    (N, S), unbatched (S,): bool, True = padding, or float, added to the scores
+            attn_mask           (L, S) or (N * num_heads, L, S): bool, True = not allowed, or float, added to
+                                the scores
+            need_weights        also return the probabilities (N, L, S), after dropout. Costs that much
+                                memory; without them nothing of that size is ever made
+            average_attn_weights   False returns the weights of each head, (N, num_heads, L, S)
+            is_causal           query i sees keys 0 to i. attn_mask, if given as well, is taken to say just
+                                this and is not read
+            kv_cache            inference: keys and values are appended to this KVCache, and the queries,
+                                standing behind the keys already there, see all of it. key and value None:
+                                nothing is appended. S in the masks is then the cache's capacity. Needs
+                                need_weights=False
+            positions           (L,) or (N, L), integers: of queries and keys, for rotary; None = 0, 1, 2, ...
+
+        query, key and value may also be NestedTensors (N, L, features) with batch_first and
+        need_weights=False.
+        Raises TypeError or ValueError if an argument does not fit.
+        """
+        if isinstance(query, Tensor) and query.is_nested:
+            others: dict[str, Any] = {"need_weights": need_weights, "attn_mask": attn_mask}
+            others.update(key_padding_mask=key_padding_mask, kv_cache=kv_cache, positions=positions)
+            return self._forward_nested(query, key, value, is_causal, others)
+        if kv_cache is not None:
+            check_cached(self, kv_cache, key, value, need_weights, positions)
+        check_inputs(self, query, key, value, kv_cache is not None)
+        if positions is not None:
+            check_positions(self, query, key)
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = _add_batch(query, key, value)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        batch_first = self.batch_first or not batched
+        q, k, v = self._heads(query, key, value, batch_first)
+        if kv_cache is not None:
+            options = self._options(q, kv_cache.capacity, key_padding_mask, attn_mask, is_causal)
+            out, weights = self._attend_cached(q, k, v, options, kv_cache), None
+        else:
+            assert k is not None
+            assert v is not None
+            options = self._options(q, k.shape[2], key_padding_mask, attn_mask, is_causal)
+            out, weights = self._attend(q, k, v, options, positions, need_weights)
+        out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
+        out = self.out_proj(out.flatten(2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            out, weights = out[0], None if weights is None else weights[0]
+        return out, weights
+
+    def new_cache(self, batch: int, capacity: int, *, page_size: int | None = None) -> KVCache:
+        """An empty KVCache that fits this module, in its dtype and on its device."""
+        weight = self.out_proj.weight
+        return KVCache(
+            *(batch, self.num_kv_heads, capacity, self.head_dim),
+            page_size=page_size,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    # --------------------------------------------------------------------------------------------- parameters
+
+    def _reset_parameters(self) -> None:
+        """As torch's, which goes by `_qkv_same_embed_dim`."""
+        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for extra in (self.bias_k, self.bias_v):
+            if extra is not None:
+                nn.init.xavier_normal_(extra)
+
+    def _share_heads(self, num_kv_heads: int) -> None:
+        """Replaces the projections of keys and values by those of fewer heads."""
+        width = num_kv_heads * self.head_dim
+        if self.in_proj_weight is not None:
+            self.in_proj_weight = nn.Parameter(
+                self.in_proj_weight.new_empty(self.embed_dim + 2 * width, self.embed_dim)
+            )
+        else:
+            self.k_proj_weight = nn.Parameter(self.k_proj_weight.new_empty(width, self.kdim))
+            self.v_proj_weight = nn.Parameter(self.v_proj_weight.new_empty(width, self.vdim))
+        if self.in_proj_bias is not None:
+            self.in_proj_bias = nn.Parameter(self.in_proj_bias.new_empty(self.embed_dim + 2 * width))
+        if self.bias_k is not None:
+            self.bias_k = nn.Parameter(self.bias_k.new_empty(1, 1, width))
+            self.bias_v = nn.Parameter(self.bias_k.new_empty(1, 1, width))
+        self._reset_parameters()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MultiheadAttention:
+        super()._apply(fn, recurse)
+        if getattr(self, "alibi_slopes", None) is not None:
+            # Casting the module must not round the slopes, and to_empty must not lose them.
+            assert self.alibi_slopes is not None
+            self.alibi_slopes = alibi_slopes(self.num_heads, self.alibi_slopes.device)
+        return self
+
+    # ---------------------------------------------------------------------------------------------- the steps
+
+    def _heads(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, batch_first: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Projected and, if asked for, normalised: (N, heads, L, head_dim), as views."""
+        q, k, v = (
+            None if x is None else _split_heads(x, self.head_dim, batch_first) for x in self._project(query, key, value)
+        )
+        assert q is not None
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.k_norm is not None and k is not None:
+            k = self.k_norm(k)
+        return q, k, v
+
+    def _project(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Query, key and value through their projections, those of one tensor in one step."""
+        packed, bias = self.in_proj_weight, self.in_proj_bias
+        width = (packed.shape[0] - self.embed_dim) // 2 if packed is not None else self.k_proj_weight.shape[0]
+        sizes = (self.embed_dim, width, width)
+        if packed is not None and query is key and key is value:
+            return F.linear(query, packed, bias).split(sizes, dim=-1)
+        biases = (None, None, None) if bias is None else bias.split(sizes)
+        if packed is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        else:
+            weights = packed.split(sizes)
+        q = F.linear(query, weights[0], biases[0])
+        if key is None or value is None:
+            return q, None, None
+        if packed is not None and key is value:
+            both = F.linear(key, packed[self.embed_dim :], None if bias is None else bias[self.embed_dim :])
+            return q, *both.split(width, dim=-1)
+        return q, F.linear(key, weights[1], biases[1]), F.linear(value, weights[2], biases[2])
+
+    def _options(
+        self,
+        q: Tensor,
+        seqlen_k: int,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> dict[str, Any]:
+        """The keyword arguments of the attention call that calls with and without a cache share."""
+        batch, heads, seqlen_q, _ = q.shape
+        check_mask("key_padding_mask", key_padding_mask, ((batch, seqlen_k),))
+        check_mask("attn_mask", attn_mask, ((seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k)))
+        mask, bias = mask_and_bias(key_padding_mask, None if is_causal else attn_mask, heads, q.dtype)
+        return {
+            "causal": is_causal,
+            "window": self.window,
+            "mask": mask,
+            "bias": bias,
+            "alibi_slopes": self.alibi_slopes,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "scale": self.scale,
+        }
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, options: dict[str, Any], kv_cache: KVCache
+    ) -> Tensor:
+        rotary = None
+        if self.rotary is not None:
+            rotary = self.rotary.tables(kv_cache.capacity, q.device, table_dtype(kv_cache.keys.dtype))
+        return kv_cache.attend(q, k, v, **options, rotary=rotary, backend=self.backend)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: dict[str, Any],
+        positions: Tensor | None,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.rotary is not None:
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        dropout_p = self.dropout if self.training else 0.0
+        options = {**options, "causal_alignment": "top-left", "dropout_p": dropout_p}
+        if self.bias_k is not None or self.add_zero_attn:
+            k, v, options = self._add_keys(q, k, v, options)
+        if need_weights:
+            weights = reference.attention_weights(q, k, **options)
+            return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), weights
+        if self.backend == "torch":
+            return torch_attention(q, k, v, options), None
+        return attention(q, k, v, backend=self.backend, **options), None
+
+    def _add_keys(
+        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Appends the learned key and the zero key, which have no position: every query sees them."""
+        options = spell_out_positions(options, q.shape[2], k.shape[2], q.device)
+        before = k.shape[2]
+        one = (k.shape[0], -1, 1, -1)
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (
+                torch.cat((x, _split_heads(extra, self.head_dim, False).expand(one).to(x.dtype)), dim=2)
+                for x, extra in ((k, self.bias_k), (v, self.bias_v))
+            )
+        if self.add_zero_attn:
+            k, v = (torch.cat((x, torch.zeros_like(x[:, :, :1])), dim=2) for x in (k, v))
+        return k, v, reveal_more_keys(options, k.shape[2] - before)
+
+    def _forward_nested(
+        self, query: Tensor, key: Any, value: Any, is_causal: bool, others: dict[str, Any]
+    ) -> tuple[Tensor, None]:
+        if not self.batch_first:
+            raise ValueError("NestedTensor inputs need batch_first=True, got a module with batch_first=False")
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
+            return self.forward(query, key, value, padding, need_weights=False, is_causal=is_causal)[0]
+
+        return forward_nested(attend, query, key, value, others), None
+
+
+def _add_batch(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Each with a leading dimension. A tensor that came twice stays one, as projections go by that."""
+    batched = {id(x): None if x is None else x[None] for x in tensors}
+    return tuple([batched[id(x)] for x in tensors])
+
+
+def _split_heads(x: Tensor, head_dim: int, batch_first: bool) -> Tensor:
+    """(N, L, heads * head_dim), or (L, N, ...), as (N, heads, L, head_dim); a view."""
+    x = x.unflatten(-1, (-1, head_dim))
+    return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
