@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .backends import Backend
+from .backends.cpu import CpuBackend
 from .backends.reference import ReferenceBackend
 from .problem import Problem
 
-BACKENDS: tuple[Backend, ...] = (ReferenceBackend(),)
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
 """In the order in which automatic choice tries them."""
 
 
@@ -71,7 +72,14 @@ def choose(problem: Problem, name: str | None) -> Backend:
     raise ValueError("; ".join(reasons))
 
 
-choose_cached = lru_cache(maxsize=4096)(choose)
+_choose_cached = lru_cache(maxsize=4096)(choose)
+
+
+def choose_cached(problem: Problem, name: str | None) -> Backend:
+    """`choose`, once per problem."""
+    if name is not None and not isinstance(name, str):
+        by_name(name)  # refuses it; it may not even be hashable
+    return _choose_cached(problem, name)
 
 
 def explain_choice(problem: Problem, name: str | None) -> Report:

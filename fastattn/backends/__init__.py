@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,6 +41,13 @@ class Backend(Protocol):
 
     def why_not(self, problem: Problem) -> str | None:
         """None if the backend can compute the call, else a sentence that says what stands in the way."""
+
+    def prepare(self, problem: Problem, inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """A function of q, k and v that gives out, for calls like this one (dense, no other tensors, no gradient).
+
+        It will be called with tensors of the same shapes, strides, dtypes and devices. None if there is no shorter
+        way than `forward`.
+        """
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(out, lse) of a dense or varlen call."""

@@ -1,0 +1,407 @@
+// Backward pass, in the forward's orientation: lanes are queries.
+//
+//   S^T = K Q^T      P^T = exp2(S^T - lse)      dP^T = V dO^T      dS^T = P^T (dP^T - delta)
+//   dV += P^T dO     dK += dS^T Q               dQ^T += K^T dS^T
+//
+// Cost per panel of 32 rows and n keys, in multiply-adds: n * 32 * (3 head_dim + 2 head_dim_v), plus some 20 instructions /
+// kWidth per score: the five products bound it. A job owns a range of keys: dK and dV of a block stay in the second-level
+// cache while all queries pass by; dQ is read and written once per block, 2 / kBlockKeys of the products' work. Jobs over
+// parts of the keys write dQ addends of their own, summed in the order of the parts: no atomics, the same bits always.
+#pragma once
+
+#include "forward.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+inline int padded(int64_t dim, int width) { return int((dim + width - 1) / width * width); }
+
+// Probabilities and score gradients of one step, as the operands of the products that follow.
+template <class E>
+struct StepOperands {
+  using Word = typename E::Word;
+  Word* probs;        // [key][lane words]: words along the lanes, for dV
+  Word* dscores;      // [key][lane words]: likewise, for dK
+  Word* dscores_key;  // [key word][lane]: words along the keys, for dQ
+};
+
+template <class E>
+struct BackwardScratch {
+  using V = typename E::Vector;
+  using S = typename E::Scalar;
+  using Word = typename E::Word;
+  static constexpr int kLanes = Panel<V>::kLanes;
+
+  S *scores, *dprobs, *factors, *dk, *dv, *dbias;
+  S *lse, *delta;                  // [lane], lse in units of log2
+  Word *q_columns, *dout_columns;  // [word of dim][lane]
+  Word *q_rows, *dout_rows;        // [word of lanes][padded dim]
+  StepOperands<E> step;
+  AddendScratch<V> addend;
+  KeyBlock<E> block;      // k along head_dim, and v along head_dim_v
+  Word *k_copy, *v_copy;  // where block points if the caller's memory does not lie right
+  const Word* k_keys;     // k with words along the keys: [key word][head_dim]
+  int64_t k_keys_stride;
+  Word *k_keys_copy, *gapless;
+  int dim, dim_v;  // padded to whole vectors
+
+  BackwardScratch(const Params& p, Arena& arena) {
+    dim = padded(p.head_dim, V::kWidth);
+    dim_v = padded(p.head_dim_v, V::kWidth);
+    const int words = words_of(int(p.head_dim), E::kPerWord), words_v = words_of(int(p.head_dim_v), E::kPerWord);
+    scores = arena.take<S>(kBlockKeys * kLanes);
+    dprobs = arena.take<S>(kBlockKeys * kLanes);
+    factors = arena.take<S>(p.dropout_threshold ? kBlockKeys * kLanes : 0);
+    dk = arena.take<S>(int64_t(kBlockKeys) * dim);
+    dv = arena.take<S>(int64_t(kBlockKeys) * dim_v);
+    dbias = arena.take<S>(p.dbias.data ? kBlockKeys * kLanes : 0);
+    lse = arena.take<S>(kLanes);
+    delta = arena.take<S>(kLanes);
+    q_columns = arena.take<Word>(int64_t(words) * kLanes);
+    dout_columns = arena.take<Word>(int64_t(words_v) * kLanes);
+    q_rows = arena.take<Word>(int64_t(kLanes / E::kPerWord) * dim);
+    dout_rows = arena.take<Word>(int64_t(kLanes / E::kPerWord) * dim_v);
+    if (E::kPerWord == 1) {  // words along lanes and along keys are the same: single numbers, in place
+      step = {reinterpret_cast<Word*>(scores), reinterpret_cast<Word*>(dprobs), reinterpret_cast<Word*>(dprobs)};
+    } else {
+      step = {arena.take<Word>(kBlockKeys * kLanes / 2), arena.take<Word>(kBlockKeys * kLanes / 2), arena.take<Word>(kBlockKeys * kLanes / 2)};
+    }
+    addend.values = arena.take<S>(kBlockKeys * kLanes);
+    addend.seen = arena.take<uint8_t>(kBlockKeys);
+    k_copy = arena.take<Word>(int64_t(kBlockKeys) * words);
+    v_copy = arena.take<Word>(int64_t(kBlockKeys) * words_v);
+    k_keys_copy = arena.take<Word>(E::kPerWord == 1 ? 0 : int64_t(kBlockKeys / 2) * p.head_dim);
+    gapless = arena.take<Word>(int64_t(kBlockKeys) * p.head_dim);
+  }
+};
+
+template <class V, class T>
+void load_backward_block(BackwardScratch<Single<V>>& s, const T*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv, int64_t n0,
+                         int keys) {
+  s.block = load_block(Single<V>{}, static_cast<const T*>(nullptr), p, seq, b, head_kv, n0, keys, BlockScratch<Single<V>>{s.k_copy, s.v_copy});
+  s.k_keys = s.block.k;
+  s.k_keys_stride = s.block.k_stride;
+}
+
+#ifdef __AVX512BF16__
+inline void load_backward_block(BackwardScratch<Pairs>& s, const bf16*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv,
+                                int64_t n0, int keys) {
+  load_pair_rows(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_copy, s.block.k, s.block.k_stride);
+  load_pair_rows(p, p.v, int(p.head_dim_v), seq, b, head_kv, n0, keys, s.v_copy, s.block.v, s.block.v_stride);
+  interleave_keys(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_keys_copy);
+  s.k_keys = s.k_keys_copy;
+  s.k_keys_stride = p.head_dim;
+}
+#endif
+
+// Rows as [word of lanes][padded dim]: what the products over queries read.
+template <class V, class T>
+void pack_rows(Single<V>, const T* const* rows, int lanes, int64_t stride, int dim, int padded_dim, typename V::Scalar* words) {
+  using S = typename V::Scalar;
+  for (int lane = 0; lane < lanes; ++lane) {
+    S* to = words + lane * int64_t(padded_dim);
+    int d = 0;
+    if (rows[lane] != nullptr) {
+      copy_row<V>(rows[lane], stride, dim, to);
+      d = dim;
+    }
+    for (; d < padded_dim; ++d) to[d] = S(0);
+  }
+}
+
+#ifdef __AVX512BF16__
+inline void pack_rows(Pairs, const bf16* const* rows, int lanes, int64_t stride, int dim, int padded_dim, uint32_t* words) {
+  for (int lane = 0; lane < lanes; lane += 2) {
+    uint32_t* to = words + lane / 2 * int64_t(padded_dim);
+    interleave_rows(rows[lane], stride, rows[lane + 1], dim, to);
+    for (int d = dim; d < padded_dim; ++d) to[d] = 0;
+  }
+}
+#endif
+
+// Brings a panel's queries, output gradients, lse and delta into scratch. Rows that saw nothing take no part.
+template <class E, class T>
+void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const BackwardSpace& space, BackwardScratch<E>& s) {
+  using V = typename E::Vector;
+  using S = typename E::Scalar;
+  constexpr int kLanes = Panel<V>::kLanes;
+  const int lanes = panel.vectors * V::kWidth;
+  const T *q[kLanes], *dout[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    q[lane] = dout[lane] = nullptr;
+    s.lse[lane] = S(__builtin_inf());  // all probabilities become 0
+    s.delta[lane] = S(0);
+    if (lane >= panel.count) continue;
+    const int64_t head = panel.head[lane], query = panel.query[lane];
+    const S lse = *row_of<const S>(p.lse, seq, panel.b, head, query);
+    if (lse == S(-__builtin_inf())) continue;
+    q[lane] = row_of<const T>(p.q, seq, panel.b, head, query);
+    dout[lane] = row_of<const T>(p.dout, seq, panel.b, head, query);
+    s.lse[lane] = lse * S(kLog2E);
+    s.delta[lane] = *row_of<const S>(space.delta, seq, panel.b, head, query);
+  }
+  Columns<E, T>::pack(q, lanes, p.q.stride_d, int(p.head_dim), s.q_columns, kLanes);
+  Columns<E, T>::pack(dout, lanes, p.dout.stride_d, int(p.head_dim_v), s.dout_columns, kLanes);
+  pack_rows(E{}, q, lanes, p.q.stride_d, int(p.head_dim), s.dim, s.q_rows);
+  pack_rows(E{}, dout, lanes, p.dout.stride_d, int(p.head_dim_v), s.dim_v, s.dout_rows);
+}
+
+// What becomes of one vector of scores.
+template <class V>
+struct ScoreGrad {
+  V prob;     // after dropout
+  V dscore;   // by the score before bias, ALiBi and softcap are applied, without the factor scale
+  V dbias;    // by the score after them
+};
+
+template <class V>
+inline ScoreGrad<V> score_grad(const Params& p, const typename V::Scalar* score, const typename V::Scalar* dprob, const typename V::Scalar* addend,
+                               const typename V::Scalar* factor, V lse, V delta) {
+  using S = typename V::Scalar;
+  const V zero = V::set(S(0)), one = V::set(S(1));
+  const V scale = V::set(S(p.scale * kLog2E));
+  V x = fma(V::load(score), scale, zero - lse), slope = one;
+  if (addend != nullptr) {
+    const V a = V::load(addend);
+    if (p.softcap > 0) {
+      const V capped = tanh(V::load(score) * V::set(S(p.scale / p.softcap)));
+      x = fma(capped, V::set(S(p.softcap * kLog2E)), a - lse);
+      slope = one - capped * capped;
+    } else {
+      x = x + a;
+    }
+  }
+  ScoreGrad<V> g;
+  const V prob = exp2(x);
+  V dp = V::load(dprob);
+  g.prob = prob;
+  if (factor != nullptr) {
+    g.prob = prob * V::load(factor);
+    dp = dp * V::load(factor);
+  }
+  g.dbias = prob * (dp - delta);
+  g.dscore = g.dbias * slope;
+  if (addend != nullptr) {  // a hidden pair may have been made of NaN
+    const auto hidden = equal(V::load(addend), V::set(S(-__builtin_inf())));
+    g.prob = select(hidden, zero, g.prob);
+    g.dbias = select(hidden, zero, g.dbias);
+    g.dscore = select(hidden, zero, g.dscore);
+  }
+  return g;
+}
+
+// Stores a vector of lanes as words along the lanes.
+template <class V>
+void store_lanes(Single<V>, V x, typename V::Scalar* row, int lane) {
+  x.store(row + lane);
+}
+#ifdef __AVX512BF16__
+inline void store_lanes(Pairs, F32 x, uint32_t* row, int lane) { x.store(reinterpret_cast<bf16*>(row) + lane); }
+#endif
+
+// The operands of the products from the scores and the gradients of the probabilities. addend, factors and dbias may be null.
+template <class E>
+void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, int keys, const typename E::Scalar* addend,
+                   const typename E::Scalar* factors, typename E::Scalar* dbias) {
+  using V = typename E::Vector;
+  constexpr int kLanes = Panel<V>::kLanes, kRow = kLanes / E::kPerWord;
+  for (int lane = 0; lane < vectors * V::kWidth; lane += V::kWidth) {
+    const V lse = V::load(s.lse + lane), delta = V::load(s.delta + lane);
+    V before = V::set(0);
+    for (int n = 0; n < keys; ++n) {
+      const int at = n * kLanes + lane;
+      const ScoreGrad<V> g = score_grad<V>(p, s.scores + at, s.dprobs + at, addend ? addend + at : nullptr, factors ? factors + at : nullptr, lse, delta);
+      if (dbias != nullptr) (V::load(dbias + at) + g.dbias).store(dbias + at);
+      store_lanes(E{}, g.prob, s.step.probs + n * kRow, lane);
+      store_lanes(E{}, g.dscore, s.step.dscores + n * kRow, lane);
+      if constexpr (E::kPerWord == 2) {
+        if (n % 2 == 1) store_pairs(before, g.dscore, s.step.dscores_key + n / 2 * kLanes + lane);
+        if (n % 2 == 0 && n + 1 == keys) store_pairs(g.dscore, V::set(0), s.step.dscores_key + n / 2 * kLanes + lane);
+        before = g.dscore;
+      }
+    }
+  }
+}
+
+// C[key][dim] += words[key][lane word] * rows[lane word][dim], the products over the panel's queries.
+template <class E>
+void add_over_lanes(int keys, int lanes, const typename E::Word* words, const typename E::Word* rows, int dim, typename E::Scalar* c) {
+  using V = typename E::Vector;
+  constexpr int kRow = Panel<V>::kLanes / E::kPerWord;
+  int d = 0;
+  for (; d + 2 * V::kWidth <= dim; d += 2 * V::kWidth)
+    gemm<E, 2, Update::kAdd>(keys, lanes / E::kPerWord, words, kRow, 1, rows + d, dim, c + d, dim);
+  if (d < dim) gemm<E, 1, Update::kAdd>(keys, lanes / E::kPerWord, words, kRow, 1, rows + d, dim, c + d, dim);
+}
+
+// Scores and what follows from them, for keys n0 .. n0 + keys (row `at` of the block) and one panel. Returns false if
+// nothing is visible. gaps: some key is seen by no row.
+template <class E, int kVectors>
+bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s, int at, int64_t n0,
+                     int keys, typename E::Scalar* dbias, bool& gaps) {
+  using S = typename E::Scalar;
+  constexpr int kLanes = Panel<typename E::Vector>::kLanes;
+  const bool plain = p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 &&
+                     panel.all.first <= n0 && n0 + keys <= panel.all.last;
+  gaps = false;
+  if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return false;
+  gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim), E::kPerWord), s.block.k + at * s.block.k_stride, s.block.k_stride, 1,
+                                    s.q_columns, kLanes, s.scores, kLanes);
+  gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.block.v + at * s.block.v_stride, s.block.v_stride, 1,
+                                    s.dout_columns, kLanes, s.dprobs, kLanes);
+  const S* factors = nullptr;
+  if (p.dropout_threshold != 0) {
+    make_dropout(p, panel, n0, keys, s.factors);
+    factors = s.factors;
+  }
+  make_operands(p, s, kVectors, keys, plain ? nullptr : s.addend.values, factors, dbias);
+  return true;
+}
+
+// One step of dQ, dK and dV.
+template <class E, int kVectors>
+void backward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s, int at, int64_t n0, int keys,
+                   typename E::Scalar* dq) {
+  constexpr int kLanes = Panel<typename E::Vector>::kLanes;
+  const int lanes = kVectors * E::Vector::kWidth, dim = int(p.head_dim);
+  bool gaps = false;
+  if (!backward_scores<E, kVectors>(p, seq, panel, s, at, n0, keys, nullptr, gaps)) return;
+  if (p.dv.data != nullptr) add_over_lanes<E>(keys, lanes, s.step.probs, s.dout_rows, s.dim_v, s.dv + at * int64_t(s.dim_v));
+  if (p.dk.data != nullptr) add_over_lanes<E>(keys, lanes, s.step.dscores, s.q_rows, s.dim, s.dk + at * int64_t(s.dim));
+  if (p.dq.data == nullptr) return;
+  const typename E::Word* k = s.k_keys + at / E::kPerWord * s.k_keys_stride;
+  int64_t k_stride = s.k_keys_stride;
+  if (gaps) {
+    k = without_gaps<E>(k, k_stride, keys, dim, s.addend.seen, s.gapless);
+    k_stride = dim;
+  }
+  gemm<E, kVectors, Update::kAdd>(dim, words_of(keys, E::kPerWord), k, 1, k_stride, s.step.dscores_key, kLanes, dq, kLanes);
+}
+
+template <class V, class T>
+void store_key_grads(const Params& p, const View& view, const Sequence& seq, const BackwardJob& job, int64_t n0, int keys, int dim, int ld,
+                     typename V::Scalar* grads, typename V::Scalar scale) {
+  if (view.data == nullptr) return;
+  for (int n = 0; n < keys; ++n) {
+    typename V::Scalar* row = grads + n * int64_t(ld);
+    for (int d = 0; d < dim; ++d) row[d] *= scale;
+    store_row<V>(row, dim, key_row<T>(p, view, seq, job.b, job.head_kv, n0 + n), view.stride_d);
+  }
+}
+
+template <class S>
+void clear(S* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = S(0);
+}
+
+template <class E, class T>
+void backward_job(const Params& p, const BackwardJob& job, const BackwardSpace& space, void* memory) {
+  using V = typename E::Vector;
+  using S = typename E::Scalar;
+  constexpr int kLanes = Panel<V>::kLanes;
+  Arena arena(memory);
+  BackwardScratch<E> s(p, arena);
+  const Sequence seq = sequence_of(p, job.b);
+  const HeadGroup heads = group_of(p, job.head_kv);
+  const int64_t rows = seq.q_length * heads.count, panels = (rows + kLanes - 1) / kLanes, dq_size = p.head_dim * kLanes;
+  S* dq = static_cast<S*>(space.dq) + (job.part * space.panels + job.first_panel) * dq_size;
+  if (p.dq.data != nullptr) clear(dq, panels * dq_size);
+  for (int64_t n0 = job.keys.first; n0 < job.keys.last; n0 += kBlockKeys) {
+    const int keys = int(smaller(kBlockKeys, job.keys.last - n0));
+    load_backward_block(s, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, keys);
+    clear(s.dk, int64_t(keys) * s.dim);
+    clear(s.dv, int64_t(keys) * s.dim_v);
+    for (int64_t i = 0; i < panels; ++i) {
+      Panel<V> panel;
+      set_panel(panel, p, seq, job.b, heads, i * kLanes, rows - i * kLanes, {n0, n0 + keys});
+      if (panel.any.first >= panel.any.last) continue;
+      load_panel<E, T>(p, seq, panel, space, s);
+      const int at = int(panel.any.first - n0) / E::kPerWord * E::kPerWord;
+      const int used = int(panel.any.last - n0) - at;
+      if (panel.vectors == 2) {
+        backward_step<E, 2>(p, seq, panel, s, at, n0 + at, used, dq + i * dq_size);
+      } else {
+        backward_step<E, 1>(p, seq, panel, s, at, n0 + at, used, dq + i * dq_size);
+      }
+    }
+    store_key_grads<V, T>(p, p.dk, seq, job, n0, keys, int(p.head_dim), s.dim, s.dk, S(p.scale));
+    store_key_grads<V, T>(p, p.dv, seq, job, n0, keys, int(p.head_dim_v), s.dim_v, s.dv, S(1));
+  }
+}
+
+template <class E>
+size_t backward_scratch(const Params& p) {
+  Arena arena(nullptr);
+  BackwardScratch<E> scratch(p, arena);
+  return arena.used();
+}
+
+// delta = rowsum(dout * out) - dlse of one head of a sequence.
+template <class V, class T>
+void delta_job(const Params& p, const BackwardSpace& space, int64_t b, int64_t head) {
+  using S = typename V::Scalar;
+  const Sequence seq = sequence_of(p, b);
+  for (int64_t i = 0; i < seq.q_length; ++i) {
+    const T* out = row_of<const T>(p.out, seq, b, head, i);
+    const T* dout = row_of<const T>(p.dout, seq, b, head, i);
+    S sum[V::kWidth] = {};
+    for (int64_t d = 0; d < p.head_dim_v; ++d)
+      sum[d % V::kWidth] += S(to_float(out[d * p.out.stride_d])) * S(to_float(dout[d * p.dout.stride_d]));
+    S total = S(0);
+    for (int lane = 0; lane < V::kWidth; ++lane) total += sum[lane];
+    if (p.dlse.data != nullptr) total -= *row_of<const S>(p.dlse, seq, b, head, i);
+    *row_of<S>(space.delta, seq, b, head, i) = total;
+  }
+}
+
+// dq of one sequence and key/value head: the sum over the parts, turned back into rows.
+template <class V, class T>
+void sum_dq_job(const Params& p, const BackwardJob& job, const BackwardSpace& space) {
+  using S = typename V::Scalar;
+  constexpr int kLanes = Panel<V>::kLanes;
+  const Sequence seq = sequence_of(p, job.b);
+  const HeadGroup heads = group_of(p, job.head_kv);
+  const int64_t rows = seq.q_length * heads.count, dq_size = p.head_dim * kLanes;
+  const S* first = static_cast<const S*>(space.dq) + job.first_panel * dq_size;
+  for (int64_t row = 0; row < rows; row += V::kWidth) {
+    const int count = int(smaller(V::kWidth, rows - row));
+    const S* from = first + row / kLanes * dq_size + row % kLanes;
+    for (int d = 0; d < p.head_dim; d += V::kWidth) {
+      const int columns = int(smaller(V::kWidth, p.head_dim - d));
+      V tile[V::kWidth];
+      for (int i = 0; i < V::kWidth; ++i) {
+        tile[i] = V::set(S(0));
+        for (int64_t part = 0; part < space.parts && i < columns; ++part)
+          tile[i] = tile[i] + V::load(from + part * space.panels * dq_size + (d + i) * kLanes);
+        tile[i] = tile[i] * V::set(S(p.scale));
+      }
+      transpose(tile);
+      for (int i = 0; i < count; ++i) {
+        S values[V::kWidth];
+        tile[i].store(values);
+        T* dq = row_of<T>(p.dq, seq, job.b, heads.first + (row + i) % heads.count, (row + i) / heads.count);
+        store_row<V>(values, columns, dq + d * p.dq.stride_d, p.dq.stride_d);
+      }
+    }
+  }
+}
+
+// dsinks of one head: -sum of exp(sink - lse) * delta over all its rows, in order.
+template <class V>
+void dsinks_job(const Params& p, const BackwardSpace& space, int64_t head) {
+  using S = typename V::Scalar;
+  const S sink = static_cast<const S*>(p.sinks.data)[head * p.sinks.stride_h];
+  double sum = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const Sequence seq = sequence_of(p, b);
+    for (int64_t i = 0; i < seq.q_length; ++i) {
+      const S lse = *row_of<const S>(p.lse, seq, b, head, i);
+      if (lse == S(-__builtin_inf())) continue;
+      sum -= __builtin_exp(double(sink) - double(lse)) * double(*row_of<const S>(space.delta, seq, b, head, i));
+    }
+  }
+  static_cast<S*>(p.dsinks.data)[head * p.dsinks.stride_h] = S(sum);
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,352 @@
+// Forward pass: online softmax over blocks of keys.
+//
+// Lanes are queries: S^T = K Q^T (keys x lanes), softmax goes down the columns without crossing lanes, O^T = V^T P^T.
+// Cost of a panel of 32 rows over n keys, in multiply-adds: n * 32 * (head_dim + head_dim_v) in the two products, and about
+// n * 32 * 12 instructions / kWidth of softmax, so the products take 85% of the time at head_dim 64. K and V are read once per
+// job from memory and once per panel from the second-level cache; scores never leave it. The products bound it.
+#pragma once
+
+#include "addend.h"
+#include "block.h"
+#include "dropout.h"
+#include "kernels.h"
+#include "scratch.h"
+#include "simd/math.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+constexpr int kMaxPanels = 8;  // of one job
+
+template <class V>
+struct OnlineSoftmax {  // per lane; scores in units of log2
+  typename V::Scalar row_max[Panel<V>::kLanes], row_sum[Panel<V>::kLanes], alpha[Panel<V>::kLanes];
+};
+
+template <class E>
+struct ForwardScratch {
+  using S = typename E::Scalar;
+  using Word = typename E::Word;
+  S *scores, *factors;
+  Word *probs, *queries, *gapless;
+  S* acc;
+  AddendScratch<typename E::Vector> addend;
+  BlockScratch<E> block;
+  int64_t queries_size, acc_size;  // of one panel
+
+  ForwardScratch(const Params& p, Arena& arena) {
+    constexpr int kLanes = Panel<typename E::Vector>::kLanes;
+    const int dim = int(p.head_dim), dim_v = int(p.head_dim_v), words = words_of(dim, E::kPerWord);
+    queries_size = int64_t(words) * kLanes;
+    acc_size = int64_t(dim_v) * kLanes;
+    scores = arena.take<S>(kBlockKeys * kLanes);
+    probs = E::kPerWord == 1 ? reinterpret_cast<Word*>(scores) : arena.take<Word>(kBlockKeys / 2 * kLanes);
+    queries = arena.take<Word>(queries_size * kMaxPanels);
+    acc = arena.take<S>(acc_size * kMaxPanels);
+    block.k = arena.take<Word>(int64_t(kBlockKeys) * words);
+    block.v = arena.take<Word>(int64_t(kBlockKeys) * dim_v);
+    factors = arena.take<S>(p.dropout_threshold ? kBlockKeys * kLanes : 0);
+    addend.values = arena.take<S>(kBlockKeys * kLanes);
+    addend.seen = arena.take<uint8_t>(kBlockKeys);
+    gapless = arena.take<Word>(int64_t(kBlockKeys) * dim_v);
+  }
+};
+
+// scores -> scores in units of log2 with everything added; returns their maximum per lane.
+template <class V, int kVectors>
+void finish_scores(const Params& p, typename V::Scalar* scores, const typename V::Scalar* addend, int keys, V (&highest)[kVectors]) {
+  using S = typename V::Scalar;
+  constexpr int kLanes = Panel<V>::kLanes;
+  const bool capped = p.softcap > 0;
+  const double factor = capped ? p.scale / p.softcap : p.scale * kLog2E;
+  const V scale = V::set(S(factor)), cap = V::set(S(p.softcap * kLog2E));
+  for (int n = 0; n < keys; ++n) {
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = n * kLanes + i * V::kWidth;
+      const V a = V::load(addend + at), raw = V::load(scores + at) * scale;
+      V x = raw + a;
+      if (capped) x = fma(tanh(raw), cap, a);
+      // A hidden score may have been made of NaN: it must not become NaN + -inf.
+      const V hidden = V::set(S(-__builtin_inf()));
+      x = select(equal(a, hidden), hidden, x);
+      x.store(scores + at);
+      highest[i] = max(highest[i], x);
+    }
+  }
+}
+
+template <class V, int kVectors>
+void maximum(const typename V::Scalar* scores, int keys, V (&highest)[kVectors]) {
+  constexpr int kLanes = Panel<V>::kLanes;
+  V other[kVectors];
+  for (int i = 0; i < kVectors; ++i) other[i] = highest[i];
+  int n = 0;
+  for (; n + 2 <= keys; n += 2) {
+    for (int i = 0; i < kVectors; ++i) {
+      highest[i] = max(highest[i], V::load(scores + n * kLanes + i * V::kWidth));
+      other[i] = max(other[i], V::load(scores + (n + 1) * kLanes + i * V::kWidth));
+    }
+  }
+  for (int i = 0; i < kVectors; ++i) {
+    if (n < keys) highest[i] = max(highest[i], V::load(scores + n * kLanes + i * V::kWidth));
+    highest[i] = max(highest[i], other[i]);
+  }
+}
+
+// exp2(scale * score - shift) of one vector, added to sum before dropout.
+template <class V>
+inline V exponential(const typename V::Scalar* score, V scale, V shift, const typename V::Scalar* factor, V& sum) {
+  const V x = exp2(fma(V::load(score), scale, V::set(0) - shift));
+  sum = sum + x;
+  return factor != nullptr ? x * V::load(factor) : x;
+}
+
+// probs = exp2(scale * scores - shift), as words; returns their sum. Dropout's factors apply to the words, not the sum.
+template <class E, int kVectors>
+void exponentials(const typename E::Scalar* scores, typename E::Vector scale, const typename E::Vector (&shift)[kVectors],
+                  const typename E::Scalar* factors, int keys, typename E::Word* probs, typename E::Vector (&sum)[kVectors]) {
+  using V = typename E::Vector;
+  constexpr int kLanes = Panel<V>::kLanes;
+  for (int n = 0; n < keys; n += E::kPerWord) {
+    for (int i = 0; i < kVectors; ++i) {
+      const int at = n * kLanes + i * V::kWidth;
+      const V x = exponential(scores + at, scale, shift[i], factors ? factors + at : nullptr, sum[i]);
+      typename E::Word* to = probs + n / E::kPerWord * kLanes + i * V::kWidth;
+      if constexpr (E::kPerWord == 2) {
+        V odd = V::set(0);
+        if (n + 1 < keys) odd = exponential(scores + at + kLanes, scale, shift[i], factors ? factors + at + kLanes : nullptr, sum[i]);
+        store_pairs(x, odd, to);
+      } else {
+        x.store(to);
+      }
+    }
+  }
+}
+
+template <class V>
+void reset(OnlineSoftmax<V>& state) {
+  using S = typename V::Scalar;
+  for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
+    state.row_max[lane] = S(-__builtin_inf());
+    state.row_sum[lane] = S(0);
+  }
+}
+
+// Online softmax over keys n0 .. n0 + keys: scores become probs (which may be the same memory), relative to the new
+// maximum; state.alpha is what everything before has to be multiplied with. plain: nothing is added and nothing hidden.
+template <class E, int kVectors>
+void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64_t n0, int keys, bool plain, typename E::Scalar* scores,
+                  const typename E::Scalar* addend, typename E::Scalar* factors, typename E::Word* probs, OnlineSoftmax<typename E::Vector>& state) {
+  using V = typename E::Vector;
+  using S = typename E::Scalar;
+  V highest[kVectors], shift[kVectors], sum[kVectors];
+  for (int i = 0; i < kVectors; ++i) {
+    highest[i] = V::set(S(-__builtin_inf()));
+    sum[i] = V::set(S(0));
+  }
+  V scale = V::set(S(1));
+  if (plain) {
+    scale = V::set(S(p.scale * kLog2E));
+    maximum<V, kVectors>(scores, keys, highest);
+    for (int i = 0; i < kVectors; ++i) highest[i] = highest[i] * scale;
+  } else {
+    finish_scores<V, kVectors>(p, scores, addend, keys, highest);
+  }
+  for (int i = 0; i < kVectors; ++i) {
+    const V old = V::load(state.row_max + i * V::kWidth), now = max(highest[i], old);
+    now.store(state.row_max + i * V::kWidth);
+    // While a row has seen nothing its maximum is -inf; 0 stands in, as -inf - (-inf) is NaN.
+    shift[i] = select(equal(now, V::set(S(-__builtin_inf()))), V::set(S(0)), now);
+    exp2(old - shift[i]).store(state.alpha + i * V::kWidth);
+  }
+  if (p.dropout_threshold != 0) make_dropout(p, panel, n0, keys, factors);
+  exponentials<E, kVectors>(scores, scale, shift, p.dropout_threshold != 0 ? factors : nullptr, keys, probs, sum);
+  for (int i = 0; i < kVectors; ++i) {
+    S* row_sum = state.row_sum + i * V::kWidth;
+    fma(V::load(row_sum), V::load(state.alpha + i * V::kWidth), sum[i]).store(row_sum);
+  }
+}
+
+// One step: keys n0 .. n0 + keys, which begin at the block's row `at`, against one panel.
+template <class E, int kVectors>
+void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const KeyBlock<E>& block, int at, int64_t n0,
+                  int keys, bool plain, const typename E::Word* queries, typename E::Scalar* acc,
+                  OnlineSoftmax<typename E::Vector>& state, ForwardScratch<E>& scratch) {
+  constexpr int kLanes = Panel<typename E::Vector>::kLanes;
+  const int dim_v = int(p.head_dim_v), words = words_of(int(p.head_dim), E::kPerWord);
+  bool gaps = false;
+  if (!plain && !make_addend(p, seq, panel, n0, keys, scratch.addend, gaps)) return;
+  gemm<E, kVectors, Update::kStore>(keys, words, block.k + at * block.k_stride, block.k_stride, 1, queries, kLanes,
+                                    scratch.scores, kLanes);
+  softmax_step<E, kVectors>(p, panel, n0, keys, plain, scratch.scores, scratch.addend.values, scratch.factors, scratch.probs, state);
+  const typename E::Word* v = block.v + at / E::kPerWord * block.v_stride;
+  int64_t v_stride = block.v_stride;
+  if (gaps) {
+    v = without_gaps<E>(v, v_stride, keys, dim_v, scratch.addend.seen, scratch.gapless);
+    v_stride = dim_v;
+  }
+  // Each block is summed from zero and then added: errors grow with the number of blocks, not of keys.
+  gemm<E, kVectors, Update::kScaleAdd>(dim_v, words_of(keys, E::kPerWord), v, 1, v_stride, scratch.probs, kLanes, acc, kLanes,
+                                       state.alpha);
+}
+
+// The block's keys against one panel, cut where the panel's rows stop seeing the same keys.
+template <class E>
+void forward_block(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const KeyBlock<E>& block, int64_t n0,
+                   int64_t n1, const typename E::Word* queries, typename E::Scalar* acc, OnlineSoftmax<typename E::Vector>& state,
+                   ForwardScratch<E>& scratch) {
+  constexpr int64_t kAlign = E::kPerWord;  // a step begins at a whole word of v
+  const bool simple = p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 && p.scale > 0;
+  const int64_t first = larger(n0, n0 + (panel.any.first - n0) / kAlign * kAlign), last = smaller(n1, panel.any.last);
+  int64_t plain_first = n0 + (panel.all.first - n0 + kAlign - 1) / kAlign * kAlign, plain_last = n0 + (panel.all.last - n0) / kAlign * kAlign;
+  plain_first = larger(first, smaller(last, plain_first));
+  plain_last = panel.all.last >= last ? last : larger(plain_first, smaller(last, plain_last));
+  if (!simple) plain_first = plain_last = last;
+  const int64_t cuts[4] = {first, plain_first, plain_last, last};
+  for (int piece = 0; piece < 3; ++piece) {
+    const int keys = int(cuts[piece + 1] - cuts[piece]);
+    if (keys <= 0) continue;
+    const int at = int(cuts[piece] - n0);
+    if (panel.vectors == 2) {
+      forward_step<E, 2>(p, seq, panel, block, at, cuts[piece], keys, piece == 1, queries, acc, state, scratch);
+    } else {
+      forward_step<E, 1>(p, seq, panel, block, at, cuts[piece], keys, piece == 1, queries, acc, state, scratch);
+    }
+  }
+}
+
+// Takes the sink into a row's maximum and sum. factor: what results relative to the old maximum are multiplied with.
+template <class S>
+void add_sink(S sink, S& row_max, S& row_sum, S& factor) {
+  if (sink > row_max) {
+    factor = S(__builtin_exp2(double(row_max - sink)));
+    row_max = sink;
+  }
+  row_sum = row_sum * factor + S(__builtin_exp2(double(sink - row_max)));
+}
+
+// inverse: what the accumulated outputs are multiplied with, 0 for a row that saw nothing. lse in units of log2. A sink
+// counts once: not in parts, but when they are merged.
+template <class V>
+void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& job, const OnlineSoftmax<V>& state, typename V::Scalar* inverse,
+                    typename V::Scalar* lse) {
+  using S = typename V::Scalar;
+  for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
+    S row_max = state.row_max[lane], row_sum = state.row_sum[lane], factor = S(1);
+    // Not the maximum, in which NaN can be lost: a row that saw anything has a sum of at least 1, or NaN.
+    const bool empty = lane >= panel.count || row_sum == S(0);
+    if (!empty && p.sinks.data != nullptr && job.part < 0) {
+      const S sink = static_cast<const S*>(p.sinks.data)[panel.head[lane] * p.sinks.stride_h] * S(kLog2E);
+      add_sink(sink, row_max, row_sum, factor);
+    }
+    inverse[lane] = empty ? S(0) : factor / row_sum;
+    lse[lane] = empty ? S(-__builtin_inf()) : row_max + S(__builtin_log2(double(row_sum)));
+  }
+}
+
+// Columns d .. d + columns of one lane's output, to the caller's memory or to the parts that are merged later. row: the
+// lane's place among the job's rows.
+template <class V, class T>
+void store_output(const Params& p, const Sequence& seq, const Panel<V>& panel, const ForwardJob& job, const Parts& parts, int64_t row, int lane,
+                  int d, int columns, const typename V::Scalar* values) {
+  if (job.part >= 0) {
+    const int64_t at = job.part * parts.rows_total + job.first_part_row + row;
+    store_row<V>(values, columns, static_cast<typename V::Scalar*>(parts.out) + at * p.head_dim_v + d, 1);
+  } else {
+    T* out = row_of<T>(p.out, seq, panel.b, panel.head[lane], panel.query[lane]);
+    store_row<V>(values, columns, out + d * p.out.stride_d, p.out.stride_d);
+  }
+}
+
+template <class V>
+void store_lse(const Params& p, const Sequence& seq, const Panel<V>& panel, const ForwardJob& job, const Parts& parts, int64_t first_row,
+               const typename V::Scalar* lse) {
+  using S = typename V::Scalar;
+  for (int lane = 0; lane < panel.count; ++lane) {
+    if (job.part >= 0) {
+      static_cast<S*>(parts.lse)[job.part * parts.rows_total + job.first_part_row + first_row + lane] = lse[lane];
+    } else if (p.lse.data != nullptr) {
+      *row_of<S>(p.lse, seq, panel.b, panel.head[lane], panel.query[lane]) = lse[lane] * S(kLn2);
+    }
+  }
+}
+
+// out = acc / row_sum, turned from columns into rows; and lse.
+template <class E, class T>
+void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const ForwardJob& job, const Parts& parts,
+                  int64_t first_row, const typename E::Scalar* acc, const OnlineSoftmax<typename E::Vector>& state) {
+  using V = typename E::Vector;
+  using S = typename E::Scalar;
+  constexpr int kLanes = Panel<V>::kLanes;
+  const int dim_v = int(p.head_dim_v);
+  S inverse[kLanes], lse[kLanes];
+  finish_softmax(p, panel, job, state, inverse, lse);
+  for (int lane0 = 0; lane0 < panel.count; lane0 += V::kWidth) {
+    const V factor = V::load(inverse + lane0), zero = V::set(S(0));
+    for (int d = 0; d < dim_v; d += V::kWidth) {
+      V tile[V::kWidth];
+      const int columns = int(smaller(V::kWidth, dim_v - d));
+      for (int i = 0; i < V::kWidth; ++i) {
+        tile[i] = zero;
+        if (i < columns) tile[i] = select(equal(factor, zero), zero, V::load(acc + (d + i) * kLanes + lane0) * factor);
+      }
+      transpose(tile);
+      for (int i = 0; i < V::kWidth && lane0 + i < panel.count; ++i) {
+        S row[V::kWidth];
+        tile[i].store(row);
+        store_output<V, T>(p, seq, panel, job, parts, first_row + lane0 + i, lane0 + i, d, columns, row);
+      }
+    }
+  }
+  store_lse(p, seq, panel, job, parts, first_row, lse);
+}
+
+template <class E, class T>
+void forward_job(const Params& p, const ForwardJob& job, const Parts& parts, void* memory) {
+  using V = typename E::Vector;
+  using S = typename E::Scalar;
+  constexpr int kLanes = Panel<V>::kLanes;
+  Arena arena(memory);
+  ForwardScratch<E> scratch(p, arena);
+  const Sequence seq = sequence_of(p, job.b);
+  Panel<V> panels[kMaxPanels];
+  OnlineSoftmax<V> states[kMaxPanels];
+  int count = 0;
+  KeyRange keys{job.keys.last, job.keys.first};
+  for (int64_t row = 0; row < job.rows; row += kLanes, ++count) {
+    Panel<V>& panel = panels[count];
+    set_panel(panel, p, seq, job.b, group_of(p, job.head_kv), job.first_row + row, job.rows - row, job.keys);
+    const T* rows[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const bool sees = panel.keys[lane].first < panel.keys[lane].last;
+      rows[lane] = sees ? row_of<const T>(p.q, seq, job.b, panel.head[lane], panel.query[lane]) : nullptr;
+    }
+    reset(states[count]);
+    Columns<E, T>::pack(rows, panel.vectors * V::kWidth, p.q.stride_d, int(p.head_dim), scratch.queries + count * scratch.queries_size, kLanes);
+    S* acc = scratch.acc + count * scratch.acc_size;
+    for (int64_t i = 0; i < scratch.acc_size; ++i) acc[i] = S(0);
+    if (panel.any.first < panel.any.last) keys = {smaller(keys.first, panel.any.first), larger(keys.last, panel.any.last)};
+  }
+  for (int64_t n0 = keys.first; n0 < keys.last;) {
+    const int64_t n1 = smaller(keys.last, (n0 / kBlockKeys + 1) * kBlockKeys);
+    const KeyBlock<E> block = load_block(E{}, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, int(n1 - n0), scratch.block);
+    for (int i = 0; i < count; ++i) {
+      if (panels[i].any.first < n1 && n0 < panels[i].any.last)
+        forward_block<E>(p, seq, panels[i], block, n0, n1, scratch.queries + i * scratch.queries_size,
+                         scratch.acc + i * scratch.acc_size, states[i], scratch);
+    }
+    n0 = n1;
+  }
+  for (int i = 0; i < count; ++i)
+    finish_panel<E, T>(p, seq, panels[i], job, parts, i * kLanes, scratch.acc + i * scratch.acc_size, states[i]);
+}
+
+template <class E>
+size_t forward_scratch(const Params& p) {
+  Arena arena(nullptr);
+  ForwardScratch<E> scratch(p, arena);
+  return arena.used();
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,95 @@
+// Compiled once per instruction set, with FASTATTN_ISA as its name and FASTATTN_SIMD as its vector types. Nothing from the
+// C++ library may be instantiated here: the linker could pick that copy, with this file's instructions, for all callers.
+#include "kernels.h"
+
+#include "backward.h"
+#include "bias.h"
+#include "cache.h"
+#include "few_rows.h"
+#include "forward.h"
+#include "merge.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+#ifdef __AVX512BF16__
+using BF16Words = Pairs;
+#else
+using BF16Words = Single<F32>;
+#endif
+
+// Calls f(words, storage type) for a dtype.
+template <class F>
+auto for_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(Single<F32>{}, float{});
+    case DType::kFloat64: return f(Single<F64>{}, double{});
+    case DType::kBFloat16: return f(BF16Words{}, bf16{});
+    default: return f(Single<F32>{}, fp16{});
+  }
+}
+
+static int run_panel_rows(DType dtype) {
+  return for_dtype(dtype, [](auto words, auto) { return Panel<typename decltype(words)::Vector>::kLanes; });
+}
+
+static void run_append(const Params& p, int64_t b, int64_t head_kv) {
+  for_dtype(p.dtype, [&](auto words, auto type) { append_job<typename decltype(words)::Scalar, decltype(type)>(p, b, head_kv); });
+}
+
+static void run_rotate_queries(const Params& p, const View& to, int64_t b, int64_t head) {
+  for_dtype(p.dtype, [&](auto words, auto type) { rotate_queries_job<typename decltype(words)::Scalar, decltype(type)>(p, to, b, head); });
+}
+
+static size_t run_forward_scratch(const Params& p) {
+  return for_dtype(p.dtype, [&](auto words, auto) {
+    const size_t many = forward_scratch<decltype(words)>(p), few = few_rows_scratch<typename decltype(words)::Vector>(p);
+    return many > few ? many : few;
+  });
+}
+
+static void run_forward(const Params& p, const ForwardJob& job, const Parts& parts, void* scratch) {
+  for_dtype(p.dtype, [&](auto words, auto type) {
+    using V = typename decltype(words)::Vector;
+    if (few_rows<V>(p, job)) {
+      few_rows_job<V, decltype(type)>(p, job, parts, scratch);
+    } else {
+      forward_job<decltype(words), decltype(type)>(p, job, parts, scratch);
+    }
+  });
+}
+
+static void run_merge(const Params& p, const ForwardJob& job, const Parts& parts) {
+  for_dtype(p.dtype, [&](auto words, auto type) { merge_job<typename decltype(words)::Vector, decltype(type)>(p, job, parts); });
+}
+
+static size_t run_backward_scratch(const Params& p) {
+  return for_dtype(p.dtype, [&](auto words, auto) { return backward_scratch<decltype(words)>(p); });
+}
+
+static void run_delta(const Params& p, const BackwardSpace& space, int64_t b, int64_t head) {
+  for_dtype(p.dtype, [&](auto words, auto type) { delta_job<typename decltype(words)::Vector, decltype(type)>(p, space, b, head); });
+}
+
+static void run_backward(const Params& p, const BackwardJob& job, const BackwardSpace& space, void* scratch) {
+  for_dtype(p.dtype, [&](auto words, auto type) { backward_job<decltype(words), decltype(type)>(p, job, space, scratch); });
+}
+
+static void run_sum_dq(const Params& p, const BackwardJob& job, const BackwardSpace& space) {
+  for_dtype(p.dtype, [&](auto words, auto type) { sum_dq_job<typename decltype(words)::Vector, decltype(type)>(p, job, space); });
+}
+
+static void run_dbias(const Params& p, const BiasJob& job, const BackwardSpace& space, void* scratch) {
+  for_dtype(p.dtype, [&](auto words, auto type) { dbias_job<decltype(words), decltype(type)>(p, job, space, scratch); });
+}
+
+static void run_dsinks(const Params& p, const BackwardSpace& space, int64_t head) {
+  for_dtype(p.dtype, [&](auto words, auto) { dsinks_job<typename decltype(words)::Vector>(p, space, head); });
+}
+
+extern const Kernels kKernels;
+const Kernels kKernels = {FASTATTN_ISA_NAME, run_append, run_rotate_queries, run_panel_rows, run_forward_scratch,  run_forward,  run_merge,
+                          run_backward_scratch, run_delta, run_backward, run_sum_dq, run_dbias, run_dsinks};
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

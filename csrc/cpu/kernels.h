@@ -1,0 +1,68 @@
+// What each instruction set provides: a table of plain functions, and the work they are handed.
+//
+// A job is a piece of a call that no other job writes to; how a call is cut into jobs depends on the problem alone, never
+// on the number of threads, and every job computes in a fixed order. So results are the same bit for bit on any number
+// of threads.
+#pragma once
+
+#include <cstddef>
+
+#include "../params.h"
+
+namespace fastattn {
+
+// Rows [first_row, first_row + rows) of a sequence and key/value head (see rows.h), over the keys [keys.first, keys.last).
+struct ForwardJob {
+  int64_t b, head_kv, first_row, rows;
+  KeyRange keys;
+  int64_t part;            // which part of the keys; -1: all of them, and the result goes straight to out
+  int64_t first_part_row;  // where the first row's results lie in a part
+};
+
+// Where the results over parts of the keys wait to be merged, in the accumulator's dtype:
+// out (parts, rows_total, head_dim_v), normalised; lse (parts, rows_total) in units of log2, -inf where nothing was seen.
+struct Parts {
+  void* out = nullptr;
+  void* lse = nullptr;
+  int64_t count = 0, rows_total = 0;
+};
+
+// Keys [keys.first, keys.last) of a sequence and key/value head, against all its queries.
+struct BackwardJob {
+  int64_t b, head_kv;
+  KeyRange keys;
+  int64_t part;         // which part of dq's sum this job writes, and
+  int64_t first_panel;  // where the panels of this sequence and head begin in it
+};
+
+// Memory of a backward pass, in the accumulator's dtype.
+struct BackwardSpace {
+  void* dq = nullptr;  // (parts, panels, head_dim, panel_rows): addends of dq / scale, one per part of the keys
+  View delta;          // (batch, heads_q, seqlen_q): rowsum(dout * out) - dlse
+  int64_t parts = 0, panels = 0;
+};
+
+// A tile of dbias: one panel of rows and one block of keys of its own shape; all of them where that is 1 (broadcast).
+struct BiasJob {
+  int64_t b, h, first_row, first_key;
+};
+
+struct Kernels {
+  const char* name;
+  void (*append)(const Params&, int64_t b, int64_t head_kv);                   // new keys and values into the cache
+  void (*rotate_queries)(const Params&, const View& to, int64_t b, int64_t head);
+  int (*panel_rows)(DType);
+  size_t (*forward_scratch)(const Params&);  // bytes of scratch memory that a thread needs
+  void (*forward)(const Params&, const ForwardJob&, const Parts&, void* scratch);
+  void (*merge)(const Params&, const ForwardJob&, const Parts&);
+  size_t (*backward_scratch)(const Params&);
+  void (*delta)(const Params&, const BackwardSpace&, int64_t b, int64_t head);
+  void (*backward)(const Params&, const BackwardJob&, const BackwardSpace&, void* scratch);
+  void (*sum_dq)(const Params&, const BackwardJob&, const BackwardSpace&);
+  void (*dbias)(const Params&, const BiasJob&, const BackwardSpace&, void* scratch);
+  void (*dsinks)(const Params&, const BackwardSpace&, int64_t head);
+};
+
+constexpr int kBlockKeys = 128;  // keys of one step
+
+}  // namespace fastattn

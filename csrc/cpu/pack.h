@@ -1,0 +1,113 @@
+// Bringing rows of the caller's tensors into the order and the words that the matrix product takes.
+#pragma once
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+inline int words_of(int numbers, int per_word) { return (numbers + per_word - 1) / per_word; }
+
+// n numbers of a row as the vector's scalars, times factor.
+template <class V, class T>
+void copy_row(const T* from, int64_t stride, int n, typename V::Scalar* to) {
+  int i = 0;
+  if (stride == 1) {
+    for (; i + V::kWidth <= n; i += V::kWidth) V::load(from + i).store(to + i);
+  }
+  for (; i < n; ++i) to[i] = typename V::Scalar(to_float(from[i * stride]));
+}
+
+template <class V, class T>
+void store_row(const typename V::Scalar* from, int n, T* to, int64_t stride) {
+  int i = 0;
+  if (stride == 1) {
+    for (; i + V::kWidth <= n; i += V::kWidth) V::load(from + i).store(to + i);
+  }
+  for (; i < n; ++i) from_float(from[i], to[i * stride]);
+}
+
+// Columns: words[word][lane], word w of lane l holding the numbers w * kPerWord .. of rows[l]: Q^T and dO^T.
+// A null row gives zeros. tile is scratch of kLanes * kWidth scalars.
+template <class E, class T>
+struct Columns;
+
+template <class V, class T>
+struct Columns<Single<V>, T> {
+  static void pack(const T* const* rows, int lanes, int64_t stride, int dim, typename V::Scalar* words, int64_t ld) {
+    using S = typename V::Scalar;
+    for (int lane = 0; lane < lanes; lane += V::kWidth) {
+      int d = 0;
+      if (stride == 1) {
+        for (; d + V::kWidth <= dim; d += V::kWidth) {
+          V tile[V::kWidth];
+          for (int i = 0; i < V::kWidth; ++i) tile[i] = rows[lane + i] ? V::load(rows[lane + i] + d) : V::set(0);
+          transpose(tile);
+          for (int i = 0; i < V::kWidth; ++i) tile[i].store(words + (d + i) * ld + lane);
+        }
+      }
+      for (; d < dim; ++d)
+        for (int i = 0; i < V::kWidth; ++i)
+          words[d * ld + lane + i] = rows[lane + i] ? S(to_float(rows[lane + i][d * stride])) : S(0);
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Columns<Pairs, bf16> {
+  // A pair of bfloat16 is as wide as a float, and a transpose only moves words.
+  static void pack(const bf16* const* rows, int lanes, int64_t stride, int dim, uint32_t* words, int64_t ld) {
+    constexpr int kWidth = F32::kWidth;
+    for (int lane = 0; lane < lanes; lane += kWidth) {
+      int d = 0;
+      if (stride == 1) {
+        for (; d + 2 * kWidth <= dim; d += 2 * kWidth) {
+          F32 tile[kWidth];
+          for (int i = 0; i < kWidth; ++i) {
+            const bf16* row = rows[lane + i];
+            tile[i].v = row ? _mm512_castsi512_ps(_mm512_loadu_si512(row + d)) : _mm512_setzero_ps();
+          }
+          transpose(tile);
+          for (int i = 0; i < kWidth; ++i)
+            _mm512_storeu_si512(words + (d / 2 + i) * ld + lane, _mm512_castps_si512(tile[i].v));
+        }
+      }
+      for (; d < dim; d += 2)
+        for (int i = 0; i < kWidth; ++i) {
+          const bf16* row = rows[lane + i];
+          const uint32_t low = row ? row[d * stride].bits : 0, high = row && d + 1 < dim ? row[(d + 1) * stride].bits : 0;
+          words[d / 2 * ld + lane + i] = low | high << 16;
+        }
+    }
+  }
+};
+
+// Rows r and r + 1 interleaved: word i = (even[i], odd[i]); a null row gives zeros. dim is rounded up to whole vectors in
+// `words`, which holds that many.
+inline void interleave_rows(const bf16* even, int64_t stride, const bf16* odd, int dim, uint32_t* words) {
+  int d = 0;
+  if (stride == 1) {
+    for (; d + 16 <= dim; d += 16) {
+      const __m512i low = even ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + d))) : _mm512_setzero_si512();
+      const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + d))) : _mm512_setzero_si512();
+      _mm512_storeu_si512(words + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+  for (; d < dim; ++d) words[d] = (even ? even[d * stride].bits : 0u) | (odd ? odd[d * stride].bits : 0u) << 16;
+}
+
+// dim numbers as pairs along the row, padded with zero.
+inline void pair_row(const bf16* row, int64_t stride, int dim, uint32_t* words) {
+  if (stride == 1 && dim % 2 == 0) {
+    std::memcpy(words, row, size_t(dim) * 2);
+    return;
+  }
+  for (int d = 0; d < dim; d += 2)
+    words[d / 2] = row[d * stride].bits | uint32_t(d + 1 < dim ? row[(d + 1) * stride].bits : 0) << 16;
+}
+#endif
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn

@@ -1,0 +1,237 @@
+"""The C++ kernels for CPUs (csrc/cpu): fused forward, backward and decoding, every feature.
+
+The native module knows no torch: it is handed sizes and strides once per kind of call (`_cpu.Call`), and addresses
+each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..problem import Inputs, Problem
+from . import Grads, Needs, empty_grad, empty_lse, empty_out
+
+try:
+    from .. import _cpu
+except ImportError as error:  # running from a source tree that was never built
+    _cpu = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+# The values of fastattn::DType in csrc/params.h.
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class _Native(NamedTuple):
+    """The tensors of a call as the native module takes them, in the order of its arguments."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+    kv_lengths: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    block_table: Tensor | None
+
+
+class CpuBackend:
+    """Fused kernels, compiled for several instruction sets and chosen by the processor at hand."""
+
+    name = "cpu"
+
+    def why_unavailable(self) -> str | None:
+        """Raises ValueError if FASTATTN_CPU_ISA names an instruction set that this processor lacks."""
+        if _cpu is None:
+            return f"the native module fastattn._cpu could not be imported ({_import_error}); build it with pip install ."
+        _cpu.instruction_set()
+        return None
+
+    def why_not(self, problem: Problem) -> str | None:
+        """It computes every call on CPU tensors."""
+        if problem.device.type != "cpu":
+            return f"its tensors are on {problem.device}, and this backend runs on the CPU."
+        return None
+
+    def prepare(self, problem: Problem, inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """See `Backend.prepare`."""
+        if inputs.q.is_neg() or inputs.k.is_neg() or inputs.v.is_neg():
+            return None
+        out = empty_out(problem, inputs.q)
+        attend = _call(problem, _native(problem, inputs), {"out": out}).attend
+        shape, stride, dtype = out.shape, out.stride(), out.dtype
+        like_q = torch.empty_like(inputs.q)
+        if like_q.shape == shape and like_q.stride() == stride:  # the quickest way to such memory
+
+            def allocate(q: Tensor) -> Tensor:
+                return torch.empty_like(q)
+        else:
+
+            def allocate(q: Tensor) -> Tensor:
+                return torch.empty_strided(shape, stride, dtype=dtype)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = allocate(q)
+            attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), torch.get_num_threads())
+            return out
+
+        return run
+
+    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        x = _native(problem, inputs)
+        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+        call = _call(problem, x, {"out": out, "lse": lse})
+        call.forward(*_addresses(x), _seed(inputs), out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+        return out, lse
+
+    def backward(
+        self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: Needs
+    ) -> Grads:
+        """See `Backend.backward`."""
+        x = _native(problem, inputs)
+        dout = dout.resolve_neg()
+        dlse = None if dlse is None else dlse.to(problem.accumulator)
+        grads = _empty_grads(problem, inputs, needs)
+        names = ("dq", "dk", "dv", "dbias", "dsinks")
+        more = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, **dict(zip(names, grads, strict=True))}
+        call = _call(problem, x, more)
+        addresses = [_address(t) for t in (out, lse, dout, dlse, *grads)]
+        call.backward(*_addresses(x), _seed(inputs), *addresses, torch.get_num_threads())
+        return Grads(
+            *[
+                grad if grad is None or like is None else grad.view(like.shape).to(like.dtype)
+                for grad, like in zip(grads, inputs.differentiable, strict=True)
+            ]
+        )
+
+    def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See `Backend.decode`."""
+        x = _native(problem, inputs)
+        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+        call = _call(problem, x, {"out": out, "lse": lse, "k_new": inputs.k_new, "v_new": inputs.v_new})
+        tables = [None if t is None else t.to(problem.accumulator).contiguous() for t in (inputs.cos, inputs.sin)]
+        addresses = [_address(t) for t in (out, lse, inputs.k_new, inputs.v_new, *tables)]
+        call.forward_with_cache(*_addresses(x), 0, *addresses, torch.get_num_threads())
+        for cache in (inputs.k, inputs.v):
+            if inputs.k_new is not None and not cache.is_inference():
+                torch.autograd.graph.increment_version(cache)
+        return out, lse
+
+
+def _native(problem: Problem, inputs: Inputs) -> _Native:
+    mask, bias, slopes, sinks = inputs.mask, inputs.bias, inputs.alibi_slopes, inputs.sinks
+    return _Native(
+        inputs.q.resolve_neg(),
+        inputs.k.resolve_neg(),
+        inputs.v.resolve_neg(),
+        None if mask is None else _broadcast(problem, mask).view(torch.uint8),
+        None if bias is None else _broadcast(problem, bias.resolve_neg()),
+        None if slopes is None else slopes.to(problem.accumulator).expand(problem.batch, -1),
+        None if sinks is None else sinks.to(problem.accumulator),
+        *[
+            None if x is None else x.contiguous()
+            for x in (inputs.kv_lengths, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.block_table)
+        ],
+    )
+
+
+def _broadcast(problem: Problem, x: Tensor) -> Tensor:
+    """A view (batch, heads_q, seqlen_q, seqlen_k) of a mask or bias; varlen leaves the last two as they are."""
+    x = x[(None,) * (4 - x.ndim)]
+    rows = (-1, -1) if problem.kind == "varlen" else (problem.seqlen_q, problem.seqlen_k)
+    return x.expand(problem.batch, problem.heads_q, *rows)
+
+
+def _empty_grads(problem: Problem, inputs: Inputs, needs: Needs) -> list[Tensor | None]:
+    q, k, v, bias, sinks = inputs.differentiable
+    grads: list[Tensor | None] = [
+        empty_grad(x) if need and x is not None else None for x, need in zip((q, k, v), needs[:3], strict=True)
+    ]
+    if problem.kind == "varlen" or inputs.kv_lengths is not None:  # keys that do not exist are not written
+        for grad in grads[1:]:
+            if grad is not None:
+                grad.zero_()
+    for x, need in ((bias, needs.bias), (sinks, needs.sinks)):
+        wanted = need and x is not None
+        grads.append(torch.zeros(x.shape, dtype=problem.accumulator) if wanted else None)  # type: ignore[union-attr]
+    return grads
+
+
+# ------------------------------------------------------------------------------------------------- native descriptions
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _addresses(x: _Native) -> list[int]:
+    return [_address(t) for t in x]
+
+
+def _seed(inputs: Inputs) -> int:
+    return 0 if inputs.seed is None else int(inputs.seed)
+
+
+def _call(problem: Problem, x: _Native, more: dict[str, Tensor | None]) -> Any:
+    """The native description for these tensors, made once per problem and strides."""
+    tensors = {**x._asdict(), **more}
+    layouts = tuple([(n, tuple(t.shape), t.stride(), t.dtype) for n, t in tensors.items() if t is not None])
+    return _describe(problem, layouts)
+
+
+@lru_cache(maxsize=4096)
+def _describe(problem: Problem, layouts: tuple[tuple[str, Any, Any, torch.dtype], ...]) -> Any:
+    p = problem
+    strides = {name: _strides(p.kind, name, shape, stride) for name, shape, stride, _ in layouts if name not in _INDICES}
+    table = next((shape for name, shape, _, _ in layouts if name == "block_table"), (0, 0))
+    bias_dtype = next((dtype for name, _, _, dtype in layouts if name == "bias"), torch.float32)
+    dbias = next((shape for name, shape, _, _ in layouts if name == "dbias"), ())
+    sizes = {
+        "dtype": _DTYPE_CODES[p.dtype],
+        "bias_dtype": _DTYPE_CODES[bias_dtype],
+        "batch": p.batch,
+        "heads_q": p.heads_q,
+        "heads_kv": p.heads_kv,
+        "seqlen_q": p.seqlen_q,
+        "seqlen_k": p.seqlen_k,
+        "head_dim": p.head_dim,
+        "head_dim_v": p.head_dim_v,
+        "max_pages": table[1],
+        "page_size": p.page_size,
+        "seqlen_new": p.seqlen_new,
+        "rotary_dim": p.rotary_dim,
+        "rotary_interleaved": int(p.rotary_interleaved),
+        "window_left": -1 if p.window_left is None else p.window_left,
+        "window_right": -1 if p.window_right is None else p.window_right,
+        "bottom_right": int(p.bottom_right),
+        "dropout_threshold": p.dropout_threshold,
+    }
+    options = {"scale": p.scale, "softcap": p.softcap or 0.0, "dropout_scale": 1.0 / (1.0 - p.dropout_p)}
+    return _cpu.Call(sizes, options, strides, (1,) * (4 - len(dbias)) + tuple(dbias))
+
+
+_INDICES = ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table")
+
+
+def _strides(kind: str, name: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Strides as (batch, head, position, feature), see fastattn::View."""
+    if name in ("mask", "bias", "dbias"):
+        s = [0 if size == 1 else step for size, step in zip(shape, stride, strict=True)]
+        return (*(0,) * (4 - len(s)), *s)  # type: ignore[return-value]
+    if name == "alibi_slopes":
+        return stride[0], stride[1], 0, 0
+    if name in ("sinks", "dsinks"):
+        return 0, stride[0], 0, 0
+    if name in ("lse", "dlse"):
+        return (0, stride[0], stride[1], 0) if kind == "varlen" else (stride[0], stride[1], stride[2], 0)
+    if kind == "varlen":
+        return 0, stride[1], stride[0], stride[2]
+    return stride  # type: ignore[return-value]

@@ -1,0 +1,67 @@
+"""Compiles and runs the C++ checks in this folder.
+
+`python -m tests.native.build sanitize` (what `make sanitize` does) runs core_check under AddressSanitizer with
+UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from native_build import COMMON, ROOT, compiler, core_objects, kernel_flags, libraries
+
+HERE = Path(__file__).parent
+# The threads of OpenMP are not instrumented: the core's own are used.
+SANITIZERS = {
+    "address,undefined": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread", "-DFASTATTN_NO_OPENMP"],
+}
+
+
+def run_simd_check(instruction_set: str, folder: Path) -> str:
+    """Compiles simd_check.cpp for an instruction set and runs it; returns what it printed."""
+    program = folder / f"simd_check_{instruction_set}"
+    command = [compiler(), *kernel_flags(instruction_set), "-O1", "-w", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, str(HERE / "simd_check.cpp"), "-o", str(program)], check=True)
+    return subprocess.run([str(program)], capture_output=True, text=True, check=False).stdout
+
+
+def run_core_check(flags: Sequence[str], folder: Path) -> int:
+    """Compiles the core and core_check.cpp with additional flags and runs it; returns its exit status."""
+    objects = {**core_objects(), "main": (str(HERE.relative_to(ROOT) / "core_check.cpp"), COMMON)}
+
+    def compile_one(item: tuple[str, tuple[str, list[str]]]) -> str:
+        name, (source, own) = item
+        output = str(folder / f"{name}.o")
+        command = [compiler(), *own, "-O1", "-g", "-w", *flags, f"-I{ROOT / 'csrc'}", "-c", str(ROOT / source)]
+        subprocess.run([*command, "-o", output], check=True)
+        return output
+
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(compile_one, objects.items()))
+    program = str(folder / "core_check")
+    subprocess.run([compiler(), *flags, *outputs, "-o", program, *libraries()], check=True)
+    return subprocess.run([program], check=False).returncode
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the checks under each sanitizer; returns the first exit status that is not 0."""
+    if list(arguments) != ["sanitize"]:
+        print("usage: python -m tests.native.build sanitize", file=sys.stderr)
+        return 2
+    for name, flags in SANITIZERS.items():
+        print(f"== {name}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            status = run_core_check(flags, Path(folder))
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,207 @@
+"""The native module and the C++ code under it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastattn
+from native_build import INSTRUCTION_SETS
+
+_cpu = pytest.importorskip("fastattn._cpu", reason="the native module was not built: pip install .")
+RUNNABLE = _cpu.instruction_sets()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_vector_types(instruction_set: str, tmp_path: Path) -> None:
+    """Every operation of the vector types, the conversions, exp2 and tanh; errors are stated by the program."""
+    from .native.build import run_simd_check
+
+    if instruction_set not in RUNNABLE:
+        pytest.skip(f"this processor has no {instruction_set}")
+    printed = run_simd_check(instruction_set, tmp_path)
+    assert printed.endswith("\n0 failures\n"), printed
+    assert "exp2" in printed
+
+
+def test_needs_no_torch_symbol() -> None:
+    """So that one build works with every version of torch."""
+    undefined = subprocess.run(["nm", "-D", "--undefined-only", _cpu.__file__], capture_output=True, text=True, check=True)
+    symbols = undefined.stdout
+    assert "Py" in symbols
+    for mark in ("at::", "c10", "torch", "_ZN2at", "_ZNK2at"):
+        assert mark not in symbols, mark
+    needed = subprocess.run(["ldd", _cpu.__file__], capture_output=True, text=True, check=True).stdout
+    assert "torch" not in needed
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+
+
+CALL = "import torch, fastattn; q = torch.ones(1, 1, 4, 8); print(fastattn.attention(q, q, q, backend='cpu').sum().item())"
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_instruction_set_can_be_forced(instruction_set: str) -> None:
+    found = run_python("import fastattn._cpu as m; print(m.instruction_set())", FASTATTN_CPU_ISA=instruction_set)
+    if instruction_set in RUNNABLE:
+        assert found.stdout.strip() == instruction_set
+        assert run_python(CALL, FASTATTN_CPU_ISA=instruction_set).stdout.strip() == "32.0"
+    else:
+        assert "FASTATTN_CPU_ISA must name an instruction set of this processor" in found.stderr
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    found = run_python(CALL, FASTATTN_CPU_ISA="avx1024")
+    assert found.returncode != 0
+    assert "FASTATTN_CPU_ISA must name an instruction set of this processor" in found.stderr
+    assert "avx1024" in found.stderr
+
+
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "everything": {"causal": True, "softcap": 4.0, "dropout_p": 0.25, "seed": 3, "window": (90, 0)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("features", FEATURES)
+def test_same_bits_for_any_number_of_threads(features: str, dtype: torch.dtype) -> None:
+    options = FEATURES[features]
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(0)
+            q, k, v = (torch.randn(2, h, n, 40, dtype=dtype, requires_grad=True) for h, n in ((4, 130), (2, 700), (2, 700)))
+            bias = torch.randn(4, 130, 700, dtype=dtype, requires_grad=True)
+            out, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True, backend="cpu", **options)
+            grads = torch.autograd.grad((out, lse), (q, k, v, bias), (torch.randn_like(out), torch.randn_like(lse)))
+            few, few_lse = fastattn.attention(q[:, :, :1], k, v, return_lse=True, backend="cpu")
+        finally:
+            torch.set_num_threads(before)
+        results.append((out, lse, *grads, few, few_lse))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def _attend_in_child(queue: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+    q = torch.ones(2, 8, 256, 64)
+    queue.put(fastattn.attention(q, q, q, backend="cpu").sum().item())
+
+
+def test_survives_a_fork() -> None:
+    q = torch.ones(2, 8, 256, 64)
+    expected = fastattn.attention(q, q, q, backend="cpu").sum().item()  # starts the threads of this process
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_attend_in_child, args=(queue,))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == expected
+    finally:
+        child.join(timeout=10)
+        child.kill()
+
+
+class Attended(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        q = torch.full((1, 4, 128, 32), float(i))
+        return fastattn.attention(q, q, q, backend="cpu")[0, 0, 0, 0]
+
+
+def test_works_in_data_loader_workers() -> None:
+    loader = torch.utils.data.DataLoader(Attended(), batch_size=3, num_workers=2)
+    assert torch.cat(list(loader)).tolist() == pytest.approx(list(range(6)))
+
+
+def test_many_threads_may_call_at_once() -> None:
+    q, k, v = (torch.randn(1, 4, n, 48) for n in (100, 300, 300))
+    expected = fastattn.attention(q, k, v, causal=True, backend="cpu")
+    wrong = []
+
+    def call() -> None:
+        for _ in range(20):
+            if not torch.equal(fastattn.attention(q, k, v, causal=True, backend="cpu"), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=call) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_interpreter_is_free_while_a_kernel_runs() -> None:
+    q = torch.randn(1, 8, 2048, 64)
+    ticks = 0
+    done = threading.Event()
+
+    def work() -> None:
+        fastattn.attention(q, q, q, backend="cpu")
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.is_set():
+        ticks += 1
+    thread.join()
+    assert ticks > 100
+
+
+def test_indices_beyond_32_bits() -> None:
+    """Strides that reach over 2^31 elements, in memory that is never touched in between."""
+    stride = 2**31 + 64
+    storage = torch.empty(3 * stride, dtype=torch.float16)  # reserved, not written
+    q = storage.as_strided((1, 1, 3, 16), (0, 0, stride, 1))
+    values = torch.randn(1, 1, 3, 16, dtype=torch.float16)
+    q.copy_(values)
+    torch.testing.assert_close(
+        fastattn.attention(q, q, q, backend="cpu"), fastattn.attention(values, values, values, backend="cpu")
+    )
+
+
+def test_misaligned_memory() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        storage = torch.randn(3 * 4 * 33 * 24 + 1, dtype=dtype)
+        q, k, v = storage[1:].view(3, 1, 4, 33, 24).unbind()
+        expected = fastattn.attention(q.clone(), k.clone(), v.clone(), causal=True, backend="cpu")
+        assert torch.equal(fastattn.attention(q, k, v, causal=True, backend="cpu"), expected)
+
+
+def test_memory_that_cannot_be_had_is_an_exception() -> None:
+    """The workspace of this call would be larger than any machine; nothing crashes, and the next call works."""
+    q = torch.empty(1, 1, 1, 1, dtype=torch.float16).expand(1, 1, 1, 2**45)
+    with pytest.raises((MemoryError, RuntimeError)):
+        fastattn.attention(q, q, torch.empty(1, 1, 1, 1, dtype=torch.float16), backend="cpu")
+    x = torch.ones(1, 1, 2, 8)
+    assert fastattn.attention(x, x, x, backend="cpu").sum().item() == 16
+
+
+def test_tiny_calls_take_the_short_way() -> None:
+    from fastattn import shortcuts
+
+    x = torch.randn(1, 1, 1, 64)
+    run = shortcuts.find(x, x, x, False, None, "bottom-right", None, None, "cpu")
+    assert run is not None
+    assert torch.equal(run(x, x, x), fastattn.attention(x, x, x, backend="reference"))
+    with pytest.raises(TypeError, match="causal must be a bool"):
+        fastattn.attention(x, x, x, causal=0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scale"):
+        fastattn.attention(x, x, x, scale=True)
