@@ -37,9 +37,7 @@ def kernel_flags(instruction_set: str) -> list[str]:
 
 def core_objects() -> dict[str, tuple[str, list[str]]]:
     """Object name -> (source, flags) of the CPU core, without the Python module around it."""
-    objects = {
-        f"kernels_{name}": ("csrc/cpu/kernels.cpp", [*kernel_flags(name), "-O3"]) for name in INSTRUCTION_SETS
-    }
+    objects = {f"kernels_{name}": ("csrc/cpu/kernels.cpp", [*kernel_flags(name), "-O3"]) for name in INSTRUCTION_SETS}
     objects["core"] = ("csrc/cpu/core.cpp", [*COMMON, "-O2", *(["-DFASTATTN_X86"] if X86 else [])])
     objects["parallel"] = ("csrc/cpu/parallel.cpp", [*COMMON, "-O2"])
     return objects

@@ -68,9 +68,7 @@ class Case:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.heads_q % self.heads_kv:
-            raise ValueError(
-                f"heads_q must be a multiple of heads_kv, got {self.heads_q} and {self.heads_kv}"
-            )
+            raise ValueError(f"heads_q must be a multiple of heads_kv, got {self.heads_q} and {self.heads_kv}")
 
     def _check_varlen(self) -> None:
         if self.lengths_q is None or self.lengths_k is None:
@@ -82,9 +80,7 @@ class Case:
             ("lengths_k", self.lengths_k, self.seqlen_k),
         ):
             if len(lengths) != self.batch or min(lengths) < 1 or max(lengths) != longest:
-                raise ValueError(
-                    f"{field} must hold {self.batch} lengths from 1 to exactly {longest}, got {lengths}"
-                )
+                raise ValueError(f"{field} must hold {self.batch} lengths from 1 to exactly {longest}, got {lengths}")
 
     @property
     def torch_dtype(self) -> torch.dtype:

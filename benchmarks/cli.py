@@ -70,9 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time to measure each case, all rivals together (default: %(default)s)",
     )
     add("--json", type=Path, metavar="PATH", help="write header, raw samples and results there")
-    add(
-        "--plot", type=Path, metavar="PATH", help="draw time and GFLOP/s over the sequence length there (PNG)"
-    )
+    add("--plot", type=Path, metavar="PATH", help="draw time and GFLOP/s over the sequence length there (PNG)")
 
 
 @dataclass(frozen=True)
@@ -144,16 +142,10 @@ def _plan(args: argparse.Namespace) -> _Plan:
     if args.plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs the package matplotlib, which is not installed")
     if args.plot is not None and not has_curves(cases):
-        raise ValueError(
-            "--plot needs cases that differ in the sequence length alone, and none of those chosen do"
-        )
-    backends = _names(
-        "--backend", args.backend, {"auto": None, **dict.fromkeys(fastattn.available_backends())}
-    )
+        raise ValueError("--plot needs cases that differ in the sequence length alone, and none of those chosen do")
+    backends = _names("--backend", args.backend, {"auto": None, **dict.fromkeys(fastattn.available_backends())})
     ours = [Fastattn(None if name == "auto" else name) for name in backends]
-    others = (
-        [] if args.rivals == "none" else [RIVALS[name]() for name in _names("--rivals", args.rivals, RIVALS)]
-    )
+    others = [] if args.rivals == "none" else [RIVALS[name]() for name in _names("--rivals", args.rivals, RIVALS)]
     return _Plan(cases, [*ours, *others], _device(args.device), Effort(budget=args.budget))
 
 
@@ -173,9 +165,7 @@ def _cases(suites: str | None, families: str | None, dtypes: str | None) -> list
     return cases
 
 
-def _names(
-    option: str, given: str, known: Mapping[str, object], groups: Sequence[str] = ("all",)
-) -> list[str]:
+def _names(option: str, given: str, known: Mapping[str, object], groups: Sequence[str] = ("all",)) -> list[str]:
     """The names in a list separated by commas; where "all" is one of the groups, it stands for every name."""
     names = [name.strip() for name in given.split(",")]
     if names == ["all"] and "all" in groups:
@@ -194,9 +184,7 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name} does not exist: torch sees {torch.cuda.device_count()} CUDA devices"
-        )
+        raise ValueError(f"--device {name} does not exist: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 

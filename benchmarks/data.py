@@ -50,9 +50,7 @@ def make_data(case: Case, device: torch.device, seed: int = 0) -> Data:
         mask = (keep | _diagonal(case)).to(device)
     elif case.mask == "additive":
         bias = normal(case.seqlen_q, case.seqlen_k)
-    return Data(
-        q, k, v, dout, mask, bias, _cumulated(case.lengths_q, device), _cumulated(case.lengths_k, device)
-    )
+    return Data(q, k, v, dout, mask, bias, _cumulated(case.lengths_q, device), _cumulated(case.lengths_k, device))
 
 
 def make_cold_data(case: Case, device: torch.device, cache_bytes: int) -> list[Data]:
@@ -102,9 +100,7 @@ def join_packed(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part[0].transpose(0, 1) for part in parts])
 
 
-def hidden_pairs(
-    case: Case, seqlen_q: int, seqlen_k: int, mask: Tensor | None, device: torch.device
-) -> Tensor | None:
+def hidden_pairs(case: Case, seqlen_q: int, seqlen_k: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
     """bool (seqlen_q, seqlen_k), True where causal rule, window or mask hide the key; None if nowhere."""
     left, right = case.window_bounds
     offset = seqlen_k - seqlen_q if case.causal_alignment == "bottom-right" else 0
@@ -119,9 +115,7 @@ def hidden_pairs(
     return hidden if bool(hidden.any()) else None
 
 
-def _shape(
-    case: Case, heads: int, lengths: tuple[int, ...] | None, seqlen: int, head_dim: int
-) -> tuple[int, ...]:
+def _shape(case: Case, heads: int, lengths: tuple[int, ...] | None, seqlen: int, head_dim: int) -> tuple[int, ...]:
     if lengths is None:
         return (case.batch, heads, seqlen, head_dim)
     return (sum(lengths), heads, head_dim)

@@ -113,9 +113,7 @@ def _groups(case: Case, data: Data) -> Iterator[tuple[_Slices, Data]]:
     for number, part in enumerate(split(case, data)):
         for b in range(part.q.shape[0]):
             for head in range(case.heads_kv):
-                at = _Slices(
-                    number, slice(b, b + 1), slice(head * group, (head + 1) * group), slice(head, head + 1)
-                )
+                at = _Slices(number, slice(b, b + 1), slice(head * group, (head + 1) * group), slice(head, head + 1))
                 q, dout = part.q[at.batch, at.queries], part.dout
                 k, v = part.k[at.batch, at.keys], part.v[at.batch, at.keys]
                 yield (

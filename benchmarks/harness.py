@@ -41,9 +41,7 @@ def run_cases(
         yield run_case(case, rivals, device, effort, clock)
 
 
-def run_case(
-    case: Case, rivals: Sequence[Rival], device: torch.device, effort: Effort, clock: Clock
-) -> CaseResult:
+def run_case(case: Case, rivals: Sequence[Rival], device: torch.device, effort: Effort, clock: Clock) -> CaseResult:
     """Measures every rival that can do the case and does it right."""
     copies = _copies(case, device)
     expected = expect(case, copies[0])
@@ -74,9 +72,7 @@ def _copies(case: Case, device: torch.device) -> list[Data]:
     return [make_data(case, device)]
 
 
-def _admit(
-    rival: Rival, case: Case, copies: Sequence[Data], expected: dict[str, Expected]
-) -> _Admitted | Measurement:
+def _admit(rival: Rival, case: Case, copies: Sequence[Data], expected: dict[str, Expected]) -> _Admitted | Measurement:
     """Prepares the rival's calls and compares the results of one with what they should be."""
     reason = rival.why_not(case, copies[0])
     if reason is not None:

@@ -60,9 +60,7 @@ def plot(run: Run, path: Path) -> None:
         band, column = divmod(unused, columns)
         axes[2 * band][column].set_axis_off()
         axes[2 * band + 1][column].set_axis_off()
-    handles = {
-        label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
+    handles = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     entries = max(1, min(len(handles), 4))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=entries, frameon=False)
     figure.suptitle(_machine(run), fontsize=9)
@@ -88,9 +86,7 @@ def _styles(run: Run) -> dict[str, tuple[str, str]]:
     return {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(names)}
 
 
-def _draw(
-    times: Any, rates: Any, title: str, sweep: Sequence[CaseResult], styles: dict[str, tuple[str, str]]
-) -> None:
+def _draw(times: Any, rates: Any, title: str, sweep: Sequence[CaseResult], styles: dict[str, tuple[str, str]]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     lengths = [result.case.seqlen_k for result in sweep]
@@ -107,9 +103,7 @@ def _draw(
         style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.6, "label": name}
         times.plot(x, [1e3 * s for s in seconds], **style)
         low, high = zip(*quartiles, strict=True)
-        times.fill_between(
-            x, [1e3 * s for s in low], [1e3 * s for s in high], color=color, alpha=0.2, linewidth=0
-        )
+        times.fill_between(x, [1e3 * s for s in low], [1e3 * s for s in high], color=color, alpha=0.2, linewidth=0)
         rates.plot(x, rate, **style)
     times.set_title(title, fontsize=10)
     times.set_ylabel("time, ms")

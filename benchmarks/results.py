@@ -76,9 +76,7 @@ class CaseResult:
         ours = self.baseline
         if ours is None or measurement.status != RAN:
             return None
-        return statistics.median(
-            theirs / mine for theirs, mine in zip(measurement.seconds, ours.seconds, strict=True)
-        )
+        return statistics.median(theirs / mine for theirs, mine in zip(measurement.seconds, ours.seconds, strict=True))
 
 
 class Comparison(NamedTuple):
@@ -142,16 +140,11 @@ class Run:
     def from_json(cls, document: Mapping[str, Any]) -> Run:
         """The run that `to_json` described. Raises ValueError for a document of another format."""
         if document.get("format") != FORMAT:
-            raise ValueError(
-                f"expected a benchmark document of format {FORMAT}, got {document.get('format')!r}"
-            )
+            raise ValueError(f"expected a benchmark document of format {FORMAT}, got {document.get('format')!r}")
         results = [
             CaseResult(
                 Case.from_json(entry["case"]),
-                [
-                    Measurement(**{key: m[key] for key in Measurement.__dataclass_fields__})
-                    for m in entry["rivals"]
-                ],
+                [Measurement(**{key: m[key] for key in Measurement.__dataclass_fields__}) for m in entry["rivals"]],
                 entry["dropped_rounds"],
                 entry["quiet"],
             )

@@ -112,9 +112,7 @@ def _packed_visibility(case: Case, device: torch.device) -> MaskMod:
         sequence_k.append(torch.full((seqlen_k,), number))
         position_q.append(torch.arange(seqlen_q) + (seqlen_k - seqlen_q if bottom_right else 0))
         position_k.append(torch.arange(seqlen_k))
-    of_q, of_k, at_q, at_k = (
-        torch.cat(x).to(device) for x in (sequence_q, sequence_k, position_q, position_k)
-    )
+    of_q, of_k, at_q, at_k = (torch.cat(x).to(device) for x in (sequence_q, sequence_k, position_q, position_k))
 
     def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = of_q[i] == of_k[j]

@@ -49,7 +49,5 @@ def test_case(benchmark: Any, request: pytest.FixtureRequest, case: Case, rival:
             torch.cuda.synchronize(device)
 
     benchmark.group = f"{case.family}: {case.name}"
-    benchmark.extra_info.update(
-        case=case.to_json(), rival=rival.name, flops=flops(case), errors=verdict.errors
-    )
+    benchmark.extra_info.update(case=case.to_json(), rival=rival.name, flops=flops(case), errors=verdict.errors)
     benchmark(synchronized)

@@ -78,18 +78,22 @@ class Call {
     fastattn::forward(p, threads);
   }
 
-  void forward(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks, uint64_t kv_lengths,
-               uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table, uint64_t seed, uint64_t out, uint64_t lse, int threads) const {
-    const Params p = with_inputs(q, k, v, mask, bias, alibi, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed, out, lse);
+  void forward(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks,
+               uint64_t kv_lengths, uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table, uint64_t seed,
+               uint64_t out, uint64_t lse, int threads) const {
+    const Params p = with_inputs(q, k, v, mask, bias, alibi, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table,
+                                 seed, out, lse);
     py::gil_scoped_release release;
     fastattn::forward(p, threads);
   }
 
   // k and v are the cache.
-  void forward_with_cache(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks, uint64_t kv_lengths,
-                          uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table, uint64_t seed, uint64_t out, uint64_t lse,
-                          uint64_t k_new, uint64_t v_new, uint64_t cos, uint64_t sin, int threads) const {
-    Params p = with_inputs(q, k, v, mask, bias, alibi, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed, out, lse);
+  void forward_with_cache(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi,
+                          uint64_t sinks, uint64_t kv_lengths, uint64_t cu_seqlens_q, uint64_t cu_seqlens_k,
+                          uint64_t block_table, uint64_t seed, uint64_t out, uint64_t lse, uint64_t k_new,
+                          uint64_t v_new, uint64_t cos, uint64_t sin, int threads) const {
+    Params p = with_inputs(q, k, v, mask, bias, alibi, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed,
+                           out, lse);
     set(p.k_new, k_new);
     set(p.v_new, v_new);
     p.cos = reinterpret_cast<const void*>(cos);
@@ -98,10 +102,12 @@ class Call {
     fastattn::forward_with_cache(p, threads);
   }
 
-  void backward(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks, uint64_t kv_lengths,
-                uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table, uint64_t seed, uint64_t out, uint64_t lse, uint64_t dout,
-                uint64_t dlse, uint64_t dq, uint64_t dk, uint64_t dv, uint64_t dbias, uint64_t dsinks, int threads) const {
-    Params p = with_inputs(q, k, v, mask, bias, alibi, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed, out, lse);
+  void backward(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks,
+                uint64_t kv_lengths, uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table, uint64_t seed,
+                uint64_t out, uint64_t lse, uint64_t dout, uint64_t dlse, uint64_t dq, uint64_t dk, uint64_t dv,
+                uint64_t dbias, uint64_t dsinks, int threads) const {
+    Params p = with_inputs(q, k, v, mask, bias, alibi, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed,
+                           out, lse);
     set(p.dout, dout);
     set(p.dlse, dlse);
     set(p.dq, dq);
@@ -114,8 +120,9 @@ class Call {
   }
 
  private:
-  Params with_inputs(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks, uint64_t kv_lengths,
-                     uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table, uint64_t seed, uint64_t out, uint64_t lse) const {
+  Params with_inputs(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks,
+                     uint64_t kv_lengths, uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table,
+                     uint64_t seed, uint64_t out, uint64_t lse) const {
     Params p = p_;
     set(p.q, q);
     set(p.k, k);
@@ -144,8 +151,10 @@ class Call {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of fastattn. Addresses and strides are trusted: fastattn.problem has checked them.";
-  m.def("instruction_sets", &fastattn::instruction_sets, "Instruction sets that this processor can run, the best first.");
-  m.def("instruction_set", [] { return fastattn::kernels().name; }, "The instruction set in use (see FASTATTN_CPU_ISA).");
+  m.def("instruction_sets", &fastattn::instruction_sets,
+        "Instruction sets that this processor can run, the best first.");
+  m.def(
+      "instruction_set", [] { return fastattn::kernels().name; }, "The instruction set in use (see FASTATTN_CPU_ISA).");
   py::class_<fastattn::Call>(m, "Call")
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const std::array<int64_t, 4>&>())
       .def("attend", &fastattn::Call::attend)

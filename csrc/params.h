@@ -50,21 +50,21 @@ struct Params {
   bool rotary_interleaved = false;
 
   double scale = 1.0;
-  double softcap = 0.0;         // 0 = off
-  int64_t window_left = -1;     // keys seen to the left of the diagonal; -1 = all
-  int64_t window_right = -1;    // likewise to the right; 0 for causal
-  bool bottom_right = true;     // the last query stands at the last key
+  double softcap = 0.0;            // 0 = off
+  int64_t window_left = -1;        // keys seen to the left of the diagonal; -1 = all
+  int64_t window_right = -1;       // likewise to the right; 0 for causal
+  bool bottom_right = true;        // the last query stands at the last key
   uint32_t dropout_threshold = 0;  // keep iff the Philox word is at least this; 0 = no dropout
   double dropout_scale = 1.0;      // 1 / (1 - p)
   uint64_t seed = 0;
 
   // Backward only.
-  View dout;         // like out
-  View dlse;         // like lse; null = zeros
-  View dq, dk, dv;   // like q, k, v; null if not wanted. Rows of dk and dv that belong to no key are not written
-  View dbias;        // bias's own shape, strides 0 in its broadcast dimensions; the accumulator's dtype
+  View dout;        // like out
+  View dlse;        // like lse; null = zeros
+  View dq, dk, dv;  // like q, k, v; null if not wanted. Rows of dk and dv that belong to no key are not written
+  View dbias;       // bias's own shape, strides 0 in its broadcast dimensions; the accumulator's dtype
   int64_t dbias_size[4] = {0, 0, 0, 0};
-  View dsinks;       // (heads_q,), the accumulator's dtype
+  View dsinks;  // (heads_q,), the accumulator's dtype
 };
 
 // One sequence of a call, dense or varlen: where its rows begin and how many there are. A varlen call has one more than

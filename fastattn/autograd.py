@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from . import ops
 from .backends import Needs
 from .philox import draw_seed
-from .problem import DIFFERENTIABLE, Inputs, Options, describe
+from .problem import DIFFERENTIABLE, Inputs, Options, check_tensors, describe
 from .reference import softmax_attention
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -33,18 +35,34 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(q) in _PLAIN_TYPES
         and type(k) in _PLAIN_TYPES
         and type(v) in _PLAIN_TYPES
-        and q.device.type != "meta"
+        and not q.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
+def _in_transform() -> bool:
+    """True inside torch.func.grad, vjp, jacrev or jvp, and while forward-mode derivatives are recorded.
+
+    Only an autograd function knows what to do there: the operators would refuse the first three, and forward mode,
+    which has no formula here, would lose its tangents without a word.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is not None and interpreter.key() in (TransformType.Grad, TransformType.Jvp)
+
+
 def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     """(out, lse) of a dense or varlen call, differentiable."""
     args = ops.join_arguments(inputs, options, backend)
-    if not is_plain(inputs.q, inputs.k, inputs.v):
+    in_transform = _in_transform()
+    if not in_transform and not is_plain(inputs.q, inputs.k, inputs.v):
+        check_tensors("dense", inputs)
         return torch.ops.fastattn.forward(*args)
-    if torch.is_grad_enabled() and _any_requires_grad(inputs):
+    if in_transform or (torch.is_grad_enabled() and _any_requires_grad(inputs)):
         return Attention.apply(*args)
     return ops.run_forward(*args)
 
@@ -59,13 +77,14 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
     args = ops.join_cache_arguments(inputs, options, backend)
     if is_plain(inputs.q, inputs.k, inputs.v):
         return ops.run_cache(*args)
+    check_tensors("cache", inputs)
     return torch.ops.fastattn.cache(*args)
 
 
 def new_seed() -> Tensor:
     """A seed from torch's default CPU generator, visible to tracers as a random operator."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return torch.ops.fastattn.draw_seed()
+        return torch.ops.fastattn.draw_seed(torch.empty((), dtype=torch.int64, device="cpu"))
     return draw_seed()
 
 
@@ -75,6 +94,14 @@ def _any_requires_grad(inputs: Inputs) -> bool:
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _alias(x: Tensor | None) -> Tensor | None:
+    """The same values as a variable of their own.
+
+    q, k and v may be one tensor, or computed from one another, and a partial derivative must not follow that.
+    """
+    return None if x is None else x.view_as(x)
 
 
 class Attention(torch.autograd.Function):
@@ -100,9 +127,10 @@ class Attention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         args = (dout, dlse, out, lse, *tensors, *ctx.options, needs)
-        if not is_plain(dout, out, tensors[0]):
+        in_transform = _in_transform()
+        if not in_transform and not is_plain(dout, out, tensors[0]):
             grads = torch.ops.fastattn.backward(*args)
-        elif torch.is_grad_enabled():
+        elif in_transform or torch.is_grad_enabled():
             grads = AttentionBackward.apply(*args)
         else:
             grads = ops.run_backward(*args)
@@ -130,16 +158,21 @@ class AttentionBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         dout, dlse, *tensors = ctx.saved_tensors
         inputs, options, _ = ops.split_arguments((*tensors, *ctx.options))
+        with torch.enable_grad():
+            dout, dlse = _alias(dout), _alias(dlse)
+            aliases: dict[str, Any] = {name: _alias(getattr(inputs, name)) for name in DIFFERENTIABLE}
+            inputs = inputs._replace(**aliases)
         problem = describe("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options, cached=False)
         # out and lse are functions of the other arguments here, so their own gradients stay None.
         positions = [0, 1, *[_BACKWARD_LEADING + p for p in _POSITIONS]]
-        wanted = {p: x for p, x in zip(positions, (dout, dlse, *inputs.differentiable), strict=True) if ctx.needs_input_grad[p]}
+        candidates = zip(positions, (dout, dlse, *inputs.differentiable), strict=True)
+        wanted: dict[int, Any] = {p: x for p, x in candidates if ctx.needs_input_grad[p]}
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             out, lse = softmax_attention(problem, inputs)
-            sources = [x for x, need in zip(inputs.differentiable, ctx.needs, strict=True) if need]
-            outputs, seeds = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-            first = torch.autograd.grad(outputs, sources, seeds, create_graph=True, materialize_grads=True)
+            sources: list[Any] = [x for x, need in zip(inputs.differentiable, ctx.needs, strict=True) if need]
+            outputs, cotangent = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+            first = torch.autograd.grad(outputs, sources, cotangent, create_graph=True, materialize_grads=True)
         given = [c for c, need in zip(cotangents, ctx.needs, strict=True) if need]
         pairs = [(g, c) for g, c in zip(first, given, strict=True) if c is not None]
         second = torch.autograd.grad(

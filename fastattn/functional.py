@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import autograd, dispatch
+from . import autograd, dispatch, shortcuts
 from .dispatch import Report, available_backends
 from .merge import merge_states
 from .philox import seed_tensor
-from .problem import Inputs, Options, check_values, describe, split_window
+from .problem import DTYPES, Inputs, Options, check_keywords, check_values, describe, split_window
 from .rotary import Rotary, apply_rotary
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def attention(
         causal_alignment  "bottom-right" (default): offset = kv_length - seqlen_q, the last query stands at the last
                           key; "top-left": offset = 0, the first query stands at the first key
         dropout_p         probability, in [0, 1), of dropping each entry of the softmax; survivors grow by 1 / (1 - p)
-        seed              int in [0, 2^63) or int64 tensor without dimensions: fixes the dropout mask (Philox4x32-10, the
-                          same on all backends); None draws one from torch's default CPU generator
+        seed              int in [0, 2^63) or int64 tensor without dimensions: fixes the dropout mask (Philox4x32-10,
+                          the same on all backends); None draws one from torch's default CPU generator
         return_lse        return (out, lse) instead of out
         backend           name of a backend that must do the call; None chooses, see `explain`
 
@@ -97,11 +97,15 @@ def attention(
 
     Raises TypeError or ValueError that names the argument, what came and what was expected.
     """
+    extras = mask is not None or bias is not None or alibi_slopes is not None or sinks is not None
+    dropped = type(dropout_p) is not float or dropout_p != 0.0  # None, False and the like are for the checks
+    if not (extras or kv_lengths is not None or seed is not None or dropped or return_lse):
+        run = shortcuts.find(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
+        if run is not None:
+            return run(q, k, v)
     q, k, v = _autocast(q, k, v)
     left, right = split_window(window)
-    inputs = Inputs(
-        q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, None, None, _seed(seed, dropout_p)
-    )
+    inputs = Inputs(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, None, None, _seed(seed, dropout_p))
     options = Options(causal, left, right, causal_alignment, softcap, scale, dropout_p)
     result = autograd.attend(inputs, options, backend)
     return result if return_lse else result[0]
@@ -181,7 +185,7 @@ def attention_with_kv_cache(
     """`attention` of a few new queries over cached keys and values, which it first extends in place. Inference only.
 
         q               (batch, heads_q, seqlen_q, head_dim)
-        k_cache         (batch, heads_kv, capacity, head_dim), or with block_table (num_pages, heads_kv, page_size, head_dim)
+        k_cache         (batch, heads_kv, capacity, head_dim); with block_table (num_pages, heads_kv, page_size, head_dim)
         v_cache         likewise, with head_dim_v
         cache_lengths   (batch,), int32: keys in the cache before the call; the caller advances it afterwards
         k_new, v_new    (batch, heads_kv, seqlen_new, head_dim / head_dim_v): written behind them, in place
@@ -194,7 +198,7 @@ def attention_with_kv_cache(
     A query sees at most the cache_lengths + seqlen_new keys there are (the kv_lengths of `attention`); memory past them
     is never read. All other arguments as in `attention`.
     Returns out (batch, heads_q, seqlen_q, head_dim_v) or (out, lse), lse (batch, heads_q, seqlen_q).
-    Raises TypeError or ValueError that names the argument, what came and what was expected, before the cache is written;
+    Raises TypeError or ValueError that names the argument, what came and what was expected, before anything is written;
     ValueError also if an input requires grad while gradients are recorded.
     """
     if cache_lengths is None:
@@ -239,11 +243,11 @@ def scaled_dot_product_attention(
     """
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None when is_causal is True, got both")
+    query, key, value = _autocast(query, key, value)
     query, key, value, lead = _four_dimensional(query, key, value, enable_gqa)
     mask = bias = None
     if attn_mask is not None:
-        if not isinstance(attn_mask, Tensor):
-            raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
+        _check_attn_mask(attn_mask, (*lead, query.shape[-2], key.shape[-2]))
         if attn_mask.ndim > 2 and len(lead) != 2:
             attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:]).reshape(*query.shape[:2], *attn_mask.shape[-2:])
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
@@ -277,13 +281,11 @@ def explain(
     Takes the arguments of `attention`; computes nothing. print() the result.
     Raises what the call itself would raise.
     """
+    check_keywords("explain", options)
     given: dict[str, Any] = dict(options)
     left, right = split_window(given.pop("window", None))
     seed = _seed(given.pop("seed", None), given.get("dropout_p", 0.0), draw=False)
     tensors = {name: given.pop(name) for name in list(given) if name in Inputs._fields}
-    unknown = set(given) - set(Options._fields)
-    if unknown:
-        raise TypeError(f"explain got an unexpected keyword argument {min(unknown)!r}")
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together, got only one of them")
     q, k, v = _autocast(q, k, v)
@@ -340,6 +342,7 @@ def _four_dimensional(
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.ndim < 2:
             raise ValueError(f"{name} must have shape (..., seqlen, head_dim), got {tuple(x.shape)}")
+    _check_sdpa(query, key, value)
     if enable_gqa:
         key, value = _grouped_heads(query, key, value)
         batches = [x.shape[:-3] for x in (query, key, value)]
@@ -358,16 +361,48 @@ def _four_dimensional(
     return query, key, value, lead
 
 
+def _check_sdpa(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """What `attention` would refuse as well, but under the names q, k and v."""
+    if query.dtype not in DTYPES:
+        raise TypeError(f"query must have dtype float32, float64, bfloat16 or float16, got {query.dtype}")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}, but query has {query.dtype}: they must be the same")
+        if x.device != query.device:
+            raise ValueError(f"{name} is on device {x.device}, but query is on {query.device}")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have the head_dim of query, {query.shape[-1]}, got shape {tuple(key.shape)}")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value must have the seqlen of key, {key.shape[-2]}, got shape {tuple(value.shape)}")
+
+
+def _check_attn_mask(attn_mask: Tensor, target: Sequence[int]) -> None:
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise TypeError(f"attn_mask must have dtype torch.bool or a floating point dtype, got {attn_mask.dtype}")
+    fits = attn_mask.ndim <= len(target) and all(
+        size in (1, want) for size, want in zip(reversed(attn_mask.shape), reversed(target), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"attn_mask must be broadcastable to (..., seqlen_q, seqlen_k) = {tuple(target)}, "
+            f"got shape {tuple(attn_mask.shape)}"
+        )
+
+
 def _grouped_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 3:
-            raise ValueError(f"{name} must have shape (..., heads, seqlen, head_dim) with enable_gqa, got {tuple(x.shape)}")
-    if key.shape[-3] == value.shape[-3]:
-        return key, value
+            raise ValueError(
+                f"{name} must have shape (..., heads, seqlen, head_dim) with enable_gqa, got {tuple(x.shape)}"
+            )
     heads_q = query.shape[-3]
     for name, x in (("key", key), ("value", value)):
-        if x.shape[-3] == 0 or heads_q % x.shape[-3] != 0:
+        if x.shape[-3] != heads_q and (x.shape[-3] == 0 or heads_q % x.shape[-3] != 0):
             raise ValueError(f"{name} must have a number of heads that divides query's {heads_q}, got {x.shape[-3]}")
+    if key.shape[-3] == value.shape[-3]:
+        return key, value
     repeated = (x.repeat_interleave(heads_q // x.shape[-3], dim=-3) for x in (key, value))
     return tuple(repeated)  # type: ignore[return-value]
 

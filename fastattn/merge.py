@@ -48,7 +48,9 @@ def _like_out(rows: Tensor, out: Tensor) -> Tensor:
 
 def _check(outs: list[Tensor], lses: list[Tensor]) -> None:
     if not outs or len(outs) != len(lses):
-        raise ValueError(f"outs and lses must hold the same number of states, at least 1, got {len(outs)} and {len(lses)}")
+        raise ValueError(
+            f"outs and lses must hold the same number of states, at least 1, got {len(outs)} and {len(lses)}"
+        )
     for name, states in (("outs", outs), ("lses", lses)):
         for i, x in enumerate(states):
             if not isinstance(x, Tensor) or not x.is_floating_point():

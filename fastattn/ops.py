@@ -46,8 +46,10 @@ torch.library.define(
     "fastattn::cache",
     f"({_CACHE_TENSORS}, {_OPTIONS}, bool rotary_interleaved, str? backend) -> (Tensor out, Tensor lse)",
 )
-# Without this tag two layers' seeds would be merged as a common subexpression, and recomputed ones would differ.
-torch.library.define("fastattn::draw_seed", "() -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+# The tag keeps a backward pass from drawing again what the forward drew. It does not keep AOTAutograd from merging two
+# draws as a common subexpression, which would give two layers one mask; so each takes an uninitialised tensor of its
+# own, and those are never merged.
+torch.library.define("fastattn::draw_seed", "(Tensor fresh) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
 def split_arguments(args: tuple[Any, ...]) -> tuple[Inputs, Options, str | None]:
@@ -110,7 +112,17 @@ def run_cache(*args: Any) -> tuple[Tensor, Tensor]:
     return backend.decode(problem, inputs)
 
 
-for _name, _run in (("forward", run_forward), ("backward", run_backward), ("cache", run_cache), ("draw_seed", draw_seed)):
+def run_draw_seed(fresh: Tensor) -> Tensor:
+    """Draws a seed; `fresh` is not read."""
+    return draw_seed()
+
+
+for _name, _run in (
+    ("forward", run_forward),
+    ("backward", run_backward),
+    ("cache", run_cache),
+    ("draw_seed", run_draw_seed),
+):
     torch.library.impl(f"fastattn::{_name}", "CompositeExplicitAutograd")(_run)
 
 
@@ -147,5 +159,5 @@ def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, 
 
 
 @torch.library.register_fake("fastattn::draw_seed")
-def _fake_draw_seed() -> Tensor:
+def _fake_draw_seed(fresh: Tensor) -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")

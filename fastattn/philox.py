@@ -15,10 +15,13 @@ ROUNDS = 10
 _MASK = 0xFFFFFFFF
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """The four 32-bit words for a counter and a key.
 
-    counter: four int64 tensors of one broadcastable shape, values in [0, 2^32). key: two integers in [0, 2^32).
+    counter: four int64 tensors of one broadcastable shape, values in [0, 2^32). key: two integers in
+    [0, 2^32), or int64 tensors without dimensions.
     Returns four int64 tensors with values in [0, 2^32).
     """
     c0, c1, c2, c3 = counter
@@ -32,7 +35,14 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def dropout_keep(
-    seed: int, threshold: int, batches: range, heads: int, seqlen_q: int, seqlen_k: int, *, device: torch.device
+    seed: int | Tensor,
+    threshold: int,
+    batches: range,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    device: torch.device,
 ) -> Tensor:
     """Which probabilities survive dropout: bool (len(batches), heads, seqlen_q, seqlen_k).
 
@@ -41,7 +51,7 @@ def dropout_keep(
     """
     j = torch.arange(-(-seqlen_k // 4), device=device)
     i = torch.arange(seqlen_q, device=device)[:, None]
-    row = torch.arange(batches.start * heads, batches.stop * heads, device=device).view(-1, heads, 1, 1)
+    row = torch.arange(batches.start * heads, batches.stop * heads, device=device).view(len(batches), heads, 1, 1)
     words = philox4x32((j, i, row, torch.zeros_like(j)), (seed & _MASK, seed >> 32 & _MASK))
     keep = torch.stack(torch.broadcast_tensors(*words), dim=-1) >= threshold
     return keep.flatten(-2)[..., :seqlen_k]

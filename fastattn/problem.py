@@ -9,9 +9,10 @@ Backends take a `Problem` and its `Inputs` and check nothing again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -151,19 +152,26 @@ def describe(kind: str, inputs: Inputs, options: Options, *, cached: bool = True
     `cached` must be False when sizes may be symbolic (under tracing), as those cannot be dictionary keys.
     Raises TypeError or ValueError naming the argument, what came and what was expected.
     """
-    names = _CACHE_NAMES if kind == "cache" else {}
-    metas = tuple(
-        [None if t is None else _meta(names.get(f, f), t) for f, t in zip(inputs._fields, inputs, strict=True)]
-    )
+    check_tensors(kind, inputs)
+    # Not part of the cached description, whose key cannot tell 1 from 1.0 or True and must be hashable.
+    check_option_types(options)
+    metas = tuple([None if t is None else Meta(t.shape, t.dtype, t.device) for t in inputs])
     return (_describe_cached if cached else _describe)(kind, metas, options)
 
 
-def _meta(name: str, tensor: Any) -> Meta:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
-    return Meta(tensor.shape, tensor.dtype, tensor.device)
+_REQUIRED = ("q", "k", "v")
+
+
+def check_tensors(kind: str, inputs: Inputs) -> None:
+    """Every tensor argument must be a dense tensor; all but q, k and v may be None."""
+    for field, x in zip(inputs._fields, inputs, strict=True):
+        if x is None and field not in _REQUIRED:
+            continue
+        name = _CACHE_NAMES.get(field, field) if kind == "cache" else field
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
 
 
 def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options) -> Problem:
@@ -310,8 +318,7 @@ def check_broadcast(name: str, shape: Sequence[int], target: tuple[int | None, .
     spelled = "(batch, heads_q, seqlen_q, seqlen_k)"
     sizes = tuple("longest" if size is None else size for size in target)
     fits = len(shape) <= 4 and all(
-        want is None or size == 1 or size == want
-        for size, want in zip(reversed(shape), reversed(target), strict=False)
+        want is None or size == 1 or size == want for size, want in zip(reversed(shape), reversed(target), strict=False)
     )
     if not fits:
         raise ValueError(f"{name} must be broadcastable to {spelled} = {sizes}, got shape {tuple(shape)}")
@@ -353,7 +360,8 @@ def _varlen_sizes(m: Any) -> dict[str, int]:
             raise ValueError(f"{name} must have shape (batch + 1,), got {tuple(cu.shape)}")
     if cu_q.shape[0] != cu_k.shape[0]:
         raise ValueError(
-            f"cu_seqlens_q and cu_seqlens_k must have the same length batch + 1, got {cu_q.shape[0]} and {cu_k.shape[0]}"
+            "cu_seqlens_q and cu_seqlens_k must have the same length batch + 1, "
+            f"got {cu_q.shape[0]} and {cu_k.shape[0]}"
         )
     return {
         "batch": cu_q.shape[0] - 1,
@@ -423,35 +431,48 @@ def check_rotary(cos: Sequence[int], sin: Sequence[int], head_dim: int) -> None:
 # --------------------------------------------------------------------------------------------------------- options
 
 
+def check_option_types(options: Options) -> None:
+    """Refuses options of the wrong type; a bool is no number here."""
+    if not isinstance(options.causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(options.causal).__name__} {options.causal!r}")
+    if not isinstance(options.causal_alignment, str):
+        raise TypeError(f"causal_alignment must be one of {ALIGNMENTS}, got {options.causal_alignment!r}")
+    for side in (options.window_left, options.window_right):
+        if side is not None and not _is_number(side, (int, torch.SymInt)):
+            raise TypeError(f"window must hold integers or None, got {type(side).__name__} {side!r}")
+    for name, value in (("softcap", options.softcap), ("scale", options.scale), ("dropout_p", options.dropout_p)):
+        optional = name != "dropout_p"
+        if not (value is None and optional) and not _is_number(value, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+
+
+def _is_number(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
 def check_options(options: Options) -> None:
     """Refuses options outside their range."""
     for name in ("window_left", "window_right"):
         value = getattr(options, name)
-        if value is None:
-            continue
-        if isinstance(value, (bool, float)):
-            raise TypeError(f"window must hold integers or None, got {value!r}")
-        if value < 0:
+        if value is not None and value < 0:
             raise ValueError(f"window must hold integers >= 0 or None (= open), got {name} = {value}")
     if options.causal_alignment not in ALIGNMENTS:
         raise ValueError(f"causal_alignment must be one of {ALIGNMENTS}, got {options.causal_alignment!r}")
-    if options.softcap is not None:
-        check_number("softcap", options.softcap)
-        if options.softcap <= 0:
-            raise ValueError(f"softcap must be positive, or None to switch it off, got {options.softcap}")
-    if options.scale is not None:
-        check_number("scale", options.scale)
-    check_number("dropout_p", options.dropout_p)
+    for name in ("softcap", "scale", "dropout_p"):
+        value = getattr(options, name)
+        if isinstance(value, (int, float)) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    if options.softcap is not None and options.softcap <= 0:
+        raise ValueError(f"softcap must be positive, or None to switch it off, got {options.softcap}")
     if not 0 <= options.dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {options.dropout_p}")
 
 
-def check_number(name: str, value: Any) -> None:
-    """A finite number, and not a bool in disguise."""
-    if isinstance(value, (bool, str, Tensor)) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if isinstance(value, (int, float)) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+def check_keywords(function: str, given: Iterable[str]) -> None:
+    """Refuses keyword arguments that `AttentionOptions` does not list."""
+    unknown = set(given) - AttentionOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{function} got an unexpected keyword argument {min(unknown)!r}")
 
 
 def split_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
@@ -497,7 +518,7 @@ def _check_cu_seqlens(problem: Problem, inputs: Inputs) -> None:
         ends = cu.tolist()
         if ends[0] != 0:
             raise ValueError(f"{name} must begin with 0, got {ends[0]}")
-        lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(ends)]
         for b, length in enumerate(lengths):
             if length < 0:
                 raise ValueError(f"{name} must not decrease, got {ends[b]} followed by {ends[b + 1]} at index {b + 1}")
@@ -522,10 +543,12 @@ def _check_cache(problem: Problem, inputs: Inputs) -> None:
     room = problem.seqlen_k - problem.seqlen_new
     _check_lengths("cache_lengths", lengths, [room] * problem.batch, "the capacity less the new keys")
     totals = [length + problem.seqlen_new for length in lengths]
-    if inputs.cos is not None and max(totals, default=0) > inputs.cos.shape[0]:
-        raise ValueError(
-            f"rotary.cos must hold a row for each position up to {max(totals)}, got {inputs.cos.shape[0]} rows"
-        )
+    if inputs.cos is not None and lengths:
+        needed = max(*totals, min(problem.seqlen_q, 1) if problem.bottom_right else problem.seqlen_q)
+        if needed > inputs.cos.shape[0]:
+            raise ValueError(
+                f"rotary.cos must hold a row for each of {needed} positions, got {inputs.cos.shape[0]} rows"
+            )
     if inputs.block_table is not None:
         pages = inputs.k.shape[0]
         for b, (row, total) in enumerate(zip(inputs.block_table.tolist(), totals, strict=True)):

@@ -12,13 +12,14 @@ by autograd, any number of times. Scores, sums and gradients are float32 (float6
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .philox import dropout_keep, seed_tensor
-from .problem import DIFFERENTIABLE, Inputs, Options, Problem, check_values, describe, split_window
+from .problem import DIFFERENTIABLE, Inputs, Options, Problem, check_keywords, check_values, describe, split_window
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,9 +46,16 @@ class _Softmax(NamedTuple):
 
 def softmax_attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(out, lse) of a validated call; a cache is seen as the dense call over all of it."""
-    if problem.kind == "varlen":
-        return _varlen(problem, inputs)
-    return _dense(problem, inputs, range(problem.batch))
+    with _autocast_off(problem.device):
+        if problem.kind == "varlen":
+            return _varlen(problem, inputs)
+        return _dense(problem, inputs, range(problem.batch))
+
+
+def _autocast_off(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would compute the products of float32 matrices in a low precision after all."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _dense(problem: Problem, inputs: Inputs, batches: range) -> tuple[Tensor, Tensor]:
@@ -69,7 +77,7 @@ def _softmax(problem: Problem, inputs: Inputs, batches: range) -> _Softmax:
         scores, softcap_slope = problem.softcap * tanh, 1.0 - tanh * tanh
     if inputs.alibi_slopes is not None:
         slopes = inputs.alibi_slopes.to(scores.dtype)
-        scores = scores - slopes.view(-1, slopes.shape[-1], 1, 1) * distance.abs()
+        scores = scores - slopes[..., None, None] * distance.abs()
     if inputs.bias is not None:
         scores = scores + inputs.bias.to(scores.dtype)
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -79,8 +87,8 @@ def _softmax(problem: Problem, inputs: Inputs, batches: range) -> _Softmax:
     dropout: Tensor | float = 1.0
     if problem.dropout_p > 0.0 and inputs.seed is not None:
         size = (problem.heads_q, *scores.shape[-2:])
-        keep = dropout_keep(int(inputs.seed), problem.dropout_threshold, batches, *size, device=problem.device)
-        dropout = keep / (1.0 - problem.dropout_p)
+        keep = dropout_keep(inputs.seed, problem.dropout_threshold, batches, *size, device=problem.device)
+        dropout = keep.to(scores.dtype) / (1.0 - problem.dropout_p)
     return _Softmax(q, k, v, visible, softcap_slope, probs, dropout, lse)
 
 
@@ -88,10 +96,8 @@ def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """(probs, lse) of the scores; a row whose scores are all -inf gives 0 and -inf."""
     # Any finite shift gives the same result. The maximum keeps exp from overflowing; 0 stands in where no score is
     # finite, so that -inf - (-inf) = NaN never arises.
-    if scores.shape[-1] > 0:
-        row_max = scores.detach().amax(dim=-1)
-    else:
-        row_max = scores.new_full(scores.shape[:-1], -torch.inf)
+    shape = scores.shape
+    row_max = scores.detach().amax(dim=-1) if shape[-1] > 0 else scores.new_full(shape[:-1], -torch.inf)
     empty = row_max == -torch.inf
     if sinks is not None:
         row_max = torch.maximum(row_max, sinks.detach())
@@ -141,9 +147,10 @@ def softmax_attention_backward(
     problem: Problem, inputs: Inputs, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients for q, k, v, bias and sinks, in the accumulator's dtype; None for an absent bias or sinks."""
-    if problem.kind == "varlen":
-        return _varlen_backward(problem, inputs, dout, dlse)
-    return _dense_backward(problem, inputs, range(problem.batch), dout, dlse)
+    with _autocast_off(problem.device):
+        if problem.kind == "varlen":
+            return _varlen_backward(problem, inputs, dout, dlse)
+        return _dense_backward(problem, inputs, range(problem.batch), dout, dlse)
 
 
 def _dense_backward(
@@ -192,16 +199,15 @@ def _varlen(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _varlen_backward(
-    problem: Problem, inputs: Inputs, dout: Tensor, dlse: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _varlen_backward(problem: Problem, inputs: Inputs, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     ends_q, ends_k = _ends(inputs)
     grads = [None if x is None else torch.zeros_like(x, dtype=problem.accumulator) for x in inputs.differentiable]
     for b in range(problem.batch):
         queries = slice(ends_q[b], ends_q[b + 1])
         cotangents = _one_dense(dout, queries), None if dlse is None else dlse[None, :, queries]
         found = _dense_backward(problem, _sequence(inputs, b, ends_q, ends_k), range(b, b + 1), *cotangents)
-        views = _sequence(inputs._replace(**dict(zip(DIFFERENTIABLE, grads, strict=True))), b, ends_q, ends_k)
+        totals: dict[str, Any] = dict(zip(DIFFERENTIABLE, grads, strict=True))
+        views = _sequence(inputs._replace(**totals), b, ends_q, ends_k)
         for total, part in zip(views.differentiable, found, strict=True):
             if total is not None and part is not None:
                 total += part
@@ -277,21 +283,22 @@ def attention_weights(q: Tensor, k: Tensor, **options: Unpack[AttentionOptions])
     Same keyword arguments as `fastattn.attention`, but for return_lse and backend.
     """
     problem, inputs = _prepare("dense", Inputs(q, k, k), options)
-    s = _softmax(problem, inputs, range(problem.batch))
-    return (s.probs * s.dropout).to(problem.dtype)
+    with _autocast_off(problem.device):
+        s = _softmax(problem, inputs, range(problem.batch))
+        return (s.probs * s.dropout).to(problem.dtype)
 
 
 def _prepare(kind: str, inputs: Inputs, given: AttentionOptions) -> tuple[Problem, Inputs]:
     """Sorts a call's keyword arguments into tensors and options, and validates them."""
+    check_keywords("fastattn.reference", given)
     arguments: dict[str, Any] = dict(given)
     tensors = {name: arguments.pop(name, None) for name in ("mask", "bias", "alibi_slopes", "sinks", "kv_lengths")}
     seed = arguments.pop("seed", None)
     left, right = split_window(arguments.pop("window", None))
-    unknown = set(arguments) - set(Options._fields)
-    if unknown:
-        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
     options = Options(**arguments, window_left=left, window_right=right)
-    inputs = inputs._replace(**tensors, seed=seed_tensor(seed) if options.dropout_p else None)
+    if seed is not None or options.dropout_p:
+        seed = seed_tensor(seed)
+    inputs = inputs._replace(**tensors, seed=seed if options.dropout_p else None)
     problem = describe(kind, inputs, options, cached=False)
     check_values(problem, inputs)
     return problem, inputs

@@ -29,7 +29,8 @@ class Rotary(NamedTuple):
 def apply_rotary(x: Tensor, rotary: Rotary | tuple[Tensor, Tensor], positions: Tensor) -> Tensor:
     """Rotates x by the angles of its positions; differentiable in x.
 
-    x: (batch, heads, seqlen, head_dim). positions: (seqlen,) or (batch, seqlen), integer, rows of the tables.
+    x: (batch, heads, seqlen, head_dim). rotary: the tables; a pair (cos, sin) is not interleaved.
+    positions: (seqlen,) or (batch, seqlen), integer, rows of the tables.
     Returns a tensor of x's shape and dtype, computed in float32 (float64 for float64).
     Raises TypeError or ValueError if shapes do not fit or positions are not integers.
     """

@@ -41,21 +41,21 @@ def find(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None
     options = (causal, window, causal_alignment, softcap, scale, backend)
-    # Types are part of the key, as 1 == True == 1.0 and not all of them are accepted.
-    key = (
-        *(q.shape, q.stride(), q.dtype, q.get_device(), q.is_neg()),
-        *(k.shape, k.stride(), k.dtype, k.get_device(), k.is_neg()),
-        *(v.shape, v.stride(), v.dtype, v.get_device(), v.is_neg()),
-        *(options, type(causal), type(softcap), type(scale)),
-    )
     try:
+        # Types are part of the key, as 1 == True == 1.0 and not all of them are accepted.
+        key = (
+            *(q.shape, q.stride(), q.dtype, q.device, q.is_neg()),
+            *(k.shape, k.stride(), k.dtype, k.device, k.is_neg()),
+            *(v.shape, v.stride(), v.dtype, v.device, v.is_neg()),
+            *(options, type(causal), type(softcap), type(scale), *map(type, () if window is None else window)),
+        )
         return _prepared[key]
     except KeyError:
         if len(_prepared) >= _MOST:
             _prepared.clear()
         _prepared[key] = prepared = _prepare(q, k, v, *options)
         return prepared
-    except TypeError:  # an option that cannot be hashed, and will be refused
+    except (TypeError, RuntimeError):  # no strides, or an option of a wrong type: both will be refused
         return None
 
 

@@ -127,9 +127,7 @@ def seen_by_the_rule(case: Case, seqlen_q: int, seqlen_k: int) -> list[list[bool
 def test_pairs_and_keys_equal_a_count_of_every_pair(case: Case) -> None:
     tables = [seen_by_the_rule(case, *lengths) for lengths in case.sequences]
     assert costs.visible_pairs(case) == sum(sum(row) for table in tables for row in table)
-    assert costs.keys_read(case) == sum(
-        any(column) for table in tables for column in zip(*table, strict=True)
-    )
+    assert costs.keys_read(case) == sum(any(column) for table in tables for column in zip(*table, strict=True))
 
 
 @pytest.mark.parametrize("case", BANDS, ids=name_of)
@@ -364,9 +362,7 @@ def test_the_gate_refuses_a_wrong_result(spoiled: Spoiled, complaint: str, dtype
         ([], [], 0.0),
     ],
 )
-def test_max_error_compares_nan_and_infinities_by_place(
-    result: list[float], wanted: list[float], error: float
-) -> None:
+def test_max_error_compares_nan_and_infinities_by_place(result: list[float], wanted: list[float], error: float) -> None:
     assert max_error(torch.tensor(result), torch.tensor(wanted, dtype=torch.float64)) == error
 
 
@@ -383,9 +379,7 @@ def test_limits_are_twice_eagers_error_and_a_floor() -> None:
 def fake_flash_attn(log: list[dict[str, Any]]) -> SimpleNamespace:
     """The documented signatures of flash-attn, computed by fastattn."""
 
-    def flash_attn_func(
-        q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window_size: tuple[int, int]
-    ) -> Tensor:
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window_size: tuple[int, int]) -> Tensor:
         log.append({"shape": q.shape, "causal": causal, "window_size": window_size})
         window = tuple(None if side < 0 else side for side in window_size)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -444,9 +438,7 @@ def fake_xformers() -> SimpleNamespace:
         return out.transpose(1, 2)
 
     masks = SimpleNamespace(LowerTriangularMask=top_left, LowerTriangularFromBottomRightMask=bottom_right)
-    return SimpleNamespace(
-        memory_efficient_attention=memory_efficient_attention, fmha=SimpleNamespace(attn_bias=masks)
-    )
+    return SimpleNamespace(memory_efficient_attention=memory_efficient_attention, fmha=SimpleNamespace(attn_bias=masks))
 
 
 @pytest.mark.parametrize(
@@ -535,9 +527,7 @@ class ScriptedClock:
 
     name = "scripted"
 
-    def __init__(
-        self, seconds: float = 1.0, shortest_sample: float = 0.0, waits: Sequence[float] = ()
-    ) -> None:
+    def __init__(self, seconds: float = 1.0, shortest_sample: float = 0.0, waits: Sequence[float] = ()) -> None:
         self._seconds, self.shortest_sample = seconds, shortest_sample
         self._waits = itertools.chain.from_iterable(itertools.pairwise(waits))
         self.repeats: list[int] = []
@@ -628,9 +618,7 @@ def test_cold_copies_exceed_the_cache_and_hold_the_same_values() -> None:
     copies = make_cold_data(case, CPU, cache_bytes=100_000)
     kv_bytes = copies[0].k.nbytes + copies[0].v.nbytes
     assert (len(copies) - 1) * kv_bytes >= 2 * 100_000 > (len(copies) - 2) * kv_bytes
-    assert len({data.k.data_ptr() for data in copies} | {data.v.data_ptr() for data in copies}) == 2 * len(
-        copies
-    )
+    assert len({data.k.data_ptr() for data in copies} | {data.v.data_ptr() for data in copies}) == 2 * len(copies)
     assert all(torch.equal(data.k, copies[0].k) and torch.equal(data.v, copies[0].v) for data in copies)
 
 
@@ -664,9 +652,7 @@ def test_peak_memory_is_that_of_the_call() -> None:
     assert nothing < 2**20
 
 
-def test_memory_is_not_made_up_where_it_cannot_be_measured(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_memory_is_not_made_up_where_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
     assert memory.method(CPU) is None
     assert memory.peak_bytes(lambda: None, CPU) is None
@@ -693,9 +679,7 @@ class Broken(rivals.Rival):
     name = "broken"
 
     def forward(self, case: Case, data: Data) -> Callable[[], Tensor]:
-        raise RuntimeError("compilation failed\n in line 3") from NotImplementedError(
-            "no backward here\nat all"
-        )
+        raise RuntimeError("compilation failed\n in line 3") from NotImplementedError("no backward here\nat all")
 
 
 class Unwilling(rivals.Rival):
@@ -834,9 +818,7 @@ def test_the_header_tells_machine_and_versions() -> None:
     assert "float32 200, bfloat16 400" in text
     assert "too low" not in text
     disturbed = dataclasses.replace(PEAKS, quiet=False)
-    assert "too low" in "\n".join(
-        report.header_lines(facts | {"clock": "wall time", "memory_method": None}, disturbed)
-    )
+    assert "too low" in "\n".join(report.header_lines(facts | {"clock": "wall time", "memory_method": None}, disturbed))
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

@@ -33,7 +33,9 @@ def test_vector_types(instruction_set: str, tmp_path: Path) -> None:
 
 def test_needs_no_torch_symbol() -> None:
     """So that one build works with every version of torch."""
-    undefined = subprocess.run(["nm", "-D", "--undefined-only", _cpu.__file__], capture_output=True, text=True, check=True)
+    undefined = subprocess.run(
+        ["nm", "-D", "--undefined-only", _cpu.__file__], capture_output=True, text=True, check=True
+    )
     symbols = undefined.stdout
     assert "Py" in symbols
     for mark in ("at::", "c10", "torch", "_ZN2at", "_ZNK2at"):
@@ -47,7 +49,9 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
-CALL = "import torch, fastattn; q = torch.ones(1, 1, 4, 8); print(fastattn.attention(q, q, q, backend='cpu').sum().item())"
+CALL = (
+    "import torch, fastattn; q = torch.ones(1, 1, 4, 8); print(fastattn.attention(q, q, q, backend='cpu').sum().item())"
+)
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
@@ -84,7 +88,9 @@ def test_same_bits_for_any_number_of_threads(features: str, dtype: torch.dtype) 
         torch.set_num_threads(threads)
         try:
             torch.manual_seed(0)
-            q, k, v = (torch.randn(2, h, n, 40, dtype=dtype, requires_grad=True) for h, n in ((4, 130), (2, 700), (2, 700)))
+            q, k, v = (
+                torch.randn(2, h, n, 40, dtype=dtype, requires_grad=True) for h, n in ((4, 130), (2, 700), (2, 700))
+            )
             bias = torch.randn(4, 130, 700, dtype=dtype, requires_grad=True)
             out, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True, backend="cpu", **options)
             grads = torch.autograd.grad((out, lse), (q, k, v, bias), (torch.randn_like(out), torch.randn_like(lse)))

@@ -1,7 +1,7 @@
 // What is added to a block of scores, and what is hidden from it: ALiBi, bias, mask, window and lengths in one array.
 #pragma once
 
-#include "rows.h"
+#include "pack.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -17,12 +17,19 @@ struct AddendScratch {
 
 // Adds kWidth keys of kWidth rows of the bias, read along the keys and turned, so that no line is touched twice.
 template <class V, class T>
-void add_bias_tile(const T* bias, const int64_t* at, int64_t key_stride, int lane, int n, int keys, typename V::Scalar* a) {
+void add_bias_tile(const T* bias, const int64_t* at, int64_t key_stride, int lane, int n, int keys,
+                   typename V::Scalar* a) {
   using S = typename V::Scalar;
   V tile[V::kWidth];
   for (int i = 0; i < V::kWidth; ++i) {
-    S row[V::kWidth] = {};
     const T* from = bias + at[lane + i] + n * key_stride;
+    if constexpr (sizeof(S) == 8 ? sizeof(T) == 8 : sizeof(T) <= 4) {  // what the vector can load
+      if (key_stride == 1) {
+        tile[i] = load_some<V>(from, keys);
+        continue;
+      }
+    }
+    S row[V::kWidth] = {};
     for (int t = 0; t < keys; ++t) row[t] = S(to_float(from[t * key_stride]));
     tile[i] = V::load(row);
   }
@@ -34,7 +41,8 @@ void add_bias_tile(const T* bias, const int64_t* at, int64_t key_stride, int lan
 }
 
 template <class V, class T>
-void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, int lanes, int keys, typename V::Scalar* a) {
+void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, int lanes, int keys,
+              typename V::Scalar* a) {
   using S = typename V::Scalar;
   if (same) {  // one row for all lanes, as in a bias per key
     for (int n = 0; n < keys; ++n) {
@@ -56,7 +64,8 @@ template <class V>
 bool row_offsets(const Panel<V>& panel, const View& view, int64_t n0, int64_t* at) {
   bool same = true;
   for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
-    at[lane] = panel.b * view.stride_b + panel.head[lane] * view.stride_h + panel.query[lane] * view.stride_s + n0 * view.stride_d;
+    at[lane] = panel.b * view.stride_b + panel.head[lane] * view.stride_h + panel.query[lane] * view.stride_s +
+               n0 * view.stride_d;
     if (lane >= panel.count) at[lane] = at[0];
     same = same && at[lane] == at[0];
   }
@@ -85,8 +94,8 @@ void hide_unseen(const Panel<V>& panel, int64_t n0, int keys, int lanes, typenam
   }
 }
 
-// Fills a.values for keys n0 .. n0 + keys, in units of log2: -inf where hidden. Returns whether any pair is visible, and
-// in `gaps` whether some key is seen by no row.
+// Fills a.values for keys n0 .. n0 + keys, in units of log2: -inf where hidden. Returns whether any pair is visible,
+// and in `gaps` whether some key is seen by no row.
 template <class V>
 bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, AddendScratch<V> a,
                  bool& gaps) {
@@ -114,14 +123,22 @@ bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, in
   if (p.bias.data != nullptr) {
     const bool same = row_offsets(panel, p.bias, n0, at);
     switch (p.bias_dtype) {
-      case DType::kFloat32: add_bias<V>(static_cast<const float*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values); break;
-      case DType::kFloat64: add_bias<V>(static_cast<const double*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values); break;
-      case DType::kBFloat16: add_bias<V>(static_cast<const bf16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values); break;
-      default: add_bias<V>(static_cast<const fp16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values);
+      case DType::kFloat32:
+        add_bias<V>(static_cast<const float*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values);
+        break;
+      case DType::kFloat64:
+        add_bias<V>(static_cast<const double*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values);
+        break;
+      case DType::kBFloat16:
+        add_bias<V>(static_cast<const bf16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values);
+        break;
+      default:
+        add_bias<V>(static_cast<const fp16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values);
     }
   }
   // Hiding comes last: what a hidden pair was given, NaN perhaps, must not show.
-  if (panel.count < lanes || !(panel.all.first <= n0 && n0 + keys <= panel.all.last)) hide_unseen(panel, n0, keys, lanes, a.values);
+  if (panel.count < lanes || !(panel.all.first <= n0 && n0 + keys <= panel.all.last))
+    hide_unseen(panel, n0, keys, lanes, a.values);
   if (p.mask.data == nullptr) {
     for (int n = 0; n < keys; ++n) a.seen[n] = panel.any.first <= n0 + n && n0 + n < panel.any.last;
     gaps = n0 < panel.any.first || panel.any.last < n0 + keys;

@@ -3,10 +3,11 @@
 //   S^T = K Q^T      P^T = exp2(S^T - lse)      dP^T = V dO^T      dS^T = P^T (dP^T - delta)
 //   dV += P^T dO     dK += dS^T Q               dQ^T += K^T dS^T
 //
-// Cost per panel of 32 rows and n keys, in multiply-adds: n * 32 * (3 head_dim + 2 head_dim_v), plus some 20 instructions /
-// kWidth per score: the five products bound it. A job owns a range of keys: dK and dV of a block stay in the second-level
-// cache while all queries pass by; dQ is read and written once per block, 2 / kBlockKeys of the products' work. Jobs over
-// parts of the keys write dQ addends of their own, summed in the order of the parts: no atomics, the same bits always.
+// Cost per panel of 32 rows and n keys, in multiply-adds: n * 32 * (3 head_dim + 2 head_dim_v), plus some 20
+// instructions / kWidth per score: the five products bound it. A job owns a range of keys: dK and dV of a block stay in
+// the second-level cache while all queries pass by; dQ is read and written once per block, 2 / kBlockKeys of the
+// products' work. Jobs over parts of the keys write dQ addends of their own, summed in the order of the parts: no
+// atomics, the same bits always.
 #pragma once
 
 #include "forward.h"
@@ -64,7 +65,8 @@ struct BackwardScratch {
     if (E::kPerWord == 1) {  // words along lanes and along keys are the same: single numbers, in place
       step = {reinterpret_cast<Word*>(scores), reinterpret_cast<Word*>(dprobs), reinterpret_cast<Word*>(dprobs)};
     } else {
-      step = {arena.take<Word>(kBlockKeys * kLanes / 2), arena.take<Word>(kBlockKeys * kLanes / 2), arena.take<Word>(kBlockKeys * kLanes / 2)};
+      step = {arena.take<Word>(kBlockKeys * kLanes / 2), arena.take<Word>(kBlockKeys * kLanes / 2),
+              arena.take<Word>(kBlockKeys * kLanes / 2)};
     }
     addend.values = arena.take<S>(kBlockKeys * kLanes);
     addend.seen = arena.take<uint8_t>(kBlockKeys);
@@ -76,16 +78,17 @@ struct BackwardScratch {
 };
 
 template <class V, class T>
-void load_backward_block(BackwardScratch<Single<V>>& s, const T*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv, int64_t n0,
-                         int keys) {
-  s.block = load_block(Single<V>{}, static_cast<const T*>(nullptr), p, seq, b, head_kv, n0, keys, BlockScratch<Single<V>>{s.k_copy, s.v_copy});
+void load_backward_block(BackwardScratch<Single<V>>& s, const T*, const Params& p, const Sequence& seq, int64_t b,
+                         int64_t head_kv, int64_t n0, int keys) {
+  s.block = load_block(Single<V>{}, static_cast<const T*>(nullptr), p, seq, b, head_kv, n0, keys,
+                       BlockScratch<Single<V>>{s.k_copy, s.v_copy});
   s.k_keys = s.block.k;
   s.k_keys_stride = s.block.k_stride;
 }
 
 #ifdef __AVX512BF16__
-inline void load_backward_block(BackwardScratch<Pairs>& s, const bf16*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv,
-                                int64_t n0, int keys) {
+inline void load_backward_block(BackwardScratch<Pairs>& s, const bf16*, const Params& p, const Sequence& seq, int64_t b,
+                                int64_t head_kv, int64_t n0, int keys) {
   load_pair_rows(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_copy, s.block.k, s.block.k_stride);
   load_pair_rows(p, p.v, int(p.head_dim_v), seq, b, head_kv, n0, keys, s.v_copy, s.block.v, s.block.v_stride);
   interleave_keys(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_keys_copy);
@@ -96,7 +99,8 @@ inline void load_backward_block(BackwardScratch<Pairs>& s, const bf16*, const Pa
 
 // Rows as [word of lanes][padded dim]: what the products over queries read.
 template <class V, class T>
-void pack_rows(Single<V>, const T* const* rows, int lanes, int64_t stride, int dim, int padded_dim, typename V::Scalar* words) {
+void pack_rows(Single<V>, const T* const* rows, int lanes, int64_t stride, int dim, int padded_dim,
+               typename V::Scalar* words) {
   using S = typename V::Scalar;
   for (int lane = 0; lane < lanes; ++lane) {
     S* to = words + lane * int64_t(padded_dim);
@@ -110,7 +114,8 @@ void pack_rows(Single<V>, const T* const* rows, int lanes, int64_t stride, int d
 }
 
 #ifdef __AVX512BF16__
-inline void pack_rows(Pairs, const bf16* const* rows, int lanes, int64_t stride, int dim, int padded_dim, uint32_t* words) {
+inline void pack_rows(Pairs, const bf16* const* rows, int lanes, int64_t stride, int dim, int padded_dim,
+                      uint32_t* words) {
   for (int lane = 0; lane < lanes; lane += 2) {
     uint32_t* to = words + lane / 2 * int64_t(padded_dim);
     interleave_rows(rows[lane], stride, rows[lane + 1], dim, to);
@@ -121,7 +126,8 @@ inline void pack_rows(Pairs, const bf16* const* rows, int lanes, int64_t stride,
 
 // Brings a panel's queries, output gradients, lse and delta into scratch. Rows that saw nothing take no part.
 template <class E, class T>
-void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const BackwardSpace& space, BackwardScratch<E>& s) {
+void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel,
+                const BackwardSpace& space, BackwardScratch<E>& s) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
@@ -149,14 +155,14 @@ void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Ve
 // What becomes of one vector of scores.
 template <class V>
 struct ScoreGrad {
-  V prob;     // after dropout
-  V dscore;   // by the score before bias, ALiBi and softcap are applied, without the factor scale
-  V dbias;    // by the score after them
+  V prob;    // after dropout
+  V dscore;  // by the score before bias, ALiBi and softcap are applied, without the factor scale
+  V dbias;   // by the score after them
 };
 
 template <class V>
-inline ScoreGrad<V> score_grad(const Params& p, const typename V::Scalar* score, const typename V::Scalar* dprob, const typename V::Scalar* addend,
-                               const typename V::Scalar* factor, V lse, V delta) {
+inline ScoreGrad<V> score_grad(const Params& p, const typename V::Scalar* score, const typename V::Scalar* dprob,
+                               const typename V::Scalar* addend, const typename V::Scalar* factor, V lse, V delta) {
   using S = typename V::Scalar;
   const V zero = V::set(S(0)), one = V::set(S(1));
   const V scale = V::set(S(p.scale * kLog2E));
@@ -199,10 +205,11 @@ void store_lanes(Single<V>, V x, typename V::Scalar* row, int lane) {
 inline void store_lanes(Pairs, F32 x, uint32_t* row, int lane) { x.store(reinterpret_cast<bf16*>(row) + lane); }
 #endif
 
-// The operands of the products from the scores and the gradients of the probabilities. addend, factors and dbias may be null.
+// The operands of the products from the scores and the gradients of the probabilities. addend, factors and dbias may be
+// null.
 template <class E>
-void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, int keys, const typename E::Scalar* addend,
-                   const typename E::Scalar* factors, typename E::Scalar* dbias) {
+void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, int keys,
+                   const typename E::Scalar* addend, const typename E::Scalar* factors, typename E::Scalar* dbias) {
   using V = typename E::Vector;
   constexpr int kLanes = Panel<V>::kLanes, kRow = kLanes / E::kPerWord;
   for (int lane = 0; lane < vectors * V::kWidth; lane += V::kWidth) {
@@ -210,7 +217,8 @@ void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, in
     V before = V::set(0);
     for (int n = 0; n < keys; ++n) {
       const int at = n * kLanes + lane;
-      const ScoreGrad<V> g = score_grad<V>(p, s.scores + at, s.dprobs + at, addend ? addend + at : nullptr, factors ? factors + at : nullptr, lse, delta);
+      const ScoreGrad<V> g = score_grad<V>(p, s.scores + at, s.dprobs + at, addend ? addend + at : nullptr,
+                                           factors ? factors + at : nullptr, lse, delta);
       if (dbias != nullptr) (V::load(dbias + at) + g.dbias).store(dbias + at);
       store_lanes(E{}, g.prob, s.step.probs + n * kRow, lane);
       store_lanes(E{}, g.dscore, s.step.dscores + n * kRow, lane);
@@ -225,7 +233,8 @@ void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, in
 
 // C[key][dim] += words[key][lane word] * rows[lane word][dim], the products over the panel's queries.
 template <class E>
-void add_over_lanes(int keys, int lanes, const typename E::Word* words, const typename E::Word* rows, int dim, typename E::Scalar* c) {
+void add_over_lanes(int keys, int lanes, const typename E::Word* words, const typename E::Word* rows, int dim,
+                    typename E::Scalar* c) {
   using V = typename E::Vector;
   constexpr int kRow = Panel<V>::kLanes / E::kPerWord;
   int d = 0;
@@ -237,18 +246,18 @@ void add_over_lanes(int keys, int lanes, const typename E::Word* words, const ty
 // Scores and what follows from them, for keys n0 .. n0 + keys (row `at` of the block) and one panel. Returns false if
 // nothing is visible. gaps: some key is seen by no row.
 template <class E, int kVectors>
-bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s, int at, int64_t n0,
-                     int keys, typename E::Scalar* dbias, bool& gaps) {
+bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel,
+                     BackwardScratch<E>& s, int at, int64_t n0, int keys, typename E::Scalar* dbias, bool& gaps) {
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<typename E::Vector>::kLanes;
   const bool plain = p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 &&
                      panel.all.first <= n0 && n0 + keys <= panel.all.last;
   gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return false;
-  gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim), E::kPerWord), s.block.k + at * s.block.k_stride, s.block.k_stride, 1,
-                                    s.q_columns, kLanes, s.scores, kLanes);
-  gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.block.v + at * s.block.v_stride, s.block.v_stride, 1,
-                                    s.dout_columns, kLanes, s.dprobs, kLanes);
+  gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim), E::kPerWord), s.block.k + at * s.block.k_stride,
+                                    s.block.k_stride, 1, s.q_columns, kLanes, s.scores, kLanes);
+  gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.block.v + at * s.block.v_stride,
+                                    s.block.v_stride, 1, s.dout_columns, kLanes, s.dprobs, kLanes);
   const S* factors = nullptr;
   if (p.dropout_threshold != 0) {
     make_dropout(p, panel, n0, keys, s.factors);
@@ -260,13 +269,14 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
 
 // One step of dQ, dK and dV.
 template <class E, int kVectors>
-void backward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s, int at, int64_t n0, int keys,
-                   typename E::Scalar* dq) {
+void backward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s,
+                   int at, int64_t n0, int keys, typename E::Scalar* dq) {
   constexpr int kLanes = Panel<typename E::Vector>::kLanes;
   const int lanes = kVectors * E::Vector::kWidth, dim = int(p.head_dim);
   bool gaps = false;
   if (!backward_scores<E, kVectors>(p, seq, panel, s, at, n0, keys, nullptr, gaps)) return;
-  if (p.dv.data != nullptr) add_over_lanes<E>(keys, lanes, s.step.probs, s.dout_rows, s.dim_v, s.dv + at * int64_t(s.dim_v));
+  if (p.dv.data != nullptr)
+    add_over_lanes<E>(keys, lanes, s.step.probs, s.dout_rows, s.dim_v, s.dv + at * int64_t(s.dim_v));
   if (p.dk.data != nullptr) add_over_lanes<E>(keys, lanes, s.step.dscores, s.q_rows, s.dim, s.dk + at * int64_t(s.dim));
   if (p.dq.data == nullptr) return;
   const typename E::Word* k = s.k_keys + at / E::kPerWord * s.k_keys_stride;
@@ -275,12 +285,13 @@ void backward_step(const Params& p, const Sequence& seq, const Panel<typename E:
     k = without_gaps<E>(k, k_stride, keys, dim, s.addend.seen, s.gapless);
     k_stride = dim;
   }
-  gemm<E, kVectors, Update::kAdd>(dim, words_of(keys, E::kPerWord), k, 1, k_stride, s.step.dscores_key, kLanes, dq, kLanes);
+  gemm<E, kVectors, Update::kAdd>(dim, words_of(keys, E::kPerWord), k, 1, k_stride, s.step.dscores_key, kLanes, dq,
+                                  kLanes);
 }
 
 template <class V, class T>
-void store_key_grads(const Params& p, const View& view, const Sequence& seq, const BackwardJob& job, int64_t n0, int keys, int dim, int ld,
-                     typename V::Scalar* grads, typename V::Scalar scale) {
+void store_key_grads(const Params& p, const View& view, const Sequence& seq, const BackwardJob& job, int64_t n0,
+                     int keys, int dim, int ld, typename V::Scalar* grads, typename V::Scalar scale) {
   if (view.data == nullptr) return;
   for (int n = 0; n < keys; ++n) {
     typename V::Scalar* row = grads + n * int64_t(ld);

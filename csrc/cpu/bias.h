@@ -1,6 +1,6 @@
 // Gradient of the bias, in a pass of its own: each job owns a tile of the bias and goes through everything that shares
-// it by broadcasting (batches, heads, rows, keys) in a fixed order. So sums over broadcast dimensions need neither atomics
-// nor copies of the bias. Cost: the first two of the backward's five products once more.
+// it by broadcasting (batches, heads, rows, keys) in a fixed order. So sums over broadcast dimensions need neither
+// atomics nor copies of the bias. Cost: the first two of the backward's five products once more.
 #pragma once
 
 #include "backward.h"
@@ -15,7 +15,8 @@ void store_dbias(const Params& p, const BiasJob& job, int rows, int keys, const 
   constexpr int kLanes = Panel<V>::kLanes;
   const View& view = p.dbias;
   const bool one_row = p.dbias_size[2] == 1, one_key = p.dbias_size[3] == 1;
-  S* to = static_cast<S*>(view.data) + job.b * view.stride_b + job.h * view.stride_h + job.first_row * view.stride_s + job.first_key * view.stride_d;
+  S* to = static_cast<S*>(view.data) + job.b * view.stride_b + job.h * view.stride_h + job.first_row * view.stride_s +
+          job.first_key * view.stride_d;
   for (int r = 0; r < (one_row ? 1 : rows); ++r) {
     for (int n = 0; n < (one_key ? 1 : keys); ++n) {
       S sum = S(0);
@@ -33,7 +34,8 @@ void dbias_job(const Params& p, const BiasJob& job, const BackwardSpace& space, 
   Arena arena(memory);
   BackwardScratch<E> s(p, arena);
   clear(s.dbias, kBlockKeys * kLanes);
-  const int64_t b_end = p.dbias_size[0] == 1 ? p.batch : job.b + 1, h_end = p.dbias_size[1] == 1 ? p.heads_q : job.h + 1;
+  const int64_t b_end = p.dbias_size[0] == 1 ? p.batch : job.b + 1,
+                h_end = p.dbias_size[1] == 1 ? p.heads_q : job.h + 1;
   for (int64_t b = job.b; b < b_end; ++b) {
     const Sequence seq = sequence_of(p, b);
     const int64_t last_row = p.dbias_size[2] == 1 ? seq.q_length : smaller(seq.q_length, job.first_row + kLanes);
@@ -57,7 +59,8 @@ void dbias_job(const Params& p, const BiasJob& job, const BackwardSpace& space, 
       }
     }
   }
-  const int rows = int(smaller(kLanes, p.dbias_size[2] - job.first_row)), keys = int(smaller(kBlockKeys, p.dbias_size[3] - job.first_key));
+  const int rows = int(smaller(kLanes, p.dbias_size[2] - job.first_row)),
+            keys = int(smaller(kBlockKeys, p.dbias_size[3] - job.first_key));
   store_dbias<V>(p, job, rows, keys, s.dbias);
 }
 

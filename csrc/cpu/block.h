@@ -7,8 +7,8 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Keys of one block. k(n) are the words of key n along head_dim; v(w) the words that hold key w, or keys 2 w and 2 w + 1,
-// along head_dim_v.
+// Keys of one block. k(n) are the words of key n along head_dim; v(w) the words that hold key w, or keys 2 w and 2 w +
+// 1, along head_dim_v.
 template <class E>
 struct KeyBlock {
   const typename E::Word* k;
@@ -28,8 +28,8 @@ inline bool in_one_page(const Params& p, int64_t n0, int keys) {
 }
 
 template <class V, class T>
-KeyBlock<Single<V>> load_block(Single<V>, const T*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv, int64_t n0, int keys,
-                               BlockScratch<Single<V>> scratch) {
+KeyBlock<Single<V>> load_block(Single<V>, const T*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv,
+                               int64_t n0, int keys, BlockScratch<Single<V>> scratch) {
   using S = typename V::Scalar;
   const bool together = in_one_page(p, n0, keys);
   KeyBlock<Single<V>> block;
@@ -51,8 +51,8 @@ KeyBlock<Single<V>> load_block(Single<V>, const T*, const Params& p, const Seque
 
 #ifdef __AVX512BF16__
 // Keys as pairs along the row, in place if the rows begin at whole words.
-inline void load_pair_rows(const Params& p, const View& view, int dim, const Sequence& seq, int64_t b, int64_t head_kv, int64_t n0, int keys,
-                           uint32_t* copy, const uint32_t*& words, int64_t& stride) {
+inline void load_pair_rows(const Params& p, const View& view, int dim, const Sequence& seq, int64_t b, int64_t head_kv,
+                           int64_t n0, int keys, uint32_t* copy, const uint32_t*& words, int64_t& stride) {
   if (in_one_page(p, n0, keys) && view.stride_d == 1 && view.stride_s % 2 == 0 && dim % 2 == 0) {
     words = reinterpret_cast<const uint32_t*>(key_row<const bf16>(p, view, seq, b, head_kv, n0));
     stride = view.stride_s / 2;
@@ -60,12 +60,13 @@ inline void load_pair_rows(const Params& p, const View& view, int dim, const Seq
   }
   words = copy;
   stride = words_of(dim, 2);
-  for (int n = 0; n < keys; ++n) pair_row(key_row<const bf16>(p, view, seq, b, head_kv, n0 + n), view.stride_d, dim, copy + n * stride);
+  for (int n = 0; n < keys; ++n)
+    pair_row(key_row<const bf16>(p, view, seq, b, head_kv, n0 + n), view.stride_d, dim, copy + n * stride);
 }
 
 // Keys as pairs of neighbouring rows: words[key / 2][dim].
-inline void interleave_keys(const Params& p, const View& view, int dim, const Sequence& seq, int64_t b, int64_t head_kv, int64_t n0, int keys,
-                            uint32_t* words) {
+inline void interleave_keys(const Params& p, const View& view, int dim, const Sequence& seq, int64_t b, int64_t head_kv,
+                            int64_t n0, int keys, uint32_t* words) {
   for (int n = 0; n < keys; n += 2) {
     const bf16* even = key_row<const bf16>(p, view, seq, b, head_kv, n0 + n);
     const bf16* odd = n + 1 < keys ? key_row<const bf16>(p, view, seq, b, head_kv, n0 + n + 1) : nullptr;
@@ -73,8 +74,8 @@ inline void interleave_keys(const Params& p, const View& view, int dim, const Se
   }
 }
 
-inline KeyBlock<Pairs> load_block(Pairs, const bf16*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv, int64_t n0, int keys,
-                                  BlockScratch<Pairs> scratch) {
+inline KeyBlock<Pairs> load_block(Pairs, const bf16*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv,
+                                  int64_t n0, int keys, BlockScratch<Pairs> scratch) {
   KeyBlock<Pairs> block{nullptr, 0, scratch.v, p.head_dim_v};
   load_pair_rows(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, scratch.k, block.k, block.k_stride);
   interleave_keys(p, p.v, int(p.head_dim_v), seq, b, head_kv, n0, keys, scratch.v);
@@ -85,8 +86,8 @@ inline KeyBlock<Pairs> load_block(Pairs, const bf16*, const Params& p, const Seq
 // A copy of rows of a block in which the keys that no row of the panel sees are zero: they may hold NaN, and 0 * NaN is
 // NaN. `words` counts per row of v.
 template <class E>
-const typename E::Word* without_gaps(const typename E::Word* v, int64_t stride, int keys, int words, const uint8_t* seen,
-                                     typename E::Word* copy) {
+const typename E::Word* without_gaps(const typename E::Word* v, int64_t stride, int keys, int words,
+                                     const uint8_t* seen, typename E::Word* copy) {
   for (int n = 0; n < keys; n += E::kPerWord) {
     for (int i = 0; i < words; ++i) {
       typename E::Word x = v[n / E::kPerWord * stride + i];

@@ -26,8 +26,10 @@ void append_job(const Params& p, int64_t b, int64_t head_kv) {
   const Sequence seq = sequence_of(p, b);
   for (int64_t t = 0; t < p.seqlen_new; ++t) {
     const int64_t position = p.kv_lengths[b] + t;
-    const T* k_new = static_cast<const T*>(p.k_new.data) + b * p.k_new.stride_b + head_kv * p.k_new.stride_h + t * p.k_new.stride_s;
-    const T* v_new = static_cast<const T*>(p.v_new.data) + b * p.v_new.stride_b + head_kv * p.v_new.stride_h + t * p.v_new.stride_s;
+    const T* k_new =
+        static_cast<const T*>(p.k_new.data) + b * p.k_new.stride_b + head_kv * p.k_new.stride_h + t * p.k_new.stride_s;
+    const T* v_new =
+        static_cast<const T*>(p.v_new.data) + b * p.v_new.stride_b + head_kv * p.v_new.stride_h + t * p.v_new.stride_s;
     rotate_row<S>(p, k_new, p.k_new.stride_d, position, key_row<T>(p, p.k, seq, b, head_kv, position), p.k.stride_d);
     T* v = key_row<T>(p, p.v, seq, b, head_kv, position);
     for (int64_t d = 0; d < p.head_dim_v; ++d) v[d * p.v.stride_d] = v_new[d * p.v_new.stride_d];
@@ -40,7 +42,8 @@ void rotate_queries_job(const Params& p, const View& to, int64_t b, int64_t head
   for (int64_t i = 0; i < p.seqlen_q; ++i) {
     // A query before the first position (more queries than keys) sees nothing: any angle will do.
     const int64_t position = larger(i + seq.offset, 0);
-    rotate_row<S>(p, row_of<const T>(p.q, seq, b, head, i), p.q.stride_d, position, row_of<T>(to, seq, b, head, i), to.stride_d);
+    rotate_row<S>(p, row_of<const T>(p.q, seq, b, head, i), p.q.stride_d, position, row_of<T>(to, seq, b, head, i),
+                  to.stride_d);
   }
 }
 

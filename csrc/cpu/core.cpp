@@ -94,7 +94,8 @@ ForwardPlan plan_forward(const Params& p, const Kernels& k) {
         const int64_t share = ((keys.last - keys.first + plan.parts - 1) / plan.parts + 127) / 128 * 128;
         for (int64_t part = 0; part < plan.parts; ++part) {
           job.part = part;
-          job.keys = {std::min(keys.last, keys.first + part * share), std::min(keys.last, keys.first + (part + 1) * share)};
+          job.keys = {std::min(keys.last, keys.first + part * share),
+                      std::min(keys.last, keys.first + (part + 1) * share)};
           plan.jobs.push_back(job);
         }
       }
@@ -140,9 +141,7 @@ BackwardPlan plan_backward(const Params& p, const Kernels& k) {
   return plan;
 }
 
-int useful_threads(int threads, int64_t work) {
-  return int(std::clamp<int64_t>(work / kWorkPerThread, 1, threads));
-}
+int useful_threads(int threads, int64_t work) { return int(std::clamp<int64_t>(work / kWorkPerThread, 1, threads)); }
 
 }  // namespace
 
@@ -161,7 +160,8 @@ const Kernels& kernels() {
     if (std::string(wanted) == k->name) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  throw std::invalid_argument("FASTATTN_CPU_ISA must name an instruction set of this processor (" + names + "), got " + wanted);
+  throw std::invalid_argument("FASTATTN_CPU_ISA must name an instruction set of this processor (" + names + "), got " +
+                              wanted);
 }
 
 void forward_with_cache(const Params& params, int threads) {
@@ -189,14 +189,16 @@ void forward(const Params& p, int threads) {
   const size_t each = (k.forward_scratch(p) + 4095) / 4096 * 4096;
   const size_t scalar = p.dtype == DType::kFloat64 ? 8 : 4;
   const size_t out_bytes = size_t(plan.parts * plan.rows_total * p.head_dim_v) * scalar;
-  char* memory = static_cast<char*>(thread_scratch(each * size_t(threads) + out_bytes + size_t(plan.parts * plan.rows_total) * scalar));
+  char* memory = static_cast<char*>(
+      thread_scratch(each * size_t(threads) + out_bytes + size_t(plan.parts * plan.rows_total) * scalar));
   Parts parts;
   parts.count = plan.parts;
   parts.rows_total = plan.rows_total;
   parts.out = memory + each * size_t(threads);
   parts.lse = memory + each * size_t(threads) + out_bytes;
-  parallel_for(int64_t(plan.jobs.size()), threads,
-               [&](int64_t i, int thread) { k.forward(p, plan.jobs[size_t(i)], parts, memory + each * size_t(thread)); });
+  parallel_for(int64_t(plan.jobs.size()), threads, [&](int64_t i, int thread) {
+    k.forward(p, plan.jobs[size_t(i)], parts, memory + each * size_t(thread));
+  });
   parallel_for(int64_t(plan.rows.size()), threads, [&](int64_t i, int) { k.merge(p, plan.rows[size_t(i)], parts); });
 }
 
@@ -216,14 +218,14 @@ void backward(const Params& p, int threads) {
   space.dq = memory + each * size_t(threads) + deltas;
   const int64_t heads = sequences(p) * p.heads_q;
   parallel_for(heads, threads, [&](int64_t i, int) { k.delta(p, space, i / p.heads_q, i % p.heads_q); });
-  parallel_for(int64_t(plan.jobs.size()), threads,
-               [&](int64_t i, int thread) { k.backward(p, plan.jobs[size_t(i)], space, memory + each * size_t(thread)); });
+  parallel_for(int64_t(plan.jobs.size()), threads, [&](int64_t i, int thread) {
+    k.backward(p, plan.jobs[size_t(i)], space, memory + each * size_t(thread));
+  });
   if (p.dq.data != nullptr)
     parallel_for(int64_t(plan.sums.size()), threads, [&](int64_t i, int) { k.sum_dq(p, plan.sums[size_t(i)], space); });
   parallel_for(int64_t(plan.bias.size()), threads,
                [&](int64_t i, int thread) { k.dbias(p, plan.bias[size_t(i)], space, memory + each * size_t(thread)); });
-  if (p.dsinks.data != nullptr)
-    parallel_for(p.heads_q, threads, [&](int64_t head, int) { k.dsinks(p, space, head); });
+  if (p.dsinks.data != nullptr) parallel_for(p.heads_q, threads, [&](int64_t head, int) { k.dsinks(p, space, head); });
 }
 
 }  // namespace fastattn

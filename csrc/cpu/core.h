@@ -11,7 +11,8 @@ namespace fastattn {
 // Names of the instruction sets that this processor has and the module holds, the best first.
 std::vector<std::string> instruction_sets();
 
-// The kernels in use. FASTATTN_CPU_ISA names an instruction set; throws std::invalid_argument if there is no such one here.
+// The kernels in use. FASTATTN_CPU_ISA names an instruction set; throws std::invalid_argument if there is no such one
+// here.
 const Kernels& kernels();
 
 // Both write all of their outputs (see params.h). They throw std::bad_alloc without having written anything.

@@ -2,8 +2,8 @@
 //
 // With fewer rows than lanes the products of forward.h would compute mostly padding, and would copy K and V that are
 // not float32. Here each key's row is read once, as it lies (any page size, any dtype), dotted with all queries, and
-// each value's row is added to all outputs. Cost per key and row: (head_dim + head_dim_v) / kWidth multiply-adds and 1 / kWidth of
-// a transpose; bytes: each key and value once. Reading them bounds it.
+// each value's row is added to all outputs. Cost per key and row: (head_dim + head_dim_v) / kWidth multiply-adds and 1
+// / kWidth of a transpose; bytes: each key and value once. Reading them bounds it.
 #pragma once
 
 #include "forward.h"
@@ -24,7 +24,7 @@ struct FewRowsScratch {
   using S = typename V::Scalar;
   S *queries, *acc;  // [row][dim padded to whole vectors]
   S *scores, *factors;
-  const T **k, **v;  // [key]
+  const T **k, **v, **next_k;  // rows of the block's keys, and of the keys of the block after it
   AddendScratch<V> addend;
   int dim, dim_v;
 
@@ -38,23 +38,24 @@ struct FewRowsScratch {
     factors = arena.take<S>(p.dropout_threshold ? kBlockKeys * kLanes : 0);
     k = arena.take<const T*>(kBlockKeys);
     v = arena.take<const T*>(kBlockKeys);
+    next_k = arena.take<const T*>(kBlockKeys);
     addend.values = arena.take<S>(kBlockKeys * kLanes);
     addend.seen = arena.take<uint8_t>(kBlockKeys);
   }
 };
 
-// kWidth numbers of a row of which `left` exist; the others are zero and are not read.
-template <class V, class T>
-inline V load_some(const T* from, int left) {
-  if (left >= V::kWidth) return V::load(from);
-  typename V::Scalar values[V::kWidth] = {};
-  for (int i = 0; i < left; ++i) values[i] = typename V::Scalar(to_float(from[i]));
-  return V::load(values);
+// Asks for a row that will be read soon. Keys and values come in turns, a block of each: without this the memory would
+// rest while the processor computes, and the processor wait whenever it changes from one to the other.
+template <class T>
+inline void prefetch_row(const T* row, int dim) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < int64_t(dim) * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
 }
 
 // scores[key][row] of kRows queries and kWidth / kRows keys.
 template <class V, class T, int kRows>
-void few_scores_tile(const typename V::Scalar* queries, int ld, int dim, const T* const* k, int keys, typename V::Scalar* scores) {
+void few_scores_tile(const typename V::Scalar* queries, int ld, int dim, const T* const* k, int keys,
+                     typename V::Scalar* scores) {
   constexpr int kKeys = V::kWidth / kRows;
   V acc[V::kWidth];
   for (int i = 0; i < V::kWidth; ++i) acc[i] = V::set(0);
@@ -76,22 +77,29 @@ void few_scores_tile(const typename V::Scalar* queries, int ld, int dim, const T
     for (int r = 0; r < kRows; ++r) scores[n * Panel<V>::kLanes + r] = sums[n * kRows + r];
 }
 
+// ahead: rows of ahead_dim numbers to ask for meanwhile, one per key; may be null.
 template <class V, class T, int kRows>
-void few_scores(const typename V::Scalar* queries, int ld, int dim, const T* const* k, int keys, typename V::Scalar* scores) {
+void few_scores(const typename V::Scalar* queries, int ld, int dim, const T* const* k, int keys,
+                typename V::Scalar* scores, const T* const* ahead, int ahead_dim) {
   constexpr int kKeys = V::kWidth / kRows;
-  for (int n = 0; n < keys; n += kKeys)
-    few_scores_tile<V, T, kRows>(queries, ld, dim, k + n, int(smaller(kKeys, keys - n)), scores + n * Panel<V>::kLanes);
+  for (int n = 0; n < keys; n += kKeys) {
+    const int some = int(smaller(kKeys, keys - n));
+    for (int i = 0; i < some && ahead != nullptr; ++i) prefetch_row(ahead[n + i], ahead_dim);
+    few_scores_tile<V, T, kRows>(queries, ld, dim, k + n, some, scores + n * Panel<V>::kLanes);
+  }
 }
 
 // acc[row][..] = alpha[row] * acc + sum over keys of probs[key][row] * v[key][..], for kRows rows and kVectors vectors.
 // seen: null, or 0 for keys that no row sees and whose memory may hold NaN.
 template <class V, class T, int kRows, int kVectors>
-void few_outputs_tile(const typename V::Scalar* probs, const T* const* v, const uint8_t* seen, int keys, int d, int left,
-                      const typename V::Scalar* alpha, typename V::Scalar* acc, int ld) {
+void few_outputs_tile(const typename V::Scalar* probs, const T* const* v, const uint8_t* seen, int keys, int d,
+                      int left, const typename V::Scalar* alpha, typename V::Scalar* acc, int ld, const T* const* ahead,
+                      int ahead_dim, int ahead_keys) {
   V sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kVectors; ++i) sum[r][i] = V::set(0);
   for (int n = 0; n < keys; ++n) {
+    if (n < ahead_keys) prefetch_row(ahead[n], ahead_dim);
     if (seen != nullptr && !seen[n]) continue;
     V value[kVectors];
     for (int i = 0; i < kVectors; ++i) value[i] = load_some<V>(v[n] + d + i * V::kWidth, left - i * V::kWidth);
@@ -108,13 +116,16 @@ void few_outputs_tile(const typename V::Scalar* probs, const T* const* v, const 
 }
 
 template <class V, class T, int kRows>
-void few_outputs(const typename V::Scalar* probs, const T* const* v, const uint8_t* seen, int keys, int dim, const typename V::Scalar* alpha,
-                 typename V::Scalar* acc, int ld) {
+void few_outputs(const typename V::Scalar* probs, const T* const* v, const uint8_t* seen, int keys, int dim,
+                 const typename V::Scalar* alpha, typename V::Scalar* acc, int ld, const T* const* ahead, int ahead_dim,
+                 int ahead_keys) {
   constexpr int kVectors = V::kWidth >= 8 ? 4 : 2;
   int d = 0;
-  for (; d + kVectors * V::kWidth <= dim; d += kVectors * V::kWidth)
-    few_outputs_tile<V, T, kRows, kVectors>(probs, v, seen, keys, d, dim - d, alpha, acc, ld);
-  for (; d < dim; d += V::kWidth) few_outputs_tile<V, T, kRows, 1>(probs, v, seen, keys, d, dim - d, alpha, acc, ld);
+  for (; d + kVectors * V::kWidth <= dim; d += kVectors * V::kWidth, ahead_keys = 0)
+    few_outputs_tile<V, T, kRows, kVectors>(probs, v, seen, keys, d, dim - d, alpha, acc, ld, ahead, ahead_dim,
+                                            ahead_keys);
+  for (; d < dim; d += V::kWidth, ahead_keys = 0)
+    few_outputs_tile<V, T, kRows, 1>(probs, v, seen, keys, d, dim - d, alpha, acc, ld, ahead, ahead_dim, ahead_keys);
 }
 
 template <int kValue>
@@ -134,19 +145,22 @@ void for_row_pieces(int rows, F f) {
 }
 
 template <class V, class T>
-void few_rows_block(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, OnlineSoftmax<V>& state,
-                    FewRowsScratch<V, T>& s) {
-  const bool plain = p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 && p.scale > 0 &&
-                     panel.all.first <= n0 && n0 + keys <= panel.all.last;
+void few_rows_block(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, int next_keys,
+                    OnlineSoftmax<V>& state, FewRowsScratch<V, T>& s) {
+  const int dim = int(p.head_dim), dim_v = int(p.head_dim_v);
+  const bool plain = p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 &&
+                     p.scale > 0 && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   bool gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return;
   for_row_pieces<V>(panel.count, [&](auto rows, int r) {
-    few_scores<V, T, decltype(rows)::value>(s.queries + r * s.dim, s.dim, int(p.head_dim), s.k, keys, s.scores + r);
+    few_scores<V, T, decltype(rows)::value>(s.queries + r * s.dim, s.dim, dim, s.k, keys, s.scores + r,
+                                            r == 0 ? s.v : nullptr, dim_v);
   });
   softmax_step<Single<V>, 1>(p, panel, n0, keys, plain, s.scores, s.addend.values, s.factors, s.scores, state);
   for_row_pieces<V>(panel.count, [&](auto rows, int r) {
-    few_outputs<V, T, decltype(rows)::value>(s.scores + r, s.v, gaps ? s.addend.seen : nullptr, keys, int(p.head_dim_v), state.alpha + r,
-                                             s.acc + r * s.dim_v, s.dim_v);
+    few_outputs<V, T, decltype(rows)::value>(s.scores + r, s.v, gaps ? s.addend.seen : nullptr, keys, dim_v,
+                                             state.alpha + r, s.acc + r * s.dim_v, s.dim_v, s.next_k, dim,
+                                             r == 0 ? next_keys : 0);
   });
 }
 
@@ -164,15 +178,23 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
   for (int i = 0; i < kFewRows<V> * s.dim_v; ++i) s.acc[i] = S(0);
   for (int r = 0; r < panel.count; ++r) {
     if (panel.keys[r].first < panel.keys[r].last)
-      copy_row<V>(row_of<const T>(p.q, seq, job.b, panel.head[r], panel.query[r]), p.q.stride_d, int(p.head_dim), s.queries + r * s.dim);
+      copy_row<V>(row_of<const T>(p.q, seq, job.b, panel.head[r], panel.query[r]), p.q.stride_d, int(p.head_dim),
+                  s.queries + r * s.dim);
   }
+  auto find_keys = [&](int64_t n0, const T** rows) {
+    const int keys = int(larger(0, smaller(kBlockKeys, panel.any.last - n0)));
+    for (int n = 0; n < keys; ++n) rows[n] = key_row<const T>(p, p.k, seq, job.b, job.head_kv, n0 + n);
+    return keys;
+  };
+  int keys = find_keys(panel.any.first, s.k);
   for (int64_t n0 = panel.any.first; n0 < panel.any.last; n0 += kBlockKeys) {
-    const int keys = int(smaller(kBlockKeys, panel.any.last - n0));
-    for (int n = 0; n < keys; ++n) {
-      s.k[n] = key_row<const T>(p, p.k, seq, job.b, job.head_kv, n0 + n);
-      s.v[n] = key_row<const T>(p, p.v, seq, job.b, job.head_kv, n0 + n);
-    }
-    few_rows_block(p, seq, panel, n0, keys, state, s);
+    for (int n = 0; n < keys; ++n) s.v[n] = key_row<const T>(p, p.v, seq, job.b, job.head_kv, n0 + n);
+    const int next_keys = find_keys(n0 + kBlockKeys, s.next_k);
+    few_rows_block(p, seq, panel, n0, keys, next_keys, state, s);
+    const T** used = s.k;
+    s.k = s.next_k;
+    s.next_k = used;
+    keys = next_keys;
   }
   S inverse[Panel<V>::kLanes], lse[Panel<V>::kLanes];
   finish_softmax(p, panel, job, state, inverse, lse);

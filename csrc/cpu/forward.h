@@ -1,9 +1,10 @@
 // Forward pass: online softmax over blocks of keys.
 //
 // Lanes are queries: S^T = K Q^T (keys x lanes), softmax goes down the columns without crossing lanes, O^T = V^T P^T.
-// Cost of a panel of 32 rows over n keys, in multiply-adds: n * 32 * (head_dim + head_dim_v) in the two products, and about
-// n * 32 * 12 instructions / kWidth of softmax, so the products take 85% of the time at head_dim 64. K and V are read once per
-// job from memory and once per panel from the second-level cache; scores never leave it. The products bound it.
+// Cost of a panel of 32 rows over n keys, in multiply-adds: n * 32 * (head_dim + head_dim_v) in the two products, and
+// about n * 32 * 12 instructions / kWidth of softmax, so the products take 85% of the time at head_dim 64. K and V are
+// read once per job from memory and once per panel from the second-level cache; scores never leave it. The products
+// bound it.
 #pragma once
 
 #include "addend.h"
@@ -54,7 +55,8 @@ struct ForwardScratch {
 
 // scores -> scores in units of log2 with everything added; returns their maximum per lane.
 template <class V, int kVectors>
-void finish_scores(const Params& p, typename V::Scalar* scores, const typename V::Scalar* addend, int keys, V (&highest)[kVectors]) {
+void finish_scores(const Params& p, typename V::Scalar* scores, const typename V::Scalar* addend, int keys,
+                   V (&highest)[kVectors]) {
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   const bool capped = p.softcap > 0;
@@ -103,8 +105,9 @@ inline V exponential(const typename V::Scalar* score, V scale, V shift, const ty
 
 // probs = exp2(scale * scores - shift), as words; returns their sum. Dropout's factors apply to the words, not the sum.
 template <class E, int kVectors>
-void exponentials(const typename E::Scalar* scores, typename E::Vector scale, const typename E::Vector (&shift)[kVectors],
-                  const typename E::Scalar* factors, int keys, typename E::Word* probs, typename E::Vector (&sum)[kVectors]) {
+void exponentials(const typename E::Scalar* scores, typename E::Vector scale,
+                  const typename E::Vector (&shift)[kVectors], const typename E::Scalar* factors, int keys,
+                  typename E::Word* probs, typename E::Vector (&sum)[kVectors]) {
   using V = typename E::Vector;
   constexpr int kLanes = Panel<V>::kLanes;
   for (int n = 0; n < keys; n += E::kPerWord) {
@@ -114,7 +117,8 @@ void exponentials(const typename E::Scalar* scores, typename E::Vector scale, co
       typename E::Word* to = probs + n / E::kPerWord * kLanes + i * V::kWidth;
       if constexpr (E::kPerWord == 2) {
         V odd = V::set(0);
-        if (n + 1 < keys) odd = exponential(scores + at + kLanes, scale, shift[i], factors ? factors + at + kLanes : nullptr, sum[i]);
+        if (n + 1 < keys)
+          odd = exponential(scores + at + kLanes, scale, shift[i], factors ? factors + at + kLanes : nullptr, sum[i]);
         store_pairs(x, odd, to);
       } else {
         x.store(to);
@@ -135,8 +139,9 @@ void reset(OnlineSoftmax<V>& state) {
 // Online softmax over keys n0 .. n0 + keys: scores become probs (which may be the same memory), relative to the new
 // maximum; state.alpha is what everything before has to be multiplied with. plain: nothing is added and nothing hidden.
 template <class E, int kVectors>
-void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64_t n0, int keys, bool plain, typename E::Scalar* scores,
-                  const typename E::Scalar* addend, typename E::Scalar* factors, typename E::Word* probs, OnlineSoftmax<typename E::Vector>& state) {
+void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64_t n0, int keys, bool plain,
+                  typename E::Scalar* scores, const typename E::Scalar* addend, typename E::Scalar* factors,
+                  typename E::Word* probs, OnlineSoftmax<typename E::Vector>& state) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
   V highest[kVectors], shift[kVectors], sum[kVectors];
@@ -169,16 +174,17 @@ void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64
 
 // One step: keys n0 .. n0 + keys, which begin at the block's row `at`, against one panel.
 template <class E, int kVectors>
-void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const KeyBlock<E>& block, int at, int64_t n0,
-                  int keys, bool plain, const typename E::Word* queries, typename E::Scalar* acc,
-                  OnlineSoftmax<typename E::Vector>& state, ForwardScratch<E>& scratch) {
+void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel,
+                  const KeyBlock<E>& block, int at, int64_t n0, int keys, bool plain, const typename E::Word* queries,
+                  typename E::Scalar* acc, OnlineSoftmax<typename E::Vector>& state, ForwardScratch<E>& scratch) {
   constexpr int kLanes = Panel<typename E::Vector>::kLanes;
   const int dim_v = int(p.head_dim_v), words = words_of(int(p.head_dim), E::kPerWord);
   bool gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, scratch.addend, gaps)) return;
   gemm<E, kVectors, Update::kStore>(keys, words, block.k + at * block.k_stride, block.k_stride, 1, queries, kLanes,
                                     scratch.scores, kLanes);
-  softmax_step<E, kVectors>(p, panel, n0, keys, plain, scratch.scores, scratch.addend.values, scratch.factors, scratch.probs, state);
+  softmax_step<E, kVectors>(p, panel, n0, keys, plain, scratch.scores, scratch.addend.values, scratch.factors,
+                            scratch.probs, state);
   const typename E::Word* v = block.v + at / E::kPerWord * block.v_stride;
   int64_t v_stride = block.v_stride;
   if (gaps) {
@@ -186,19 +192,21 @@ void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::
     v_stride = dim_v;
   }
   // Each block is summed from zero and then added: errors grow with the number of blocks, not of keys.
-  gemm<E, kVectors, Update::kScaleAdd>(dim_v, words_of(keys, E::kPerWord), v, 1, v_stride, scratch.probs, kLanes, acc, kLanes,
-                                       state.alpha);
+  gemm<E, kVectors, Update::kScaleAdd>(dim_v, words_of(keys, E::kPerWord), v, 1, v_stride, scratch.probs, kLanes, acc,
+                                       kLanes, state.alpha);
 }
 
 // The block's keys against one panel, cut where the panel's rows stop seeing the same keys.
 template <class E>
-void forward_block(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const KeyBlock<E>& block, int64_t n0,
-                   int64_t n1, const typename E::Word* queries, typename E::Scalar* acc, OnlineSoftmax<typename E::Vector>& state,
-                   ForwardScratch<E>& scratch) {
+void forward_block(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel,
+                   const KeyBlock<E>& block, int64_t n0, int64_t n1, const typename E::Word* queries,
+                   typename E::Scalar* acc, OnlineSoftmax<typename E::Vector>& state, ForwardScratch<E>& scratch) {
   constexpr int64_t kAlign = E::kPerWord;  // a step begins at a whole word of v
-  const bool simple = p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 && p.scale > 0;
+  const bool simple =
+      p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 && p.scale > 0;
   const int64_t first = larger(n0, n0 + (panel.any.first - n0) / kAlign * kAlign), last = smaller(n1, panel.any.last);
-  int64_t plain_first = n0 + (panel.all.first - n0 + kAlign - 1) / kAlign * kAlign, plain_last = n0 + (panel.all.last - n0) / kAlign * kAlign;
+  int64_t plain_first = n0 + (panel.all.first - n0 + kAlign - 1) / kAlign * kAlign,
+          plain_last = n0 + (panel.all.last - n0) / kAlign * kAlign;
   plain_first = larger(first, smaller(last, plain_first));
   plain_last = panel.all.last >= last ? last : larger(plain_first, smaller(last, plain_last));
   if (!simple) plain_first = plain_last = last;
@@ -228,8 +236,8 @@ void add_sink(S sink, S& row_max, S& row_sum, S& factor) {
 // inverse: what the accumulated outputs are multiplied with, 0 for a row that saw nothing. lse in units of log2. A sink
 // counts once: not in parts, but when they are merged.
 template <class V>
-void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& job, const OnlineSoftmax<V>& state, typename V::Scalar* inverse,
-                    typename V::Scalar* lse) {
+void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& job, const OnlineSoftmax<V>& state,
+                    typename V::Scalar* inverse, typename V::Scalar* lse) {
   using S = typename V::Scalar;
   for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
     S row_max = state.row_max[lane], row_sum = state.row_sum[lane], factor = S(1);
@@ -247,8 +255,8 @@ void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& jo
 // Columns d .. d + columns of one lane's output, to the caller's memory or to the parts that are merged later. row: the
 // lane's place among the job's rows.
 template <class V, class T>
-void store_output(const Params& p, const Sequence& seq, const Panel<V>& panel, const ForwardJob& job, const Parts& parts, int64_t row, int lane,
-                  int d, int columns, const typename V::Scalar* values) {
+void store_output(const Params& p, const Sequence& seq, const Panel<V>& panel, const ForwardJob& job,
+                  const Parts& parts, int64_t row, int lane, int d, int columns, const typename V::Scalar* values) {
   if (job.part >= 0) {
     const int64_t at = job.part * parts.rows_total + job.first_part_row + row;
     store_row<V>(values, columns, static_cast<typename V::Scalar*>(parts.out) + at * p.head_dim_v + d, 1);
@@ -259,8 +267,8 @@ void store_output(const Params& p, const Sequence& seq, const Panel<V>& panel, c
 }
 
 template <class V>
-void store_lse(const Params& p, const Sequence& seq, const Panel<V>& panel, const ForwardJob& job, const Parts& parts, int64_t first_row,
-               const typename V::Scalar* lse) {
+void store_lse(const Params& p, const Sequence& seq, const Panel<V>& panel, const ForwardJob& job, const Parts& parts,
+               int64_t first_row, const typename V::Scalar* lse) {
   using S = typename V::Scalar;
   for (int lane = 0; lane < panel.count; ++lane) {
     if (job.part >= 0) {
@@ -273,8 +281,9 @@ void store_lse(const Params& p, const Sequence& seq, const Panel<V>& panel, cons
 
 // out = acc / row_sum, turned from columns into rows; and lse.
 template <class E, class T>
-void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const ForwardJob& job, const Parts& parts,
-                  int64_t first_row, const typename E::Scalar* acc, const OnlineSoftmax<typename E::Vector>& state) {
+void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const ForwardJob& job,
+                  const Parts& parts, int64_t first_row, const typename E::Scalar* acc,
+                  const OnlineSoftmax<typename E::Vector>& state) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
@@ -322,14 +331,17 @@ void forward_job(const Params& p, const ForwardJob& job, const Parts& parts, voi
       rows[lane] = sees ? row_of<const T>(p.q, seq, job.b, panel.head[lane], panel.query[lane]) : nullptr;
     }
     reset(states[count]);
-    Columns<E, T>::pack(rows, panel.vectors * V::kWidth, p.q.stride_d, int(p.head_dim), scratch.queries + count * scratch.queries_size, kLanes);
+    Columns<E, T>::pack(rows, panel.vectors * V::kWidth, p.q.stride_d, int(p.head_dim),
+                        scratch.queries + count * scratch.queries_size, kLanes);
     S* acc = scratch.acc + count * scratch.acc_size;
     for (int64_t i = 0; i < scratch.acc_size; ++i) acc[i] = S(0);
-    if (panel.any.first < panel.any.last) keys = {smaller(keys.first, panel.any.first), larger(keys.last, panel.any.last)};
+    if (panel.any.first < panel.any.last)
+      keys = {smaller(keys.first, panel.any.first), larger(keys.last, panel.any.last)};
   }
   for (int64_t n0 = keys.first; n0 < keys.last;) {
     const int64_t n1 = smaller(keys.last, (n0 / kBlockKeys + 1) * kBlockKeys);
-    const KeyBlock<E> block = load_block(E{}, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, int(n1 - n0), scratch.block);
+    const KeyBlock<E> block =
+        load_block(E{}, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, int(n1 - n0), scratch.block);
     for (int i = 0; i < count; ++i) {
       if (panels[i].any.first < n1 && n0 < panels[i].any.last)
         forward_block<E>(p, seq, panels[i], block, n0, n1, scratch.queries + i * scratch.queries_size,

@@ -4,8 +4,8 @@
 //
 // Every element of A is broadcast against kVectors vectors of B, so A may lie in any order, and neither K nor V is
 // packed in float32. With A = K, B = Q^T it gives S^T; with A = V^T, B = P^T it gives O^T; and so on (see forward.h and
-// backward.h). Cost: rows * k * kVectors fused multiply-adds, and per k one load for each row and each vector: with 12 rows
-// and 2 vectors the multiply-adds bound it, not the loads.
+// backward.h). Cost: rows * k * kVectors fused multiply-adds, and per k one load for each row and each vector: with 8
+// rows and 2 vectors the multiply-adds bound it, not the loads.
 //
 // Elements are words: one float or double, or two bfloat16 that a dot product instruction takes at once.
 #pragma once
@@ -20,10 +20,10 @@ namespace FASTATTN_ISA {
 // Words of one number each.
 template <class V>
 struct Single {
-  using Vector = V;                    // what accumulates
-  using Scalar = typename V::Scalar;   // its element
-  using Word = Scalar;                 // what is multiplied
-  static constexpr int kPerWord = 1;   // numbers in a word
+  using Vector = V;                   // what accumulates
+  using Scalar = typename V::Scalar;  // its element
+  using Word = Scalar;                // what is multiplied
+  static constexpr int kPerWord = 1;  // numbers in a word
   using Operand = V;
   static Operand load(const Word* p) { return V::load(p); }
   static Operand broadcast(const Word* p) { return V::set(*p); }

@@ -1,5 +1,6 @@
-// Compiled once per instruction set, with FASTATTN_ISA as its name and FASTATTN_SIMD as its vector types. Nothing from the
-// C++ library may be instantiated here: the linker could pick that copy, with this file's instructions, for all callers.
+// Compiled once per instruction set, with FASTATTN_ISA as its name and FASTATTN_SIMD as its vector types. Nothing from
+// the C++ library may be instantiated here: the linker could pick that copy, with this file's instructions, for all
+// callers.
 #include "kernels.h"
 
 #include "backward.h"
@@ -22,10 +23,14 @@ using BF16Words = Single<F32>;
 template <class F>
 auto for_dtype(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat32: return f(Single<F32>{}, float{});
-    case DType::kFloat64: return f(Single<F64>{}, double{});
-    case DType::kBFloat16: return f(BF16Words{}, bf16{});
-    default: return f(Single<F32>{}, fp16{});
+    case DType::kFloat32:
+      return f(Single<F32>{}, float{});
+    case DType::kFloat64:
+      return f(Single<F64>{}, double{});
+    case DType::kBFloat16:
+      return f(BF16Words{}, bf16{});
+    default:
+      return f(Single<F32>{}, fp16{});
   }
 }
 
@@ -34,16 +39,21 @@ static int run_panel_rows(DType dtype) {
 }
 
 static void run_append(const Params& p, int64_t b, int64_t head_kv) {
-  for_dtype(p.dtype, [&](auto words, auto type) { append_job<typename decltype(words)::Scalar, decltype(type)>(p, b, head_kv); });
+  for_dtype(p.dtype, [&](auto words, auto type) {
+    append_job<typename decltype(words)::Scalar, decltype(type)>(p, b, head_kv);
+  });
 }
 
 static void run_rotate_queries(const Params& p, const View& to, int64_t b, int64_t head) {
-  for_dtype(p.dtype, [&](auto words, auto type) { rotate_queries_job<typename decltype(words)::Scalar, decltype(type)>(p, to, b, head); });
+  for_dtype(p.dtype, [&](auto words, auto type) {
+    rotate_queries_job<typename decltype(words)::Scalar, decltype(type)>(p, to, b, head);
+  });
 }
 
 static size_t run_forward_scratch(const Params& p) {
   return for_dtype(p.dtype, [&](auto words, auto) {
-    const size_t many = forward_scratch<decltype(words)>(p), few = few_rows_scratch<typename decltype(words)::Vector>(p);
+    const size_t many = forward_scratch<decltype(words)>(p),
+                 few = few_rows_scratch<typename decltype(words)::Vector>(p);
     return many > few ? many : few;
   });
 }
@@ -60,7 +70,8 @@ static void run_forward(const Params& p, const ForwardJob& job, const Parts& par
 }
 
 static void run_merge(const Params& p, const ForwardJob& job, const Parts& parts) {
-  for_dtype(p.dtype, [&](auto words, auto type) { merge_job<typename decltype(words)::Vector, decltype(type)>(p, job, parts); });
+  for_dtype(p.dtype,
+            [&](auto words, auto type) { merge_job<typename decltype(words)::Vector, decltype(type)>(p, job, parts); });
 }
 
 static size_t run_backward_scratch(const Params& p) {
@@ -68,19 +79,25 @@ static size_t run_backward_scratch(const Params& p) {
 }
 
 static void run_delta(const Params& p, const BackwardSpace& space, int64_t b, int64_t head) {
-  for_dtype(p.dtype, [&](auto words, auto type) { delta_job<typename decltype(words)::Vector, decltype(type)>(p, space, b, head); });
+  for_dtype(p.dtype, [&](auto words, auto type) {
+    delta_job<typename decltype(words)::Vector, decltype(type)>(p, space, b, head);
+  });
 }
 
 static void run_backward(const Params& p, const BackwardJob& job, const BackwardSpace& space, void* scratch) {
-  for_dtype(p.dtype, [&](auto words, auto type) { backward_job<decltype(words), decltype(type)>(p, job, space, scratch); });
+  for_dtype(p.dtype,
+            [&](auto words, auto type) { backward_job<decltype(words), decltype(type)>(p, job, space, scratch); });
 }
 
 static void run_sum_dq(const Params& p, const BackwardJob& job, const BackwardSpace& space) {
-  for_dtype(p.dtype, [&](auto words, auto type) { sum_dq_job<typename decltype(words)::Vector, decltype(type)>(p, job, space); });
+  for_dtype(p.dtype, [&](auto words, auto type) {
+    sum_dq_job<typename decltype(words)::Vector, decltype(type)>(p, job, space);
+  });
 }
 
 static void run_dbias(const Params& p, const BiasJob& job, const BackwardSpace& space, void* scratch) {
-  for_dtype(p.dtype, [&](auto words, auto type) { dbias_job<decltype(words), decltype(type)>(p, job, space, scratch); });
+  for_dtype(p.dtype,
+            [&](auto words, auto type) { dbias_job<decltype(words), decltype(type)>(p, job, space, scratch); });
 }
 
 static void run_dsinks(const Params& p, const BackwardSpace& space, int64_t head) {
@@ -88,8 +105,9 @@ static void run_dsinks(const Params& p, const BackwardSpace& space, int64_t head
 }
 
 extern const Kernels kKernels;
-const Kernels kKernels = {FASTATTN_ISA_NAME, run_append, run_rotate_queries, run_panel_rows, run_forward_scratch,  run_forward,  run_merge,
-                          run_backward_scratch, run_delta, run_backward, run_sum_dq, run_dbias, run_dsinks};
+const Kernels kKernels = {
+    FASTATTN_ISA_NAME,    run_append, run_rotate_queries, run_panel_rows, run_forward_scratch, run_forward, run_merge,
+    run_backward_scratch, run_delta,  run_backward,       run_sum_dq,     run_dbias,           run_dsinks};
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

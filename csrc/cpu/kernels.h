@@ -1,8 +1,8 @@
 // What each instruction set provides: a table of plain functions, and the work they are handed.
 //
-// A job is a piece of a call that no other job writes to; how a call is cut into jobs depends on the problem alone, never
-// on the number of threads, and every job computes in a fixed order. So results are the same bit for bit on any number
-// of threads.
+// A job is a piece of a call that no other job writes to; how a call is cut into jobs depends on the problem alone,
+// never on the number of threads, and every job computes in a fixed order. So results are the same bit for bit on any
+// number of threads.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,8 @@
 
 namespace fastattn {
 
-// Rows [first_row, first_row + rows) of a sequence and key/value head (see rows.h), over the keys [keys.first, keys.last).
+// Rows [first_row, first_row + rows) of a sequence and key/value head (see rows.h), over the keys [keys.first,
+// keys.last).
 struct ForwardJob {
   int64_t b, head_kv, first_row, rows;
   KeyRange keys;
@@ -20,7 +21,8 @@ struct ForwardJob {
 };
 
 // Where the results over parts of the keys wait to be merged, in the accumulator's dtype:
-// out (parts, rows_total, head_dim_v), normalised; lse (parts, rows_total) in units of log2, -inf where nothing was seen.
+// out (parts, rows_total, head_dim_v), normalised; lse (parts, rows_total) in units of log2, -inf where nothing was
+// seen.
 struct Parts {
   void* out = nullptr;
   void* lse = nullptr;
@@ -49,7 +51,7 @@ struct BiasJob {
 
 struct Kernels {
   const char* name;
-  void (*append)(const Params&, int64_t b, int64_t head_kv);                   // new keys and values into the cache
+  void (*append)(const Params&, int64_t b, int64_t head_kv);  // new keys and values into the cache
   void (*rotate_queries)(const Params&, const View& to, int64_t b, int64_t head);
   int (*panel_rows)(DType);
   size_t (*forward_scratch)(const Params&);  // bytes of scratch memory that a thread needs

@@ -9,7 +9,16 @@ namespace FASTATTN_ISA {
 
 inline int words_of(int numbers, int per_word) { return (numbers + per_word - 1) / per_word; }
 
-// n numbers of a row as the vector's scalars, times factor.
+// kWidth numbers of a row of which `left` exist; the others are zero and are not read.
+template <class V, class T>
+inline V load_some(const T* from, int left) {
+  if (left >= V::kWidth) return V::load(from);
+  typename V::Scalar values[V::kWidth] = {};
+  for (int i = 0; i < left; ++i) values[i] = typename V::Scalar(to_float(from[i]));
+  return V::load(values);
+}
+
+// n numbers of a row as the vector's scalars.
 template <class V, class T>
 void copy_row(const T* from, int64_t stride, int n, typename V::Scalar* to) {
   int i = 0;
@@ -77,21 +86,24 @@ struct Columns<Pairs, bf16> {
       for (; d < dim; d += 2)
         for (int i = 0; i < kWidth; ++i) {
           const bf16* row = rows[lane + i];
-          const uint32_t low = row ? row[d * stride].bits : 0, high = row && d + 1 < dim ? row[(d + 1) * stride].bits : 0;
+          const uint32_t low = row ? row[d * stride].bits : 0,
+                         high = row && d + 1 < dim ? row[(d + 1) * stride].bits : 0;
           words[d / 2 * ld + lane + i] = low | high << 16;
         }
     }
   }
 };
 
-// Rows r and r + 1 interleaved: word i = (even[i], odd[i]); a null row gives zeros. dim is rounded up to whole vectors in
-// `words`, which holds that many.
+// Rows r and r + 1 interleaved: word i = (even[i], odd[i]); a null row gives zeros. dim is rounded up to whole vectors
+// in `words`, which holds that many.
 inline void interleave_rows(const bf16* even, int64_t stride, const bf16* odd, int dim, uint32_t* words) {
   int d = 0;
   if (stride == 1) {
     for (; d + 16 <= dim; d += 16) {
-      const __m512i low = even ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + d))) : _mm512_setzero_si512();
-      const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + d))) : _mm512_setzero_si512();
+      const __m512i low =
+          even ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + d))) : _mm512_setzero_si512();
+      const __m512i high =
+          odd ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(odd + d))) : _mm512_setzero_si512();
       _mm512_storeu_si512(words + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }

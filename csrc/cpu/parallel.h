@@ -6,8 +6,8 @@
 
 namespace fastattn {
 
-// Calls run(job, thread) for every job in [0, jobs), each once, on at most `threads` threads; thread in [0, threads). Jobs
-// are handed out in order, one by one.
+// Calls run(job, thread) for every job in [0, jobs), each once, on at most `threads` threads; thread in [0, threads).
+// Jobs are handed out in order, one by one.
 void parallel_for(int64_t jobs, int threads, const std::function<void(int64_t, int)>& run);
 
 // Memory for `threads` threads of `bytes` each, kept by the calling thread for its next call. Throws std::bad_alloc.

@@ -1,7 +1,7 @@
 // Panels: the query rows that one step of a kernel works on, one row per vector lane.
 //
-// The heads of a group share a key/value head, so they are simply more rows of it: row r of a sequence and key/value head
-// stands for query r / group in head head_kv * group + r % group. K and V are then read once for the whole group.
+// The heads of a group share a key/value head, so they are simply more rows of it: row r of a sequence and key/value
+// head stands for query r / group in head head_kv * group + r % group. K and V are then read once for the whole group.
 #pragma once
 
 #include "../params.h"
@@ -16,13 +16,13 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 template <class V>
 struct Panel {
   static constexpr int kLanes = 2 * V::kWidth;
-  int count;                        // rows; the lanes behind them see nothing and are never written
-  int vectors;                      // 1 or 2: vectors that hold them
+  int count;    // rows; the lanes behind them see nothing and are never written
+  int vectors;  // 1 or 2: vectors that hold them
   int64_t b;
   int64_t query[kLanes], head[kLanes];
-  KeyRange keys[kLanes];            // what length and window let the row see
-  KeyRange any;                     // the union of these, and
-  KeyRange all;                     // their intersection: no step inside it needs to look at the ranges
+  KeyRange keys[kLanes];  // what length and window let the row see
+  KeyRange any;           // the union of these, and
+  KeyRange all;           // their intersection: no step inside it needs to look at the ranges
 };
 
 // The heads that share a panel: row r stands for query r / count in head first + r % count.
@@ -36,8 +36,8 @@ inline HeadGroup group_of(const Params& p, int64_t head_kv) {
 }
 
 template <class V>
-void set_panel(Panel<V>& panel, const Params& p, const Sequence& seq, int64_t b, HeadGroup heads, int64_t first_row, int64_t rows,
-               KeyRange limit) {
+void set_panel(Panel<V>& panel, const Params& p, const Sequence& seq, int64_t b, HeadGroup heads, int64_t first_row,
+               int64_t rows, KeyRange limit) {
   panel.count = int(smaller(rows, Panel<V>::kLanes));
   panel.vectors = panel.count > V::kWidth ? 2 : 1;
   panel.b = b;
@@ -73,7 +73,8 @@ template <class T>
 T* key_row(const Params& p, const View& view, const Sequence& seq, int64_t b, int64_t head_kv, int64_t j) {
   T* data = static_cast<T*>(view.data) + head_kv * view.stride_h;
   if (p.block_table == nullptr) return data + b * view.stride_b + (seq.k_begin + j) * view.stride_s;
-  return data + int64_t(p.block_table[b * p.max_pages + j / p.page_size]) * view.stride_b + j % p.page_size * view.stride_s;
+  return data + int64_t(p.block_table[b * p.max_pages + j / p.page_size]) * view.stride_b +
+         j % p.page_size * view.stride_s;
 }
 
 }  // namespace FASTATTN_ISA

@@ -53,7 +53,14 @@ class Backend(Protocol):
         """(out, lse) of a dense or varlen call."""
 
     def backward(
-        self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: Needs
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        needs: Needs,
     ) -> Grads:
         """The gradients of a dense or varlen call; dlse None stands for zeros."""
 
@@ -88,4 +95,4 @@ def _outer_order(x: Tensor) -> tuple[int, ...]:
     if x.ndim == 0:
         return ()
     outer = range(x.ndim - 1)
-    return (*sorted(outer, key=lambda d: -x.stride(d)), x.ndim - 1)  # stable: ties keep the dimensions' order
+    return (*sorted(outer, key=lambda d: -x.stride()[d]), x.ndim - 1)  # stable: ties keep the dimensions' order

@@ -50,7 +50,9 @@ class CpuBackend:
     def why_unavailable(self) -> str | None:
         """Raises ValueError if FASTATTN_CPU_ISA names an instruction set that this processor lacks."""
         if _cpu is None:
-            return f"the native module fastattn._cpu could not be imported ({_import_error}); build it with pip install ."
+            return (
+                f"the native module fastattn._cpu could not be imported ({_import_error}); build it with pip install ."
+            )
         _cpu.instruction_set()
         return None
 
@@ -93,7 +95,14 @@ class CpuBackend:
         return out, lse
 
     def backward(
-        self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: Needs
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        needs: Needs,
     ) -> Grads:
         """See `Backend.backward`."""
         x = _native(problem, inputs)
@@ -190,7 +199,9 @@ def _call(problem: Problem, x: _Native, more: dict[str, Tensor | None]) -> Any:
 @lru_cache(maxsize=4096)
 def _describe(problem: Problem, layouts: tuple[tuple[str, Any, Any, torch.dtype], ...]) -> Any:
     p = problem
-    strides = {name: _strides(p.kind, name, shape, stride) for name, shape, stride, _ in layouts if name not in _INDICES}
+    strides = {
+        name: _strides(p.kind, name, shape, stride) for name, shape, stride, _ in layouts if name not in _INDICES
+    }
     table = next((shape for name, shape, _, _ in layouts if name == "block_table"), (0, 0))
     bias_dtype = next((dtype for name, _, _, dtype in layouts if name == "bias"), torch.float32)
     dbias = next((shape for name, shape, _, _ in layouts if name == "dbias"), ())

@@ -33,7 +33,14 @@ class ReferenceBackend:
         return empty_out(problem, inputs.q).copy_(out), empty_lse(problem).copy_(lse)
 
     def backward(
-        self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: Needs
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        needs: Needs,
     ) -> Grads:
         """See `Backend.backward`."""
         grads = softmax_attention_backward(problem, inputs, dout, dlse)
@@ -94,7 +101,9 @@ def _gather(cache: Tensor, block_table: Tensor | None) -> Tensor:
     if block_table is None:
         return cache
     if cache.shape[0] == 0:
-        return cache.new_empty(block_table.shape[0], cache.shape[1], block_table.shape[1] * cache.shape[2], cache.shape[3])
+        return cache.new_empty(
+            block_table.shape[0], cache.shape[1], block_table.shape[1] * cache.shape[2], cache.shape[3]
+        )
     # Entries behind a sequence's last page mean nothing and may be out of range.
     pages = cache[block_table.clamp(0, cache.shape[0] - 1)]  # (batch, max_pages, heads_kv, page_size, dim)
     return pages.transpose(1, 2).flatten(2, 3)

@@ -1,5 +1,5 @@
-// Checks the vector types of one instruction set, lane by lane, against plain C++; prints the largest errors of exp2 and
-// tanh in units in the last place. Exits with the number of failures.
+// Checks the vector types of one instruction set, lane by lane, against plain C++; prints the largest errors of exp2
+// and tanh in units in the last place. Exits with the number of failures.
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -11,10 +11,10 @@
 using namespace fastattn::FASTATTN_ISA;
 
 static int failures = 0;
-#define EXPECT(condition)                                                  \
-  if (!(condition)) {                                                      \
-    ++failures;                                                            \
-    std::printf("line %d: %s does not hold\n", __LINE__, #condition);      \
+#define EXPECT(condition)                                             \
+  if (!(condition)) {                                                 \
+    ++failures;                                                       \
+    std::printf("line %d: %s does not hold\n", __LINE__, #condition); \
   }
 
 template <class S>
@@ -51,10 +51,13 @@ void check_arithmetic() {
   // max and min give the second argument if either is NaN.
   check_binary<V>([](V a, V b) { return max(a, b); }, [](S a, S b) { return a > b ? a : b; }, "max", true);
   check_binary<V>([](V a, V b) { return min(a, b); }, [](S a, S b) { return a < b ? a : b; }, "min", true);
-  check_binary<V>([](V a, V b) { return select(less(a, b), a, b); }, [](S a, S b) { return a < b ? a : b; }, "less", true);
-  check_binary<V>([](V a, V b) { return select(equal(a, b), a, V::set(S(7))); }, [](S a, S b) { return a == b ? a : S(7); }, "equal", true);
+  check_binary<V>([](V a, V b) { return select(less(a, b), a, b); }, [](S a, S b) { return a < b ? a : b; }, "less",
+                  true);
+  check_binary<V>([](V a, V b) { return select(equal(a, b), a, V::set(S(7))); },
+                  [](S a, S b) { return a == b ? a : S(7); }, "equal", true);
   check_binary<V>([](V a, V) { return abs(a); }, [](S a, S) { return std::fabs(a); }, "abs", true);
-  check_binary<V>([](V a, V b) { return fma(a, b, V::set(S(3))); }, [](S a, S b) { return std::fma(a, b, S(3)); }, "fma", false);
+  check_binary<V>([](V a, V b) { return fma(a, b, V::set(S(3))); }, [](S a, S b) { return std::fma(a, b, S(3)); },
+                  "fma", false);
   for (const double x : {0.5, 1.5, 2.5, -0.5, -1.5, 1.49, 1e6}) {
     S out[V::kWidth];
     round(V::set(S(x))).store(out);
@@ -93,7 +96,8 @@ void check_functions(const char* type, double exp2_allowance, double tanh_allowa
   double worst_exp2 = 0, worst_tanh = 0;
   std::mt19937_64 random(1);
   for (int i = 0; i < 400000; ++i) {
-    const S x = S(std::uniform_real_distribution<double>(-120, 20)(random)), y = S(std::uniform_real_distribution<double>(-12, 12)(random));
+    const S x = S(std::uniform_real_distribution<double>(-120, 20)(random)),
+            y = S(std::uniform_real_distribution<double>(-12, 12)(random));
     S out[V::kWidth];
     exp2(V::set(x)).store(out);
     worst_exp2 = std::fmax(worst_exp2, ulps<V>(out[V::kWidth - 1], std::exp2((long double)(x))));
@@ -136,7 +140,8 @@ void check_half(bool exact_subnormals) {
       const float expected = to_float(in[i]);
       const bool tiny = std::fabs(wide[i]) < 1.1754944e-38f;
       EXPECT(same(wide[i], expected));
-      EXPECT(expected != expected ? to_float(back[i]) != to_float(back[i]) : back[i].bits == in[i].bits || (tiny && !exact_subnormals));
+      EXPECT(expected != expected ? to_float(back[i]) != to_float(back[i])
+                                  : back[i].bits == in[i].bits || (tiny && !exact_subnormals));
     }
   }
   std::mt19937 random(2);
@@ -171,7 +176,8 @@ void check_gemm() {
         for (int r = 0; r < rows; ++r)
           for (int l = 0; l < kLanes; ++l) {
             expected[r * kLanes + l] = alpha[l] * c[r * kLanes + l];
-            for (int i = 0; i < k; ++i) expected[r * kLanes + l] += a[r * row_stride + i * k_stride] * b[i * kLanes + l];
+            for (int i = 0; i < k; ++i)
+              expected[r * kLanes + l] += a[r * row_stride + i * k_stride] * b[i * kLanes + l];
           }
         gemm<E, 2, Update::kScaleAdd>(rows, k, a, row_stride, k_stride, b, kLanes, c, kLanes, alpha);
         for (int i = 0; i < rows * kLanes; ++i) EXPECT(c[i] == expected[i]);  // small integers: exact

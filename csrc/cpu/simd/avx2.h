@@ -105,7 +105,8 @@ inline F64 min(F64 a, F64 b) { return {_mm256_min_pd(a.v, b.v)}; }
 inline F64 abs(F64 a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }
 inline F64 round(F64 a) { return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F64 scale_by_power(F64 a, F64 n) {
-  const __m128i biased = _mm_max_epi32(_mm_add_epi32(_mm256_cvtpd_epi32(n.v), _mm_set1_epi32(1023)), _mm_setzero_si128());
+  const __m128i biased =
+      _mm_max_epi32(_mm_add_epi32(_mm256_cvtpd_epi32(n.v), _mm_set1_epi32(1023)), _mm_setzero_si128());
   const __m256i exponent = _mm256_slli_epi64(_mm256_cvtepi32_epi64(biased), 52);
   return {_mm256_mul_pd(a.v, _mm256_castsi256_pd(exponent))};
 }

@@ -12,7 +12,7 @@ struct F32 {
   using Scalar = float;
   using Mask = __mmask16;
   static constexpr int kWidth = 16;
-  static constexpr int kTileRows = 12;
+  static constexpr int kTileRows = 8;
   __m512 v;
 
   static F32 set(float x) { return {_mm512_set1_ps(x)}; }
@@ -21,9 +21,7 @@ struct F32 {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
   }
-  static F32 load(const fp16* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-  }
+  static F32 load(const fp16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 #ifdef __AVX512BF16__
   void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v)); }
@@ -73,7 +71,8 @@ inline void transpose(F32 (&r)[16]) {
   }
   // u[4 g + c] holds, in lane block l, column 4 l + c of rows 4 g .. 4 g + 3.
   for (int c = 0; c < 4; ++c) {
-    const __m512 low01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), high01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+    const __m512 low01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88),
+                 high01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
     const __m512 low23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
     const __m512 high23 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
     r[c].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
@@ -87,7 +86,7 @@ struct F64 {
   using Scalar = double;
   using Mask = __mmask8;
   static constexpr int kWidth = 8;
-  static constexpr int kTileRows = 12;
+  static constexpr int kTileRows = 8;
   __m512d v;
 
   static F64 set(double x) { return {_mm512_set1_pd(x)}; }
@@ -129,14 +128,12 @@ struct BF16Pairs {
     return {_mm512_set1_epi32(word)};
   }
 };
-inline F32 dot(BF16Pairs a, BF16Pairs b, F32 acc) {
-  return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
-}
+inline F32 dot(BF16Pairs a, BF16Pairs b, F32 acc) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)}; }
 // Word i = (low[i], high[i]), rounded to nearest even.
 inline void store_pairs(F32 low, F32 high, uint32_t* p) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);  // 16 of low, then 16 of high
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, both));
 }
 #endif

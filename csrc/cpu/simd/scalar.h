@@ -59,20 +59,48 @@ struct Lanes {
     return r;
   }
 
-  friend Lanes operator+(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
-  friend Lanes operator-(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] - b.v[i]; }); }
-  friend Lanes operator*(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
-  friend Lanes operator/(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] / b.v[i]; }); }
-  friend Lanes fma(Lanes a, Lanes b, Lanes c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-  friend Lanes max(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-  friend Lanes min(Lanes a, Lanes b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
-  friend Lanes abs(Lanes a) { return each([&](int i) { return std::fabs(a.v[i]); }); }
-  friend Lanes round(Lanes a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
-  friend Lanes scale_by_power(Lanes a, Lanes n) { return each([&](int i) { return a.v[i] * power_of_two(n.v[i]); }); }
-  friend Mask less(Lanes a, Lanes b) { return test([&](int i) { return a.v[i] < b.v[i]; }); }
-  friend Mask equal(Lanes a, Lanes b) { return test([&](int i) { return a.v[i] == b.v[i]; }); }
-  friend Mask operator|(Mask a, Mask b) { return test([&](int i) { return a.m[i] || b.m[i]; }); }
-  friend Lanes select(Mask m, Lanes a, Lanes b) { return each([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; }); }
+  friend Lanes operator+(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  friend Lanes operator-(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  friend Lanes operator*(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  friend Lanes operator/(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  friend Lanes fma(Lanes a, Lanes b, Lanes c) {
+    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  friend Lanes max(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  friend Lanes min(Lanes a, Lanes b) {
+    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  friend Lanes abs(Lanes a) {
+    return each([&](int i) { return std::fabs(a.v[i]); });
+  }
+  friend Lanes round(Lanes a) {
+    return each([&](int i) { return std::nearbyint(a.v[i]); });
+  }
+  friend Lanes scale_by_power(Lanes a, Lanes n) {
+    return each([&](int i) { return a.v[i] * power_of_two(n.v[i]); });
+  }
+  friend Mask less(Lanes a, Lanes b) {
+    return test([&](int i) { return a.v[i] < b.v[i]; });
+  }
+  friend Mask equal(Lanes a, Lanes b) {
+    return test([&](int i) { return a.v[i] == b.v[i]; });
+  }
+  friend Mask operator|(Mask a, Mask b) {
+    return test([&](int i) { return a.m[i] || b.m[i]; });
+  }
+  friend Lanes select(Mask m, Lanes a, Lanes b) {
+    return each([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; });
+  }
   friend bool any(Mask m) {
     bool r = false;
     for (int i = 0; i < W; ++i) r = r || m.m[i];

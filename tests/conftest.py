@@ -1,0 +1,66 @@
+"""Every backend that runs here is a parameter of the tests; memory that nothing wrote is NaN while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import fastattn
+
+COMPLETE_BACKENDS = ("reference", "cpu", "triton")
+"""Those that promise every feature: for them a refused call is a failure, for others a skipped test."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", action="append", help="test this backend only; may be repeated")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--backend") or fastattn.available_backends()
+        on_gpu = pytest.mark.gpu
+        metafunc.parametrize(
+            "backend", [pytest.param(name, marks=on_gpu if device_of(name) == "cuda" else ()) for name in chosen]
+        )
+
+
+def device_of(backend: str) -> str:
+    """Where a backend keeps its tensors."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    """Where the backend under test keeps its tensors."""
+    return device_of(backend)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(20)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fills what torch.empty returns with NaN (integers: the largest), so that reading it does not go unnoticed."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def skip_if_refused(backend: str, explain: Callable[..., fastattn.Report]) -> None:
+    """Skips the test if a backend that does not promise everything refuses the call, with its reason."""
+    try:
+        explain(backend=backend)
+    except ValueError as refusal:
+        if backend in COMPLETE_BACKENDS:
+            raise
+        pytest.skip(str(refusal))

@@ -1,0 +1,267 @@
+"""How calls live in PyTorch's autograd: graphs, saved tensors, checkpoints, function transforms."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fastattn
+from fastattn import attention, attention_varlen, reference
+
+
+@pytest.fixture
+def qkv() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+
+
+Qkv = tuple[Tensor, Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------------- graphs
+
+
+def test_no_graph_where_none_is_asked_for(qkv: Qkv) -> None:
+    q, k, v = qkv
+    assert not attention(q, k, v).requires_grad
+    q.requires_grad_()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            out, lse = attention(q, k, v, return_lse=True)
+        assert out.grad_fn is None
+        assert not out.requires_grad
+        assert not lse.requires_grad
+    out, lse = attention(q, k, v, return_lse=True)
+    assert out.requires_grad
+    assert lse.requires_grad
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_inputs_live_as_long_as_the_graph(graph: bool) -> None:
+    q, k = torch.randn(2, 1, 1, 5, 8).unbind()
+    k = k.clone()
+    alive = weakref.ref(k)
+    with torch.set_grad_enabled(graph):
+        out = attention(q.requires_grad_(), k, k)
+    del k
+    gc.collect()
+    assert (alive() is not None) == graph
+    del out
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_graph_is_freed_by_backward(qkv: Qkv) -> None:
+    q, k, v = qkv
+    out = attention(q.requires_grad_(), k, v)
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_graph_may_be_retained(index: int, qkv: Qkv) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv)
+    result = attention(q, k, v, causal=True, return_lse=True)[index].sin().sum()
+    first = torch.autograd.grad(result, (q, k), retain_graph=True)
+    second = torch.autograd.grad(result, (q, k))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(not grad.requires_grad for grad in first)
+
+
+def test_create_graph(qkv: Qkv) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv)
+    (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
+    assert dq.requires_grad
+    dq.square().sum().backward()
+    assert all(x.grad is not None and x.grad.abs().max() > 0 for x in (q, k, v))
+
+
+def test_gradient_penalty_equals_the_references(qkv: Qkv) -> None:
+    """The use of second derivatives that people have: a penalty on the norm of a gradient."""
+    found = []
+    for function in (attention, reference.attention):
+        leaves = [x.double().requires_grad_() for x in qkv]
+        out = function(*leaves, causal=True, softcap=3.0, dropout_p=0.2, seed=4)
+        (dq,) = torch.autograd.grad(out.sin().sum(), leaves[0], create_graph=True)
+        (out.sum() + dq.norm()).backward()
+        found.append([x.grad for x in leaves])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_accumulate(qkv: Qkv) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv)
+    for _ in range(2):
+        attention(q, k, v).sum().backward()
+    twice = q.grad.clone()
+    q.grad = None
+    attention(q, k, v).sum().backward()
+    torch.testing.assert_close(twice, 2 * q.grad)
+
+
+def test_overwriting_an_input_is_noticed(qkv: Qkv) -> None:
+    q, k, v = qkv
+    out = attention(q.requires_grad_(), k, v)
+    k.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_anomaly_detection_finds_none(qkv: Qkv) -> None:
+    """Neither rows without keys nor -inf leave a NaN on the way."""
+    q, k, v = (x.requires_grad_() for x in qkv)
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[2] = False
+    bias = torch.zeros(5, 7)
+    bias[3] = -torch.inf
+    with torch.autograd.set_detect_anomaly(True):
+        out, lse = attention(q, k, v, mask=mask, bias=bias.requires_grad_(), return_lse=True)
+        (out.sum() + lse.masked_fill(lse == -torch.inf, 0.0).sum()).backward()
+    assert q.grad[:, :, 2:4].abs().max() == 0
+
+
+def test_saved_tensors_can_be_packed_away(qkv: Qkv) -> None:
+    """Offloading of activations, by hooks on whatever is saved."""
+    q, k, v = (x.requires_grad_() for x in qkv)
+    attention(q, k, v, causal=True).sin().sum().backward()
+    want = [x.grad for x in (q, k, v)]
+    q.grad = k.grad = v.grad = None
+    packed = []
+
+    def pack(x: Tensor) -> int:
+        packed.append(x.detach().clone())
+        return len(packed) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda place: packed[place]):
+        out = attention(q, k, v, causal=True)
+    out.sin().sum().backward()
+    assert packed
+    assert all(torch.equal(x.grad, y) for x, y in zip((q, k, v), want, strict=True))
+
+
+def test_memory_saved_for_backward(qkv: Qkv) -> None:
+    """Nothing of size seqlen_q x seqlen_k stays: the inputs, out and lse are enough."""
+    q, k, v = (torch.randn(1, 1, 50, 2).requires_grad_() for _ in range(3))
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        attention(q, k, v, softcap=2.0, dropout_p=0.1)
+    assert max(sizes) == 100
+
+
+def test_parameters_and_subclasses(qkv: Qkv) -> None:
+    class Labelled(Tensor):
+        """A subclass without behaviour of its own."""
+
+    q, k, v = qkv
+    want = attention(q, k, v, causal=True)
+    assert torch.equal(attention(torch.nn.Parameter(q), k, v, causal=True), want)
+    labelled = q.as_subclass(Labelled).requires_grad_()
+    out = attention(labelled, k, v, causal=True)
+    assert torch.equal(out.as_subclass(Tensor), want)
+    out.sum().backward()
+    plain = q.detach().clone().requires_grad_()
+    attention(plain, k, v, causal=True).sum().backward()
+    assert torch.equal(labelled.grad.as_subclass(Tensor), plain.grad)
+
+
+def test_modules_can_be_copied(qkv: Qkv) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sinks = torch.nn.Parameter(torch.randn(4))
+            self.rotary = fastattn.Rotary(torch.ones(9, 4), torch.zeros(9, 4))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(fastattn.apply_rotary(q, self.rotary, torch.arange(5)), k, v, sinks=self.sinks)
+
+    layer = Layer()
+    layer(*qkv).sum().backward()
+    twin = copy.deepcopy(layer)
+    assert isinstance(twin.rotary, fastattn.Rotary)
+    assert torch.equal(twin(*qkv), layer(*qkv))
+    assert layer.sinks.grad.abs().max() > 0
+    assert twin.sinks.data_ptr() != layer.sinks.data_ptr()
+
+
+# ------------------------------------------------------------------------------------------------------- checkpointing
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "varlen"])
+def test_checkpoint(kind: str, use_reentrant: bool) -> None:
+    """The recomputed forward draws the same seed, so the dropout mask is the same."""
+    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    x = torch.randn(9, 2, 8) if kind == "varlen" else torch.randn(1, 2, 9, 8)
+
+    def block(x: Tensor) -> Tensor:
+        if kind == "varlen":
+            return attention_varlen(2 * x, x, x, cu, cu, causal=True, dropout_p=0.5).sin()
+        return attention(2 * x, x, x, causal=True, dropout_p=0.5).sin()
+
+    grads = []
+    for run in (block, lambda x: checkpoint(block, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(8)
+        leaf = x.clone().requires_grad_()
+        run(run(leaf)).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+# --------------------------------------------------------------------------------------------------- torch.func and co
+
+
+def functions(qkv: Qkv) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    q, k, v = (x.double() for x in qkv)
+    options = {"causal": True, "softcap": 2.0, "dropout_p": 0.2, "seed": 9}
+    return q, lambda q: attention(q, k, v, **options), lambda q: reference.attention(q, k, v, **options)
+
+
+def test_func_grad(qkv: Qkv) -> None:
+    q, found, want = functions(qkv)
+    a, b = (torch.func.grad(lambda q, f=f: f(q).sin().sum())(q) for f in (found, want))
+    torch.testing.assert_close(a, b)
+
+
+def test_func_grad_of_grad(qkv: Qkv) -> None:
+    q, found, want = functions(qkv)
+    inner = [torch.func.grad(lambda q, f=f: f(q).sin().sum()) for f in (found, want)]
+    a, b = (torch.func.grad(lambda q, g=g: g(q).sin().sum())(q) for g in inner)
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_func_vjp_and_jacrev(qkv: Qkv) -> None:
+    q, found, want = functions(qkv)
+    cotangent = torch.randn_like(q)
+    (a,), (b,) = (torch.func.vjp(f, q)[1](cotangent) for f in (found, want))
+    torch.testing.assert_close(a, b)
+    jacobian = torch.func.jacrev(lambda q: found(q)[:, :, :2, 0])(q)
+    torch.testing.assert_close(jacobian, torch.func.jacrev(lambda q: want(q)[:, :, :2, 0])(q))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(qkv: Qkv) -> None:
+    _, k, v = qkv
+    many = torch.randn(3, 2, 4, 5, 8)
+    found = torch.func.vmap(lambda q: attention(q, k, v, causal=True))(many)
+    torch.testing.assert_close(found, torch.stack([attention(q, k, v, causal=True) for q in many]))
+
+
+def test_forward_mode_is_refused_and_not_wrong(qkv: Qkv) -> None:
+    """There is no forward-mode formula: a call says so and does not lose the tangent."""
+    q, k, v = qkv
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(lambda q: attention(q, k, v), (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        for leaf in (dual, dual.requires_grad_()):
+            with pytest.raises(NotImplementedError, match="forward mode"):
+                attention(leaf, k, v)
