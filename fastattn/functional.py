@@ -185,7 +185,7 @@ def attention_with_kv_cache(
     """`attention` of a few new queries over cached keys and values, which it first extends in place. Inference only.
 
         q               (batch, heads_q, seqlen_q, head_dim)
-        k_cache         (batch, heads_kv, capacity, head_dim); with block_table (num_pages, heads_kv, page_size, head_dim)
+        k_cache         (batch, heads_kv, capacity, head_dim), paged: (num_pages, heads_kv, page_size, head_dim)
         v_cache         likewise, with head_dim_v
         cache_lengths   (batch,), int32: keys in the cache before the call; the caller advances it afterwards
         k_new, v_new    (batch, heads_kv, seqlen_new, head_dim / head_dim_v): written behind them, in place
