@@ -189,8 +189,9 @@ void forward(const Params& p, int threads) {
   const size_t each = (k.forward_scratch(p) + 4095) / 4096 * 4096;
   const size_t scalar = p.dtype == DType::kFloat64 ? 8 : 4;
   const size_t out_bytes = size_t(plan.parts * plan.rows_total * p.head_dim_v) * scalar;
-  char* memory = static_cast<char*>(
-      thread_scratch(each * size_t(threads) + out_bytes + size_t(plan.parts * plan.rows_total) * scalar));
+  const size_t lse_bytes = size_t(plan.parts * plan.rows_total) * scalar;
+  const Scratch scratch(each * size_t(threads) + out_bytes + lse_bytes);
+  char* memory = scratch.data();
   Parts parts;
   parts.count = plan.parts;
   parts.rows_total = plan.rows_total;
@@ -210,7 +211,8 @@ void backward(const Params& p, int threads) {
   const bool varlen = p.cu_seqlens_q != nullptr;
   const size_t deltas = (size_t((varlen ? 1 : p.batch) * p.heads_q * p.seqlen_q) * scalar + 4095) / 4096 * 4096;
   const size_t dq = p.dq.data ? size_t(plan.parts * plan.panels * p.head_dim * k.panel_rows(p.dtype)) * scalar : 0;
-  char* memory = static_cast<char*>(thread_scratch(each * size_t(threads) + deltas + dq));
+  const Scratch scratch(each * size_t(threads) + deltas + dq);
+  char* memory = scratch.data();
   BackwardSpace space;
   space.parts = plan.parts;
   space.panels = plan.panels;

@@ -68,11 +68,8 @@ void few_scores_tile(const typename V::Scalar* queries, int ld, int dim, const T
       for (int r = 0; r < kRows; ++r) acc[n * kRows + r] = fma(key, q[r], acc[n * kRows + r]);
     }
   }
-  transpose(acc);  // lane i of every vector now belongs to accumulator i
-  for (int step = V::kWidth / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) acc[i] = acc[i] + acc[i + step];
   typename V::Scalar sums[V::kWidth];
-  acc[0].store(sums);
+  sum_of_lanes(acc).store(sums);
   for (int n = 0; n < keys; ++n)
     for (int r = 0; r < kRows; ++r) scores[n * Panel<V>::kLanes + r] = sums[n * kRows + r];
 }

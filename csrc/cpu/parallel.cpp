@@ -4,7 +4,9 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <thread>
 #include <vector>
@@ -62,22 +64,46 @@ void parallel_for(int64_t jobs, int threads, const std::function<void(int64_t, i
   for (std::thread& helper : helpers) helper.join();
 }
 
-void* thread_scratch(size_t bytes) {
-  struct Buffer {
-    void* data = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(data); }
-  };
-  thread_local Buffer buffer;
-  if (buffer.size < bytes) {
-    std::free(buffer.data);
-    buffer.size = 0;
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(4096, rounded);
-    if (buffer.data == nullptr) throw std::bad_alloc();
-    buffer.size = rounded;
+namespace {
+
+constexpr size_t kKeptBytes = size_t(32) << 20;
+
+struct Buffer {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Buffer() { std::free(data); }
+  void release() {
+    std::free(data);
+    data = nullptr;
+    size = 0;
   }
-  return buffer.data;
+};
+
+thread_local Buffer buffer;
+
+void grow(size_t bytes) {
+  buffer.release();
+  constexpr size_t kPage = 4096;
+  if (bytes > SIZE_MAX - kPage) throw std::bad_alloc();
+  const size_t rounded = (bytes + kPage - 1) / kPage * kPage;
+  buffer.data = std::aligned_alloc(kPage, rounded);
+  if (buffer.data == nullptr) throw std::bad_alloc();
+  buffer.size = rounded;
 }
+
+}  // namespace
+
+Scratch::Scratch(size_t bytes) {
+  if (buffer.size < bytes) grow(bytes);
+#ifdef FASTATTN_POISON
+  std::memset(buffer.data, 0xff, buffer.size);  // NaN: what is read before it is written shows
+#endif
+}
+
+Scratch::~Scratch() {
+  if (buffer.size > kKeptBytes) buffer.release();
+}
+
+char* Scratch::data() const { return static_cast<char*>(buffer.data); }
 
 }  // namespace fastattn

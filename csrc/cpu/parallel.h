@@ -1,6 +1,7 @@
 // Running jobs on several threads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 
@@ -10,7 +11,14 @@ namespace fastattn {
 // Jobs are handed out in order, one by one.
 void parallel_for(int64_t jobs, int threads, const std::function<void(int64_t, int)>& run);
 
-// Memory for `threads` threads of `bytes` each, kept by the calling thread for its next call. Throws std::bad_alloc.
-void* thread_scratch(size_t bytes);
+// Memory of a call. The calling thread keeps it for its next call, but for large pieces, which are given back.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes);  // throws std::bad_alloc
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const;
+};
 
 }  // namespace fastattn

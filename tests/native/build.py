@@ -18,7 +18,7 @@ from native_build import COMMON, ROOT, compiler, core_objects, kernel_flags, lib
 HERE = Path(__file__).parent
 # The threads of OpenMP are not instrumented: the core's own are used.
 SANITIZERS = {
-    "address,undefined": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "address,undefined": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DFASTATTN_POISON"],
     "thread": ["-fsanitize=thread", "-DFASTATTN_NO_OPENMP"],
 }
 

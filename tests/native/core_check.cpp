@@ -1,6 +1,7 @@
 // Runs the whole CPU core, every instruction set of this processor, on tensors that end where their memory ends, for
 // the sanitizers to watch (make sanitize): reads and writes out of bounds, undefined behaviour, races between threads.
 // Results are compared between 1 and 3 threads, bit for bit.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -147,6 +148,14 @@ void run(const char* name, Params& p, bool gradients) {
       outputs.push_back({p.dbias.data, size_t(p.dbias_size[0] * p.dbias_size[1] * p.dbias_size[2] * p.dbias_size[3]) *
                                            element_size(acc)});
   }
+  auto has_nan = [&](const Output& output, DType dtype) {
+    if (dtype == DType::kFloat64) {
+      const double* x = static_cast<const double*>(output.data);
+      return std::any_of(x, x + output.bytes / 8, [](double y) { return y != y; });
+    }
+    const float* x = static_cast<const float*>(output.data);
+    return dtype == DType::kFloat32 && std::any_of(x, x + output.bytes / 4, [](float y) { return y != y; });
+  };
   std::vector<std::vector<char>> first;
   for (const int threads : {1, 3}) {
     forward(p, threads);
@@ -155,6 +164,10 @@ void run(const char* name, Params& p, bool gradients) {
       if (outputs[i].bytes == 0) {
         first.emplace_back();
         continue;
+      }
+      if (has_nan(outputs[i], p.dtype)) {
+        ++failures;
+        std::printf("%s: output %d holds NaN\n", name, int(i));
       }
       const char* data = static_cast<const char*>(outputs[i].data);
       if (threads == 1) {

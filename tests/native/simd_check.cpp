@@ -80,6 +80,10 @@ void check_transpose() {
     rows[i].store(row);
     for (int j = 0; j < V::kWidth; ++j) EXPECT(row[j] == S(j * V::kWidth + i));
   }
+  S sums[V::kWidth];
+  sum_of_lanes(rows).store(sums);
+  for (int i = 0; i < V::kWidth; ++i)
+    EXPECT(sums[i] == S(V::kWidth * (V::kWidth * (V::kWidth - 1) / 2) + V::kWidth * i));
 }
 
 template <class V>

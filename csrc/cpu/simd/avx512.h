@@ -82,6 +82,26 @@ inline void transpose(F32 (&r)[16]) {
   }
 }
 
+// Half the vectors: each pair's lanes are added up while they are brought side by side, which takes half the shuffles
+// of a transpose.
+inline F32 sum_of_lanes(F32 (&r)[16]) {
+  __m512 halves[16], quarters[4];
+  for (int n = 0; n < 8; ++n) {  // 128-bit parts: two of r[i], two of r[i + 4]
+    const int i = n % 4 + n / 4 * 8;
+    halves[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(r[i].v, r[i + 4].v, 0x44), _mm512_shuffle_f32x4(r[i].v, r[i + 4].v, 0xee));
+  }
+  for (int i = 0; i < 4; ++i)  // one each of r[i], r[i + 4], r[i + 8], r[i + 12]
+    quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[i], halves[i + 8], 0x88),
+                                _mm512_shuffle_f32x4(halves[i], halves[i + 8], 0xdd));
+  __m512 pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = quarters[2 * i], b = quarters[2 * i + 1];
+    pairs[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd))};
+}
+
 struct F64 {
   using Scalar = double;
   using Mask = __mmask8;

@@ -60,5 +60,14 @@ inline V tanh(V x) {
   return select(less(abs(x), V::set(tanh_series_limit(x))), x * series, signed_result);
 }
 
+// Lane i of the result is the sum of r[i]'s lanes, in a fixed order. r is used up.
+template <class V>
+inline V sum_of_lanes(V (&r)[V::kWidth]) {
+  transpose(r);
+  for (int step = V::kWidth / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) r[i] = r[i] + r[i + step];
+  return r[0];
+}
+
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn
