@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "cpu/core.h"
 
@@ -12,136 +13,107 @@ namespace py = pybind11;
 namespace fastattn {
 namespace {
 
-using Strides = std::array<int64_t, 4>;
+using Four = std::array<int64_t, 4>;
 
-void set_strides(View& view, const py::dict& strides, const char* name) {
-  if (!strides.contains(name)) return;
-  const Strides s = strides[name].cast<Strides>();
-  view = {nullptr, s[0], s[1], s[2], s[3]};
+// The names under which Python hands over strides and addresses.
+constexpr std::pair<const char*, View Params::*> kTensors[] = {
+    {"q", &Params::q},         {"k", &Params::k},         {"v", &Params::v},
+    {"mask", &Params::mask},   {"bias", &Params::bias},   {"alibi_slopes", &Params::alibi},
+    {"sinks", &Params::sinks}, {"k_new", &Params::k_new}, {"v_new", &Params::v_new},
+    {"out", &Params::out},     {"lse", &Params::lse},     {"dout", &Params::dout},
+    {"dlse", &Params::dlse},   {"dq", &Params::dq},       {"dk", &Params::dk},
+    {"dv", &Params::dv},       {"dbias", &Params::dbias}, {"dsinks", &Params::dsinks},
+};
+constexpr std::pair<const char*, const int32_t* Params::*> kIndices[] = {
+    {"kv_lengths", &Params::kv_lengths},
+    {"cu_seqlens_q", &Params::cu_seqlens_q},
+    {"cu_seqlens_k", &Params::cu_seqlens_k},
+    {"block_table", &Params::block_table},
+};
+constexpr std::pair<const char*, const void* Params::*> kTables[] = {{"cos", &Params::cos}, {"sin", &Params::sin}};
+constexpr std::pair<const char*, int64_t Params::*> kSizes[] = {
+    {"batch", &Params::batch},
+    {"heads_q", &Params::heads_q},
+    {"heads_kv", &Params::heads_kv},
+    {"seqlen_q", &Params::seqlen_q},
+    {"seqlen_k", &Params::seqlen_k},
+    {"head_dim", &Params::head_dim},
+    {"head_dim_v", &Params::head_dim_v},
+    {"max_pages", &Params::max_pages},
+    {"page_size", &Params::page_size},
+    {"seqlen_new", &Params::seqlen_new},
+    {"rotary_dim", &Params::rotary_dim},
+    {"window_left", &Params::window_left},
+    {"window_right", &Params::window_right},
+};
+constexpr std::pair<const char*, double Params::*> kNumbers[] = {
+    {"scale", &Params::scale},
+    {"softcap", &Params::softcap},
+    {"dropout_scale", &Params::dropout_scale},
+};
+
+template <class T>
+T address(const py::handle& number) {
+  return reinterpret_cast<T>(number.cast<uintptr_t>());
 }
 
-// A call without its addresses: what stays the same from one call of a shape to the next.
+// A call without its addresses: what stays the same from one call of a kind to the next.
 class Call {
  public:
-  Call(const py::dict& sizes, const py::dict& options, const py::dict& strides, const Strides& dbias_size) {
-    auto size = [&](const char* name) { return sizes[name].cast<int64_t>(); };
-    p_.dtype = static_cast<DType>(size("dtype"));
-    p_.bias_dtype = static_cast<DType>(size("bias_dtype"));
-    p_.batch = size("batch");
-    p_.heads_q = size("heads_q");
-    p_.heads_kv = size("heads_kv");
-    p_.seqlen_q = size("seqlen_q");
-    p_.seqlen_k = size("seqlen_k");
-    p_.head_dim = size("head_dim");
-    p_.head_dim_v = size("head_dim_v");
-    p_.max_pages = size("max_pages");
-    p_.page_size = size("page_size");
-    p_.seqlen_new = size("seqlen_new");
-    p_.rotary_dim = size("rotary_dim");
-    p_.rotary_interleaved = size("rotary_interleaved") != 0;
-    p_.window_left = size("window_left");
-    p_.window_right = size("window_right");
-    p_.bottom_right = size("bottom_right") != 0;
-    p_.dropout_threshold = uint32_t(size("dropout_threshold"));
-    p_.scale = options["scale"].cast<double>();
-    p_.softcap = options["softcap"].cast<double>();
-    p_.dropout_scale = options["dropout_scale"].cast<double>();
-    set_strides(p_.q, strides, "q");
-    set_strides(p_.k, strides, "k");
-    set_strides(p_.v, strides, "v");
-    set_strides(p_.out, strides, "out");
-    set_strides(p_.lse, strides, "lse");
-    set_strides(p_.mask, strides, "mask");
-    set_strides(p_.bias, strides, "bias");
-    set_strides(p_.alibi, strides, "alibi_slopes");
-    set_strides(p_.sinks, strides, "sinks");
-    set_strides(p_.k_new, strides, "k_new");
-    set_strides(p_.v_new, strides, "v_new");
-    set_strides(p_.dout, strides, "dout");
-    set_strides(p_.dlse, strides, "dlse");
-    set_strides(p_.dq, strides, "dq");
-    set_strides(p_.dk, strides, "dk");
-    set_strides(p_.dv, strides, "dv");
-    set_strides(p_.dbias, strides, "dbias");
-    set_strides(p_.dsinks, strides, "dsinks");
+  // strides: name -> (batch, head, position, feature), see View. dbias_size: the bias's own shape.
+  Call(const py::dict& sizes, const py::dict& numbers, const py::dict& strides, const Four& dbias_size) {
+    for (const auto& [name, field] : kSizes) p_.*field = sizes[name].cast<int64_t>();
+    for (const auto& [name, field] : kNumbers) p_.*field = numbers[name].cast<double>();
+    for (const auto& [name, field] : kTensors) {
+      if (!strides.contains(name)) continue;
+      const Four s = strides[name].cast<Four>();
+      p_.*field = {nullptr, s[0], s[1], s[2], s[3]};
+    }
+    p_.dtype = static_cast<DType>(sizes["dtype"].cast<int>());
+    p_.bias_dtype = static_cast<DType>(sizes["bias_dtype"].cast<int>());
+    p_.bottom_right = sizes["bottom_right"].cast<bool>();
+    p_.rotary_interleaved = sizes["rotary_interleaved"].cast<bool>();
+    p_.dropout_threshold = sizes["dropout_threshold"].cast<uint32_t>();
     std::copy(dbias_size.begin(), dbias_size.end(), p_.dbias_size);
   }
 
-  // The shortest way: no other tensors, no lse.
-  void attend(uint64_t q, uint64_t k, uint64_t v, uint64_t out, int threads) const {
+  void forward(const py::dict& addresses, uint64_t seed, int threads) const {
+    run(fastattn::forward, at(addresses, seed), threads);
+  }
+  void forward_with_cache(const py::dict& addresses, uint64_t seed, int threads) const {
+    run(fastattn::forward_with_cache, at(addresses, seed), threads);
+  }
+  void backward(const py::dict& addresses, uint64_t seed, int threads) const {
+    run(fastattn::backward, at(addresses, seed), threads);
+  }
+
+  // forward without other tensors and without lse, in the shortest way.
+  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int threads) const {
     Params p = p_;
-    set(p.q, q);
-    set(p.k, k);
-    set(p.v, v);
-    set(p.out, out);
-    py::gil_scoped_release release;
-    fastattn::forward(p, threads);
-  }
-
-  void forward(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks,
-               uint64_t kv_lengths, uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table, uint64_t seed,
-               uint64_t out, uint64_t lse, int threads) const {
-    const Params p = with_inputs(q, k, v, mask, bias, alibi, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table,
-                                 seed, out, lse);
-    py::gil_scoped_release release;
-    fastattn::forward(p, threads);
-  }
-
-  // k and v are the cache.
-  void forward_with_cache(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi,
-                          uint64_t sinks, uint64_t kv_lengths, uint64_t cu_seqlens_q, uint64_t cu_seqlens_k,
-                          uint64_t block_table, uint64_t seed, uint64_t out, uint64_t lse, uint64_t k_new,
-                          uint64_t v_new, uint64_t cos, uint64_t sin, int threads) const {
-    Params p = with_inputs(q, k, v, mask, bias, alibi, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed,
-                           out, lse);
-    set(p.k_new, k_new);
-    set(p.v_new, v_new);
-    p.cos = reinterpret_cast<const void*>(cos);
-    p.sin = reinterpret_cast<const void*>(sin);
-    py::gil_scoped_release release;
-    fastattn::forward_with_cache(p, threads);
-  }
-
-  void backward(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks,
-                uint64_t kv_lengths, uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table, uint64_t seed,
-                uint64_t out, uint64_t lse, uint64_t dout, uint64_t dlse, uint64_t dq, uint64_t dk, uint64_t dv,
-                uint64_t dbias, uint64_t dsinks, int threads) const {
-    Params p = with_inputs(q, k, v, mask, bias, alibi, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, block_table, seed,
-                           out, lse);
-    set(p.dout, dout);
-    set(p.dlse, dlse);
-    set(p.dq, dq);
-    set(p.dk, dk);
-    set(p.dv, dv);
-    set(p.dbias, dbias);
-    set(p.dsinks, dsinks);
-    py::gil_scoped_release release;
-    fastattn::backward(p, threads);
+    p.q.data = reinterpret_cast<void*>(q);
+    p.k.data = reinterpret_cast<void*>(k);
+    p.v.data = reinterpret_cast<void*>(v);
+    p.out.data = reinterpret_cast<void*>(out);
+    run(fastattn::forward, p, threads);
   }
 
  private:
-  Params with_inputs(uint64_t q, uint64_t k, uint64_t v, uint64_t mask, uint64_t bias, uint64_t alibi, uint64_t sinks,
-                     uint64_t kv_lengths, uint64_t cu_seqlens_q, uint64_t cu_seqlens_k, uint64_t block_table,
-                     uint64_t seed, uint64_t out, uint64_t lse) const {
+  Params at(const py::dict& addresses, uint64_t seed) const {
     Params p = p_;
-    set(p.q, q);
-    set(p.k, k);
-    set(p.v, v);
-    set(p.mask, mask);
-    set(p.bias, bias);
-    set(p.alibi, alibi);
-    set(p.sinks, sinks);
-    p.kv_lengths = indices(kv_lengths);
-    p.cu_seqlens_q = indices(cu_seqlens_q);
-    p.cu_seqlens_k = indices(cu_seqlens_k);
-    p.block_table = indices(block_table);
     p.seed = seed;
-    set(p.out, out);
-    set(p.lse, lse);
+    for (const auto& [name, field] : kTensors)
+      if (addresses.contains(name)) (p.*field).data = address<void*>(addresses[name]);
+    for (const auto& [name, field] : kIndices)
+      if (addresses.contains(name)) p.*field = address<const int32_t*>(addresses[name]);
+    for (const auto& [name, field] : kTables)
+      if (addresses.contains(name)) p.*field = address<const void*>(addresses[name]);
     return p;
   }
-  static void set(View& view, uint64_t address) { view.data = reinterpret_cast<void*>(address); }
-  static const int32_t* indices(uint64_t address) { return reinterpret_cast<const int32_t*>(address); }
+
+  static void run(void (*function)(const Params&, int), const Params& p, int threads) {
+    py::gil_scoped_release release;
+    function(p, threads);
+  }
 
   Params p_;
 };
@@ -150,15 +122,16 @@ class Call {
 }  // namespace fastattn
 
 PYBIND11_MODULE(_cpu, m) {
+  using fastattn::Call;
   m.doc() = "CPU kernels of fastattn. Addresses and strides are trusted: fastattn.problem has checked them.";
   m.def("instruction_sets", &fastattn::instruction_sets,
         "Instruction sets that this processor can run, the best first.");
   m.def(
       "instruction_set", [] { return fastattn::kernels().name; }, "The instruction set in use (see FASTATTN_CPU_ISA).");
-  py::class_<fastattn::Call>(m, "Call")
-      .def(py::init<const py::dict&, const py::dict&, const py::dict&, const std::array<int64_t, 4>&>())
-      .def("attend", &fastattn::Call::attend)
-      .def("forward", &fastattn::Call::forward)
-      .def("forward_with_cache", &fastattn::Call::forward_with_cache)
-      .def("backward", &fastattn::Call::backward);
+  py::class_<Call>(m, "Call")
+      .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())
+      .def("attend", &Call::attend)
+      .def("forward", &Call::forward)
+      .def("forward_with_cache", &Call::forward_with_cache)
+      .def("backward", &Call::backward);
 }

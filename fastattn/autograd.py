@@ -57,6 +57,7 @@ def _in_transform() -> bool:
 
 def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     """(out, lse) of a dense or varlen call, differentiable."""
+    _check_no_gradient("alibi_slopes", inputs.alibi_slopes)
     args = ops.join_arguments(inputs, options, backend)
     in_transform = _in_transform()
     if not in_transform and not is_plain(inputs.q, inputs.k, inputs.v):
@@ -86,6 +87,11 @@ def new_seed() -> Tensor:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return torch.ops.fastattn.draw_seed(torch.empty((), dtype=torch.int64, device="cpu"))
     return draw_seed()
+
+
+def _check_no_gradient(name: str, x: Tensor | None) -> None:
+    if torch.is_grad_enabled() and _requires_grad(x):
+        raise ValueError(f"{name} has no gradient here, but requires grad: pass {name}.detach(), or learn a bias instead")
 
 
 def _any_requires_grad(inputs: Inputs) -> bool:

@@ -141,7 +141,8 @@ def attention_varlen(
                        begins with 0, never decreases. Rows behind the last sequence see nothing and give 0
         cu_seqlens_k   (batch + 1,), int32: likewise for the keys
         kv_lengths     (batch,), int32: of sequence b only the first kv_lengths[b] keys exist
-        mask, bias     broadcastable to (batch, heads_q, longest query sequence, longest key sequence)
+        mask, bias     (batch, heads_q, at least the longest query sequence, at least the longest key sequence), or 1
+                       in any of these
 
     All other arguments as in `attention`; positions, lengths, alignment and dropout count within each sequence.
     Returns out (total_q, heads_q, head_dim_v) or (out, lse), lse (heads_q, total_q).

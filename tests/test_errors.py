@@ -368,3 +368,12 @@ def test_the_generator_is_left_alone_by_a_given_seed_that_is_refused() -> None:
     with pytest.raises(ValueError, match="seed"):
         fastattn.attention(**DENSE, dropout_p=0.5, seed=-3)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_alibi_slopes_that_want_a_gradient_are_refused() -> None:
+    q = torch.randn(1, 2, 3, 8)
+    slopes = torch.rand(2, requires_grad=True)
+    with pytest.raises(ValueError, match=r"alibi_slopes has no gradient here.*detach"):
+        fastattn.attention(q, q, q, alibi_slopes=slopes)
+    with torch.no_grad():
+        fastattn.attention(q, q, q, alibi_slopes=slopes)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..problem import Inputs, Problem
+from ..problem import DIFFERENTIABLE, Inputs, Problem
 from . import Grads, Needs, empty_grad, empty_lse, empty_out
 
 try:
@@ -26,20 +26,8 @@ except ImportError as error:  # running from a source tree that was never built
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-class _Native(NamedTuple):
-    """The tensors of a call as the native module takes them, in the order of its arguments."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    bias: Tensor | None
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-    kv_lengths: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    block_table: Tensor | None
+Tensors = dict[str, Tensor]
+"""The tensors of a call by the names under which the native module knows them (kTensors in csrc/bindings_cpu.cpp)."""
 
 
 class CpuBackend:
@@ -67,7 +55,7 @@ class CpuBackend:
         if inputs.q.is_neg() or inputs.k.is_neg() or inputs.v.is_neg():
             return None
         out = empty_out(problem, inputs.q)
-        attend = _call(problem, _native(problem, inputs), {"out": out}).attend
+        attend = _call(problem, {**_native(problem, inputs), "out": out}).attend
         shape, stride, dtype = out.shape, out.stride(), out.dtype
         like_q = torch.empty_like(inputs.q)
         if like_q.shape == shape and like_q.stride() == stride:  # the quickest way to such memory
@@ -88,10 +76,9 @@ class CpuBackend:
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
-        x = _native(problem, inputs)
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        call = _call(problem, x, {"out": out, "lse": lse})
-        call.forward(*_addresses(x), _seed(inputs), out.data_ptr(), lse.data_ptr(), torch.get_num_threads())
+        tensors = {**_native(problem, inputs), "out": out, "lse": lse}
+        _call(problem, tensors).forward(_addresses(tensors), _seed(inputs), torch.get_num_threads())
         return out, lse
 
     def backward(
@@ -105,15 +92,14 @@ class CpuBackend:
         needs: Needs,
     ) -> Grads:
         """See `Backend.backward`."""
-        x = _native(problem, inputs)
-        dout = dout.resolve_neg()
-        dlse = None if dlse is None else dlse.to(problem.accumulator)
         grads = _empty_grads(problem, inputs, needs)
-        names = ("dq", "dk", "dv", "dbias", "dsinks")
-        more = {"out": out, "lse": lse, "dout": dout, "dlse": dlse, **dict(zip(names, grads, strict=True))}
-        call = _call(problem, x, more)
-        addresses = [_address(t) for t in (out, lse, dout, dlse, *grads)]
-        call.backward(*_addresses(x), _seed(inputs), *addresses, torch.get_num_threads())
+        tensors = {**_native(problem, inputs), "out": out, "lse": lse, "dout": dout.resolve_neg()}
+        if dlse is not None:
+            tensors["dlse"] = dlse.to(problem.accumulator).resolve_neg()
+        for name, grad in zip(DIFFERENTIABLE, grads, strict=True):
+            if grad is not None:
+                tensors[f"d{name}"] = grad
+        _call(problem, tensors).backward(_addresses(tensors), _seed(inputs), torch.get_num_threads())
         return Grads(
             *[
                 grad if grad is None or like is None else grad.view(like.shape).to(like.dtype)
@@ -123,33 +109,32 @@ class CpuBackend:
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
-        x = _native(problem, inputs)
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        call = _call(problem, x, {"out": out, "lse": lse, "k_new": inputs.k_new, "v_new": inputs.v_new})
-        tables = [None if t is None else t.to(problem.accumulator).contiguous() for t in (inputs.cos, inputs.sin)]
-        addresses = [_address(t) for t in (out, lse, inputs.k_new, inputs.v_new, *tables)]
-        call.forward_with_cache(*_addresses(x), 0, *addresses, torch.get_num_threads())
+        tensors = {**_native(problem, inputs), "out": out, "lse": lse}
+        _call(problem, tensors).forward_with_cache(_addresses(tensors), 0, torch.get_num_threads())
         for cache in (inputs.k, inputs.v):
             if inputs.k_new is not None and not cache.is_inference():
                 torch.autograd.graph.increment_version(cache)
         return out, lse
 
 
-def _native(problem: Problem, inputs: Inputs) -> _Native:
-    mask, bias, slopes, sinks = inputs.mask, inputs.bias, inputs.alibi_slopes, inputs.sinks
-    return _Native(
-        inputs.q.resolve_neg(),
-        inputs.k.resolve_neg(),
-        inputs.v.resolve_neg(),
-        None if mask is None else _broadcast(problem, mask).view(torch.uint8),
-        None if bias is None else _broadcast(problem, bias.resolve_neg()),
-        None if slopes is None else slopes.to(problem.accumulator).expand(problem.batch, -1),
-        None if sinks is None else sinks.to(problem.accumulator),
-        *[
-            None if x is None else x.contiguous()
-            for x in (inputs.kv_lengths, inputs.cu_seqlens_q, inputs.cu_seqlens_k, inputs.block_table)
-        ],
-    )
+def _native(problem: Problem, inputs: Inputs) -> Tensors:
+    """The inputs in the form that the native module takes them."""
+    given = {name: x.resolve_neg() for name, x in inputs._asdict().items() if x is not None and name != "seed"}
+    for name in ("mask", "bias"):
+        if name in given:
+            given[name] = _broadcast(problem, given[name])
+    if "mask" in given:
+        given["mask"] = given["mask"].view(torch.uint8)
+    for name in ("alibi_slopes", "sinks", "cos", "sin"):
+        if name in given:
+            given[name] = given[name].to(problem.accumulator)
+    if "alibi_slopes" in given:
+        given["alibi_slopes"] = given["alibi_slopes"].expand(problem.batch, -1)
+    for name in _CONTIGUOUS:
+        if name in given:
+            given[name] = given[name].contiguous()
+    return given
 
 
 def _broadcast(problem: Problem, x: Tensor) -> Tensor:
@@ -177,30 +162,24 @@ def _empty_grads(problem: Problem, inputs: Inputs, needs: Needs) -> list[Tensor 
 # ------------------------------------------------------------------------------------------------- native descriptions
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _addresses(x: _Native) -> list[int]:
-    return [_address(t) for t in x]
+def _addresses(tensors: Tensors) -> dict[str, int]:
+    return {name: x.data_ptr() for name, x in tensors.items()}
 
 
 def _seed(inputs: Inputs) -> int:
     return 0 if inputs.seed is None else int(inputs.seed)
 
 
-def _call(problem: Problem, x: _Native, more: dict[str, Tensor | None]) -> Any:
-    """The native description for these tensors, made once per problem and strides."""
-    tensors = {**x._asdict(), **more}
-    layouts = tuple([(n, tuple(t.shape), t.stride(), t.dtype) for n, t in tensors.items() if t is not None])
-    return _describe(problem, layouts)
+def _call(problem: Problem, tensors: Tensors) -> _cpu.Call:
+    """The native description for these tensors, made once per problem and layout."""
+    return _describe(problem, tuple([(name, x.shape, x.stride(), x.dtype) for name, x in tensors.items()]))
 
 
 @lru_cache(maxsize=4096)
-def _describe(problem: Problem, layouts: tuple[tuple[str, Any, Any, torch.dtype], ...]) -> Any:
+def _describe(problem: Problem, layouts: tuple[tuple[str, Any, Any, torch.dtype], ...]) -> _cpu.Call:
     p = problem
     strides = {
-        name: _strides(p.kind, name, shape, stride) for name, shape, stride, _ in layouts if name not in _INDICES
+        name: _strides(p.kind, name, shape, stride) for name, shape, stride, _ in layouts if name not in _CONTIGUOUS
     }
     table = next((shape for name, shape, _, _ in layouts if name == "block_table"), (0, 0))
     bias_dtype = next((dtype for name, _, _, dtype in layouts if name == "bias"), torch.float32)
@@ -225,11 +204,11 @@ def _describe(problem: Problem, layouts: tuple[tuple[str, Any, Any, torch.dtype]
         "bottom_right": int(p.bottom_right),
         "dropout_threshold": p.dropout_threshold,
     }
-    options = {"scale": p.scale, "softcap": p.softcap or 0.0, "dropout_scale": 1.0 / (1.0 - p.dropout_p)}
-    return _cpu.Call(sizes, options, strides, (1,) * (4 - len(dbias)) + tuple(dbias))
+    numbers = {"scale": p.scale, "softcap": p.softcap or 0.0, "dropout_scale": 1.0 / (1.0 - p.dropout_p)}
+    return _cpu.Call(sizes, numbers, strides, (1,) * (4 - len(dbias)) + tuple(dbias))
 
 
-_INDICES = ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table")
+_CONTIGUOUS = ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "cos", "sin")
 
 
 def _strides(kind: str, name: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int, int]:
