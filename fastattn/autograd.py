@@ -91,7 +91,9 @@ def new_seed() -> Tensor:
 
 def _check_no_gradient(name: str, x: Tensor | None) -> None:
     if torch.is_grad_enabled() and _requires_grad(x):
-        raise ValueError(f"{name} has no gradient here, but requires grad: pass {name}.detach(), or learn a bias instead")
+        raise ValueError(
+            f"{name} has no gradient here, but requires grad: pass {name}.detach(), or learn a bias instead"
+        )
 
 
 def _any_requires_grad(inputs: Inputs) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .rotary import Rotary, apply_rotary
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .problem import AttentionOptions
+    from .problem import AttentionOptions, CacheOptions
 
 __all__ = [
     "Report",
@@ -36,6 +36,36 @@ __all__ = [
 Window = tuple[int | None, int | None] | None
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    backend: str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool,
+    backend: str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -111,6 +141,42 @@ def attention(
     return result if return_lse else result[0]
 
 
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: Literal[True],
+    backend: str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    return_lse: bool,
+    backend: str | None = None,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -161,6 +227,36 @@ def attention_varlen(
     return result if return_lse else result[0]
 
 
+@overload
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_lse: Literal[True],
+    backend: str | None = None,
+    **options: Unpack[CacheOptions],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+    **options: Unpack[CacheOptions],
+) -> Tensor: ...
+@overload
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    return_lse: bool,
+    backend: str | None = None,
+    **options: Unpack[CacheOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_with_kv_cache(
     q: Tensor,
     k_cache: Tensor,

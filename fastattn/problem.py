@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Required  # a requirement of torch itself
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ALIGNMENTS = ("bottom-right", "top-left")
@@ -71,9 +72,7 @@ class Options(NamedTuple):
     rotary_interleaved: bool = False
 
 
-class AttentionOptions(TypedDict, total=False):
-    """The keyword arguments that every attention function takes; see `fastattn.attention`."""
-
+class _SharedOptions(TypedDict, total=False):
     causal: bool
     window: tuple[int | None, int | None] | None
     causal_alignment: str
@@ -82,10 +81,25 @@ class AttentionOptions(TypedDict, total=False):
     alibi_slopes: Tensor | None
     softcap: float | None
     sinks: Tensor | None
-    kv_lengths: Tensor | None
     scale: float | None
+
+
+class AttentionOptions(_SharedOptions, total=False):
+    """Keyword arguments of `fastattn.attention` and `attention_varlen`, but for return_lse and backend."""
+
+    kv_lengths: Tensor | None
     dropout_p: float
     seed: int | Tensor | None
+
+
+class CacheOptions(_SharedOptions, total=False):
+    """Keyword arguments of `fastattn.attention_with_kv_cache`, but for return_lse and backend."""
+
+    cache_lengths: Required[Tensor]
+    k_new: Tensor | None
+    v_new: Tensor | None
+    block_table: Tensor | None
+    rotary: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, bool] | None
 
 
 @dataclass(frozen=True)
