@@ -17,7 +17,7 @@ struct AddendScratch {
 
 // Adds kWidth keys of kWidth rows of the bias, read along the keys and turned, so that no line is touched twice.
 template <class V, class T>
-void add_bias_tile(const T* bias, const int64_t* at, int64_t key_stride, int lane, int n, int keys,
+void add_bias_tile(const T* bias, const int64_t* at, int64_t key_stride, int lane, int n, int keys, bool first,
                    typename V::Scalar* a) {
   using S = typename V::Scalar;
   V tile[V::kWidth];
@@ -34,14 +34,18 @@ void add_bias_tile(const T* bias, const int64_t* at, int64_t key_stride, int lan
     tile[i] = V::load(row);
   }
   transpose(tile);
+  const V unit = V::set(S(kLog2E));
   for (int t = 0; t < keys; ++t) {
     S* to = a + (n + t) * Panel<V>::kLanes + lane;
-    fma(tile[t], V::set(S(kLog2E)), V::load(to)).store(to);
+    V x = tile[t] * unit;
+    if (!first) x = x + V::load(to);
+    x.store(to);
   }
 }
 
+// first: a holds nothing yet.
 template <class V, class T>
-void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, int lanes, int keys,
+void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, int lanes, int keys, bool first,
               typename V::Scalar* a) {
   using S = typename V::Scalar;
   if (same) {  // one row for all lanes, as in a bias per key
@@ -49,14 +53,43 @@ void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, i
       const V x = V::set(S(to_float(bias[at[0] + n * key_stride])) * S(kLog2E));
       for (int lane = 0; lane < lanes; lane += V::kWidth) {
         S* to = a + n * Panel<V>::kLanes + lane;
-        (V::load(to) + x).store(to);
+        if (first) {
+          x.store(to);
+        } else {
+          (V::load(to) + x).store(to);
+        }
       }
     }
     return;
   }
   for (int lane = 0; lane < lanes; lane += V::kWidth)
     for (int n = 0; n < keys; n += V::kWidth)
-      add_bias_tile<V>(bias, at, key_stride, lane, n, int(smaller(V::kWidth, keys - n)), a);
+      add_bias_tile<V>(bias, at, key_stride, lane, n, int(smaller(V::kWidth, keys - n)), first, a);
+}
+
+// -slope * |i + offset - j| in units of log2, or 0.
+template <class V>
+void make_alibi(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, int lanes,
+                typename V::Scalar* a) {
+  using S = typename V::Scalar;
+  constexpr int kLanes = Panel<V>::kLanes;
+  S distance[kLanes], slope[kLanes];
+  for (int lane = 0; lane < lanes; ++lane) {
+    distance[lane] = S(panel.query[lane] + seq.offset - n0);
+    slope[lane] = S(0);
+    if (p.alibi.data != nullptr) {
+      const int64_t at = panel.b * p.alibi.stride_b + panel.head[lane] * p.alibi.stride_h;
+      slope[lane] = static_cast<const S*>(p.alibi.data)[at] * S(-kLog2E);
+    }
+  }
+  for (int lane = 0; lane < lanes; lane += V::kWidth) {
+    const V d = V::load(distance + lane), m = V::load(slope + lane);
+    for (int n = 0; n < keys; ++n) {
+      V x = V::set(S(0));
+      if (p.alibi.data != nullptr) x = m * abs(d - V::set(S(n)));
+      x.store(a + n * kLanes + lane);
+    }
+  }
 }
 
 // Where each row of the panel begins in a (batch, heads_q, seqlen_q, seqlen_k) view, at key n0.
@@ -102,38 +135,23 @@ bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, in
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   const int lanes = panel.vectors * V::kWidth;
-  S distance[kLanes], slope[kLanes];
-  for (int lane = 0; lane < lanes; ++lane) {
-    distance[lane] = S(panel.query[lane] + seq.offset - n0);
-    slope[lane] = S(0);
-    if (p.alibi.data != nullptr) {
-      const int64_t at = panel.b * p.alibi.stride_b + panel.head[lane] * p.alibi.stride_h;
-      slope[lane] = static_cast<const S*>(p.alibi.data)[at] * S(-kLog2E);
-    }
-  }
-  for (int lane = 0; lane < lanes; lane += V::kWidth) {
-    const V d = V::load(distance + lane), m = V::load(slope + lane);
-    for (int n = 0; n < keys; ++n) {
-      V x = V::set(S(0));
-      if (p.alibi.data != nullptr) x = m * abs(d - V::set(S(n)));
-      x.store(a.values + n * kLanes + lane);
-    }
-  }
+  const bool first = p.alibi.data == nullptr;
+  if (!first || p.bias.data == nullptr) make_alibi(p, seq, panel, n0, keys, lanes, a.values);
   int64_t at[kLanes];
   if (p.bias.data != nullptr) {
     const bool same = row_offsets(panel, p.bias, n0, at);
     switch (p.bias_dtype) {
       case DType::kFloat32:
-        add_bias<V>(static_cast<const float*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values);
+        add_bias<V>(static_cast<const float*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, first, a.values);
         break;
       case DType::kFloat64:
-        add_bias<V>(static_cast<const double*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values);
+        add_bias<V>(static_cast<const double*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, first, a.values);
         break;
       case DType::kBFloat16:
-        add_bias<V>(static_cast<const bf16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values);
+        add_bias<V>(static_cast<const bf16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, first, a.values);
         break;
       default:
-        add_bias<V>(static_cast<const fp16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, a.values);
+        add_bias<V>(static_cast<const fp16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, first, a.values);
     }
   }
   // Hiding comes last: what a hidden pair was given, NaN perhaps, must not show.

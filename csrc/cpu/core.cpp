@@ -41,7 +41,7 @@ std::vector<const Kernels*> usable_kernels() {
 }
 
 // Below this many multiply-adds per thread, waking a thread costs more than it saves.
-constexpr int64_t kWorkPerThread = 200'000;
+constexpr int64_t kWorkPerThread = 100'000;
 // As many jobs as keep a large machine busy; fewer, larger ones read K and V less often.
 constexpr int64_t kWantedJobs = 64;
 constexpr int64_t kMaxPanelsPerJob = 8;
@@ -91,7 +91,7 @@ ForwardPlan plan_forward(const Params& p, const Kernels& k) {
         }
         plan.rows.push_back(job);
         plan.rows_total += job.rows;
-        const int64_t share = ((keys.last - keys.first + plan.parts - 1) / plan.parts + 127) / 128 * 128;
+        const int64_t share = ((keys.last - keys.first + plan.parts - 1) / plan.parts + kBlockKeys - 1) / kBlockKeys * kBlockKeys;
         for (int64_t part = 0; part < plan.parts; ++part) {
           job.part = part;
           job.keys = {std::min(keys.last, keys.first + part * share),

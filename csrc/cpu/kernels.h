@@ -65,6 +65,6 @@ struct Kernels {
   void (*dsinks)(const Params&, const BackwardSpace&, int64_t head);
 };
 
-constexpr int kBlockKeys = 128;  // keys of one step
+constexpr int kBlockKeys = 256;  // keys of one step
 
 }  // namespace fastattn

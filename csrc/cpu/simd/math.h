@@ -43,6 +43,11 @@ inline V exp2(V x) {
   return scale_by_power(exp2_fraction(x - n), n);
 }
 
+#if FASTATTN_SIMD == FASTATTN_AVX512
+// The instructions that split x give a fraction of 0 for infinities, and scale by any power: no clamps are needed.
+inline F32 exp2(F32 x) { return scale_by_power(exp2_fraction(fraction(x)), round(x)); }
+#endif
+
 // Below it tanh is summed as a series: 1 - 2 / (1 + e^2x) loses relative accuracy near 0.
 inline float tanh_series_limit(F32) { return 0.5f; }
 inline double tanh_series_limit(F64) { return 0.1; }
