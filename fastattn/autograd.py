@@ -41,6 +41,12 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def _all_plain(inputs: Inputs) -> bool:
+    """`is_plain` of every tensor of the call; what is no tensor at all will be refused later."""
+    rest = (type(x) in _PLAIN_TYPES for x in inputs[3:] if isinstance(x, Tensor))
+    return is_plain(inputs.q, inputs.k, inputs.v) and all(rest)
+
+
 def _in_transform() -> bool:
     """True inside torch.func.grad, vjp, jacrev or jvp, and while forward-mode derivatives are recorded.
 
@@ -60,7 +66,7 @@ def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tenso
     _check_no_gradient("alibi_slopes", inputs.alibi_slopes)
     args = ops.join_arguments(inputs, options, backend)
     in_transform = _in_transform()
-    if not in_transform and not is_plain(inputs.q, inputs.k, inputs.v):
+    if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
         return torch.ops.fastattn.forward(*args)
     if in_transform or (torch.is_grad_enabled() and _any_requires_grad(inputs)):
@@ -76,7 +82,7 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
             "torch.no_grad() or torch.inference_mode()"
         )
     args = ops.join_cache_arguments(inputs, options, backend)
-    if is_plain(inputs.q, inputs.k, inputs.v):
+    if _all_plain(inputs):
         return ops.run_cache(*args)
     check_tensors("cache", inputs)
     return torch.ops.fastattn.cache(*args)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # a requirement of torch itself
 
 from . import autograd, dispatch, shortcuts
 from .dispatch import Report, available_backends
 from .merge import merge_states
 from .philox import seed_tensor
-from .problem import DTYPES, Inputs, Options, check_keywords, check_values, describe, split_window
+from .problem import (
+    DTYPES,
+    AttentionOptions,
+    CacheOptions,
+    Inputs,
+    Options,
+    check_keywords,
+    check_values,
+    describe,
+    split_window,
+)
 from .rotary import Rotary, apply_rotary
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .problem import AttentionOptions, CacheOptions
 
 __all__ = [
     "Report",
@@ -125,7 +131,9 @@ def attention(
     A query that sees no key gives out = 0, lse = -inf and zero gradients.
     Differentiable in q, k, v, bias and sinks, through out and lse.
 
-    Raises TypeError or ValueError that names the argument, what came and what was expected.
+    Raises TypeError or ValueError that names the argument, what came and what was expected. The values inside index
+    tensors are checked on the CPU alone: elsewhere a look at them would stall the device. NotImplementedError in
+    forward mode (torch.func.jvp), for which there is no formula.
     """
     extras = mask is not None or bias is not None or alibi_slopes is not None or sinks is not None
     dropped = type(dropout_p) is not float or dropout_p != 0.0  # None, False and the like are for the checks
@@ -293,7 +301,7 @@ def attention_with_kv_cache(
         mask, bias      broadcastable to (batch, heads_q, seqlen_q, capacity)
 
     A query sees at most the cache_lengths + seqlen_new keys there are (the kv_lengths of `attention`); memory past them
-    is never read. All other arguments as in `attention`.
+    is never read. All other arguments as in `attention`. torch.autocast does not apply: q must have the cache's dtype.
     Returns out (batch, heads_q, seqlen_q, head_dim_v) or (out, lse), lse (batch, heads_q, seqlen_q).
     Raises TypeError or ValueError that names the argument, what came and what was expected, before anything is written;
     ValueError also if an input requires grad while gradients are recorded.
@@ -348,6 +356,7 @@ def scaled_dot_product_attention(
         if attn_mask.ndim > 2 and len(lead) != 2:
             attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:]).reshape(*query.shape[:2], *attn_mask.shape[-2:])
         mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    all_dropped = dropout_p == 1  # torch allows it, and nothing is left
     out = attention(
         query,
         key,
@@ -357,8 +366,9 @@ def scaled_dot_product_attention(
         mask=mask,
         bias=bias,
         scale=scale,
-        dropout_p=dropout_p,
+        dropout_p=0.0 if all_dropped else dropout_p,
     )
+    out = out * 0.0 if all_dropped else out
     return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
@@ -437,6 +447,8 @@ def _four_dimensional(
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got a nested tensor: see attention_varlen")
         if x.ndim < 2:
             raise ValueError(f"{name} must have shape (..., seqlen, head_dim), got {tuple(x.shape)}")
     _check_sdpa(query, key, value)

@@ -184,8 +184,9 @@ def check_tensors(kind: str, inputs: Inputs) -> None:
         name = _CACHE_NAMES.get(field, field) if kind == "cache" else field
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
+        if x.layout != torch.strided or x.is_nested:
+            kind_of = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+            raise TypeError(f"{name} must be a dense (strided) tensor, got {kind_of}")
 
 
 def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options) -> Problem:
@@ -213,7 +214,7 @@ def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options) -> Pr
     scale = options.scale
     if scale is None:
         scale = 1.0 / math.sqrt(sizes["head_dim"]) if sizes["head_dim"] > 0 else 1.0
-    window_right = 0 if options.causal else options.window_right
+    window_left, window_right = _reach(options.window_left), _reach(options.window_right)
     used = {
         "mask": m.mask,
         "bias": m.bias,
@@ -224,7 +225,7 @@ def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options) -> Pr
         "paged": m.block_table,
         "append": m.k_new,
         "softcap": options.softcap,
-        "window": options.window_left if options.window_left is not None else options.window_right,
+        "window": window_left if window_left is not None else window_right,
         "causal": options.causal or None,
         "dropout": options.dropout_p or None,
         "gqa": True if sizes["heads_q"] != sizes["heads_kv"] else None,
@@ -234,8 +235,8 @@ def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options) -> Pr
         kind=kind,
         dtype=m.q.dtype,
         device=m.q.device,
-        window_left=options.window_left,
-        window_right=window_right,
+        window_left=window_left,
+        window_right=0 if options.causal else window_right,
         bottom_right=options.causal_alignment == "bottom-right",
         softcap=options.softcap,
         scale=float(scale),
@@ -250,6 +251,11 @@ def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options) -> Pr
 
 
 _describe_cached = lru_cache(maxsize=4096)(_describe)
+
+
+def _reach(side: int | None) -> int | None:
+    """A side of a window; None, open, if it reaches farther than any tensor (which sums of positions rely on)."""
+    return None if side is None or side >= 2**48 else side
 
 
 # ---------------------------------------------------------------------------------------------- devices and dtypes
@@ -271,11 +277,11 @@ def check_devices(metas: tuple[Meta | None, ...], names: dict[str, str]) -> None
 _ONE_OF = "float32, float64, bfloat16 or float16"
 _EXPECTED_DTYPES: dict[str, tuple[Any, str]] = {
     "mask": (lambda dtype: dtype == torch.bool, "torch.bool (True = attend); a float mask is passed as bias"),
-    "bias": (lambda dtype: dtype.is_floating_point, "a floating point dtype"),
-    "alibi_slopes": (lambda dtype: dtype.is_floating_point, "a floating point dtype"),
-    "sinks": (lambda dtype: dtype.is_floating_point, "a floating point dtype"),
-    "cos": (lambda dtype: dtype.is_floating_point, "a floating point dtype"),
-    "sin": (lambda dtype: dtype.is_floating_point, "a floating point dtype"),
+    "bias": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
+    "alibi_slopes": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
+    "sinks": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
+    "cos": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
+    "sin": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
     "kv_lengths": (lambda dtype: dtype == torch.int32, "torch.int32"),
     "cu_seqlens_q": (lambda dtype: dtype == torch.int32, "torch.int32"),
     "cu_seqlens_k": (lambda dtype: dtype == torch.int32, "torch.int32"),
@@ -474,8 +480,9 @@ def check_options(options: Options) -> None:
         raise ValueError(f"causal_alignment must be one of {ALIGNMENTS}, got {options.causal_alignment!r}")
     for name in ("softcap", "scale", "dropout_p"):
         value = getattr(options, name)
-        if isinstance(value, (int, float)) and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
+        # The bound keeps products with it inside float32's range; the comparison is False for NaN.
+        if isinstance(value, (int, float)) and not abs(value) <= 1e30:
+            raise ValueError(f"{name} must be finite, and at most 1e30 in size, got {value}")
     if options.softcap is not None and options.softcap <= 0:
         raise ValueError(f"softcap must be positive, or None to switch it off, got {options.softcap}")
     if not 0 <= options.dropout_p < 1:
@@ -502,10 +509,12 @@ def split_window(window: tuple[int | None, int | None] | None) -> tuple[int | No
 
 
 def check_values(problem: Problem, inputs: Inputs) -> None:
-    """Checks what is inside the index tensors, where reading them costs nothing: on the CPU.
+    """Checks the seed, and what is inside the index tensors where reading them costs nothing: on the CPU.
 
-    On other devices a look would stall the stream and break graph capture; kernels clamp there instead.
+    On other devices a look would stall the stream and break graph capture.
     """
+    if inputs.seed is not None and int(inputs.seed) < 0:
+        raise ValueError(f"seed must be in [0, 2**63), got {int(inputs.seed)}")
     if problem.device.type != "cpu":
         return
     if problem.kind == "varlen":

@@ -13,18 +13,24 @@ by autograd, any number of times. Scores, sums and gradients are float32 (float6
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # a requirement of torch itself
 
 from .philox import dropout_keep, seed_tensor
-from .problem import DIFFERENTIABLE, Inputs, Options, Problem, check_keywords, check_values, describe, split_window
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .problem import AttentionOptions
+from .problem import (
+    DIFFERENTIABLE,
+    AttentionOptions,
+    Inputs,
+    Options,
+    Problem,
+    check_keywords,
+    check_values,
+    describe,
+    split_window,
+)
 
 
 class _Softmax(NamedTuple):

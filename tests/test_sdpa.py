@@ -173,7 +173,7 @@ KEY = torch.zeros(2, 3, 7, 8)
         ({"attn_mask": torch.zeros(5, 7).long()}, TypeError, ["attn_mask", "torch.int64", "bool"]),
         ({"attn_mask": [[True]]}, TypeError, ["attn_mask", "list"]),
         ({"attn_mask": torch.ones(5, 7), "is_causal": True}, ValueError, ["attn_mask", "is_causal"]),
-        ({"dropout_p": 1.0}, ValueError, ["dropout_p", "1.0", "[0, 1)"]),
+        ({"dropout_p": 1.5}, ValueError, ["dropout_p", "1.5", "[0, 1)"]),
         ({"dropout_p": -0.1}, ValueError, ["dropout_p", "-0.1", "[0, 1)"]),
         ({"scale": "1"}, TypeError, ["scale", "str", "number"]),
     ],
@@ -191,3 +191,11 @@ def test_bad_mask_of_other_ranks(lead: tuple[int, ...]) -> None:
     for shape in ((*lead, 5, 6), (4, *lead, 5, 7), (*(n + 1 for n in lead), 4, 7)):
         with pytest.raises(ValueError, match="attn_mask must be broadcastable"):
             scaled_dot_product_attention(q, k, k, torch.zeros(shape))
+
+
+def test_everything_may_be_dropped() -> None:
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    for attend in (F.scaled_dot_product_attention, scaled_dot_product_attention):
+        out = attend(q, q, q, dropout_p=1.0)
+        assert out.abs().max() == 0
+        assert torch.autograd.grad(out.sum(), q)[0].abs().max() == 0
