@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fastattn
+from fastattn.arguments import parse_device
 
 from .cases import DTYPES, Case
 from .harness import run_cases
@@ -146,7 +147,7 @@ def _plan(args: argparse.Namespace) -> _Plan:
     backends = _names("--backend", args.backend, {"auto": None, **dict.fromkeys(fastattn.available_backends())})
     ours = [Fastattn(None if name == "auto" else name) for name in backends]
     others = [] if args.rivals == "none" else [RIVALS[name]() for name in _names("--rivals", args.rivals, RIVALS)]
-    return _Plan(cases, [*ours, *others], _device(args.device), Effort(budget=args.budget))
+    return _Plan(cases, [*ours, *others], parse_device(args.device), Effort(budget=args.budget))
 
 
 def _cases(suites: str | None, families: str | None, dtypes: str | None) -> list[Case]:
@@ -174,18 +175,6 @@ def _names(option: str, given: str, known: Mapping[str, object], groups: Sequenc
         if name not in known:
             raise ValueError(f"{option} knows {', '.join([*groups, *known])}; got {name!r}")
     return list(dict.fromkeys(names))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name} does not exist: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _listing() -> Iterator[str]:

@@ -1,8 +1,6 @@
 """The correctness gate: no result is timed that is not right.
 
-Right means: against a float64 evaluation of the same (rounded) inputs by `fastattn.reference`, the largest
-error of every output is at most twice the error of plain eager attention in the case's dtype, plus a floor in
-proportion to the largest value; NaN and infinities stand in the same places.
+Right means: every output is within the bound of `fastattn.tolerance`; the truth is `fastattn.reference` in float64.
 """
 
 from __future__ import annotations
@@ -15,13 +13,13 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
+from fastattn.tolerance import bound, eager_error, max_error
 
 from .cases import Case
 from .data import Data, hidden_pairs, options, split, split_packed
 from .rivals import eager_attention
 
 OUTPUTS = ("out", "dq", "dk", "dv")
-FLOORS = {"float64": 1e-11, "float32": 2e-5, "float16": 3e-3, "bfloat16": 2e-2}
 
 
 class Expected(NamedTuple):
@@ -59,18 +57,6 @@ def check(expected: dict[str, Expected], results: Sequence[Tensor]) -> Verdict:
     return Verdict(errors, tuple(problems))
 
 
-def max_error(result: Tensor, wanted: Tensor) -> float:
-    """The largest absolute error; infinite where NaN and infinities do not agree."""
-    result = result.detach().double()
-    finite = wanted.isfinite()
-    # Equal infinities differ by NaN, hence they are compared apart from the finite values.
-    same = torch.where(wanted.isnan(), result.isnan(), result == wanted)
-    if not bool((result.isfinite() == finite).all()) or not bool((same | finite).all()):
-        return float("inf")
-    difference = torch.where(finite, result - wanted, 0.0).abs()
-    return difference.max().item() if difference.numel() else 0.0
-
-
 def expect(case: Case, data: Data) -> dict[str, Expected]:
     """Evaluates the case in float64 and, for the limits, by eager attention in its own dtype.
 
@@ -84,19 +70,9 @@ def expect(case: Case, data: Data) -> dict[str, Expected]:
         _store(case, exact, slices, _evaluate(_reference, case, part, torch.float64))
         _store(case, eager, slices, _evaluate(_eager, case, part, case.torch_dtype))
     return {
-        name: Expected(truth, _limit(case, truth, other))
+        name: Expected(truth, bound(truth, eager_error(other, truth), case.torch_dtype))
         for name, truth, other in zip(OUTPUTS, exact, eager, strict=False)
     }
-
-
-def _limit(case: Case, exact: Tensor, eager: Tensor) -> float:
-    finite = exact.isfinite()
-    # A row that sees no key is NaN in eager attention: it says nothing about rounding.
-    eager_error = torch.where(finite & eager.isfinite(), eager - exact, 0.0).abs()
-    largest = torch.where(finite, exact, 0.0).abs()
-    if exact.numel() == 0:
-        return 0.0
-    return 2.0 * eager_error.max().item() + FLOORS[case.dtype] * largest.max().item()
 
 
 class _Slices(NamedTuple):

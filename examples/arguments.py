@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import fastattn
+from fastattn.arguments import parse_device
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -29,20 +30,9 @@ def apply_common(args: argparse.Namespace) -> None:
     names = fastattn.available_backends()
     if args.backend is not None and args.backend not in names:
         raise ValueError(f"--backend must be one of {', '.join(names)}, got {args.backend!r}")
-    _check_device(args.device)
+    parse_device(args.device)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out must be a folder, got the file {args.out}")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name} does not exist: torch sees {torch.cuda.device_count()} CUDA devices")

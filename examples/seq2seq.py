@@ -23,20 +23,22 @@ from .dates import CHARACTERS, DATES, END, START, TARGET_LENGTH, Batch, decode, 
 from .progress import Progress
 
 SAMPLES = 6
+STEPS = 400  # of a full run
+REQUIRED = 0.9  # exact matches after a full run, as a part of the held-out dates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
     add_common(parser)
     add = parser.add_argument
-    add("--steps", type=int, default=400, metavar="N", help="default: %(default)s")
+    add("--steps", type=int, default=STEPS, metavar="N", help="default: %(default)s")
     add("--batch", type=int, default=64, metavar="N", help="default: %(default)s")
     add("--learning-rate", type=float, default=4e-3, metavar="RATE", help="default: %(default)s")
     add("--held-out", type=int, default=1000, metavar="N", help="dates to test with (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains and prints. Returns 0; 2 for bad values."""
+    """Trains and prints. Returns 0; 1 if a full run learnt too little; 2 for bad values."""
     try:
         apply_common(args)
         _check(args)
@@ -56,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     _train(model, seen, style, args)
     print(f"trained in {time.perf_counter() - start:.1f} s")
-    _test(model, unseen, style, args)
-    return 0
+    right = _test(model, unseen, style, args)
+    ok, verdict = judge(right, len(unseen), args.steps)
+    print(verdict)
+    return 0 if ok else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="examples.seq2seq", description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(argv))
+
+
+def judge(right: int, total: int, steps: int) -> tuple[bool, str]:
+    """Whether that many exact matches will do after so many steps, and a sentence. Short runs are not judged."""
+    if steps < STEPS:
+        return True, f"not judged: {REQUIRED:.0%} exact matches are required of runs of at least {STEPS} steps"
+    ok = right >= REQUIRED * total
+    return ok, f"{'ok' if ok else 'FAILED'}: {right / total:.1%} exact matches, at least {REQUIRED:.0%} are required"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -101,7 +113,8 @@ def _train(model: Transformer, dates: list[datetime.date], style: random.Random,
             progress.advance(loss=loss.item())
 
 
-def _test(model: Transformer, dates: list[datetime.date], style: random.Random, args: argparse.Namespace) -> None:
+def _test(model: Transformer, dates: list[datetime.date], style: random.Random, args: argparse.Namespace) -> int:
+    """Prints answers; returns how many are right."""
     texts, batch = _batch(dates, style, args.device)
     tokens = model.generate(batch.sources, TARGET_LENGTH, attention_mask=batch.real, eos_token_id=END)
     answers = [decode(row) for row in tokens]
@@ -110,6 +123,7 @@ def _test(model: Transformer, dates: list[datetime.date], style: random.Random, 
     for text, answer, date in list(zip(texts, answers, dates, strict=True))[:SAMPLES]:
         verdict = "right" if answer == date.isoformat() else f"wrong, it is {date.isoformat()}"
         print(f"    {text:<32} {answer:<12} {verdict}")
+    return right
 
 
 if __name__ == "__main__":

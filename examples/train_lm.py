@@ -24,7 +24,8 @@ from .training import Settings, Training
 INTERRUPTED = 128 + 2  # as shells report SIGINT
 CHECKPOINT, PICTURE = "language_model.pt", "loss_curves.png"
 EARLY = 20  # steps in which rounding cannot have grown into a visible difference
-AGREEMENT = 1e-3  # what the losses may be apart in them, in nats
+AGREEMENT = 1e-3  # what the training losses may be apart in them, in nats
+FINAL_AGREEMENT = 0.01  # what the final validation losses may be apart, as a part of torch's
 PROMPTS = ("def ", "class ", "        if self.")
 WIDTH = 100  # of a printed line of generated text
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, prints and draws. Returns 0; 1 if the loss curves do not agree; 2 for bad values; 130 for Ctrl-C."""
+    """Trains, prints and draws. Returns 0; 1 if the two models do not agree; 2 for bad values; 130 for Ctrl-C."""
     try:
         apply_common(args)
         training = _prepare(args)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # perhaps in the midst of a step: what is saved is older, and whole
         print(f"\ninterrupted in step {training.step + 1}; --resume goes on from the last checkpoint, {path}")
         return INTERRUPTED
-    _print_result(training)
+    agree = _print_result(training)
     _print_text(training, args.generate)
     print(f"\ncheckpoint: {path}")
     try:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"curves: {args.out / PICTURE}")
     except ImportError:
         print("no picture of the curves: matplotlib is not installed")
-    return 0 if _agree(training) else 1
+    return 0 if agree else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,16 +127,14 @@ def _train(training: Training, args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------- result
 
 
-def _agree(training: Training) -> bool:
-    return all(difference <= AGREEMENT for difference in training.differences()[:EARLY])  # NaN is not
-
-
-def _print_result(training: Training) -> None:
+def _print_result(training: Training) -> bool:
+    """Prints what the run showed; returns whether the two models agree."""
     corpus, differences = training.corpus, training.differences()
+    validation = {name: training.validation_loss(name) for name in training.arms}
     print(f"\n{'':<22}{'fastattn':>10}{'torch SDPA':>12}")
     for label, number in (
         ("training loss, last", lambda name: f"{training.arms[name].losses[-1]:.4f}"),
-        ("validation loss", lambda name: f"{training.validation_loss(name):.4f}"),
+        ("validation loss", lambda name: f"{validation[name]:.4f}"),
         ("tokens/s, median", lambda name: f"{training.tokens_per_second(name):,.0f}"),
     ):
         ours, theirs = (number(name) for name in training.arms)
@@ -143,11 +142,23 @@ def _print_result(training: Training) -> None:
     speed = training.tokens_per_second("fastattn") / training.tokens_per_second("torch")
     print(
         f"speed, fastattn over torch: {speed:.2f}\n"
-        f"validation loss of counting: characters {corpus.unigram_loss():.4f}, pairs {corpus.bigram_loss():.4f}\n"
-        f"largest difference of the training losses: {max(differences[:EARLY]):.1e} in the first "
-        f"{min(EARLY, len(differences))} steps, {max(differences):.1e} in all {len(differences)}: "
-        f"the curves {'agree' if _agree(training) else 'DO NOT AGREE'}"
+        f"validation loss of counting: characters {corpus.unigram_loss():.4f}, pairs {corpus.bigram_loss():.4f}"
     )
+    early, apart = differences[:EARLY], abs(validation["fastattn"] / validation["torch"] - 1.0)
+    early_agree = all(difference <= AGREEMENT for difference in early)  # NaN is not
+    final_agree = apart <= FINAL_AGREEMENT
+    print(
+        f"largest difference of the training losses: {max(early):.1e} in the first {len(early)} steps (allowed: "
+        f"{AGREEMENT:.0e}), {max(differences):.1e} in all {len(differences)}\n"
+        f"difference of the final validation losses: {apart:.2%} (allowed: {FINAL_AGREEMENT:.0%})\n"
+        f"the training losses {_verdict(early_agree)} in the first {len(early)} steps; "
+        f"the final validation losses {_verdict(final_agree)}"
+    )
+    return early_agree and final_agree
+
+
+def _verdict(agree: bool) -> str:
+    return "agree" if agree else "DO NOT AGREE"
 
 
 def _print_text(training: Training, count: int) -> None:

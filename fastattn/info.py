@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import __version__, dispatch
+from .backends import Backend
 
 _INSTRUCTION_SETS = {
     "avx2": "AVX2",
@@ -55,8 +56,15 @@ def collect() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu(),
         "devices": [_cuda_device(i) for i in range(torch.cuda.device_count())],
-        "backends": {backend.name: backend.why_unavailable() for backend in dispatch.BACKENDS},
+        "backends": {backend.name: _why_unavailable(backend) for backend in dispatch.BACKENDS},
     }
+
+
+def _why_unavailable(backend: Backend) -> str | None:
+    try:
+        return backend.why_unavailable()
+    except ValueError as error:  # a setting in the environment that makes no sense
+        return str(error)
 
 
 def _version_of(module: str) -> str | None:

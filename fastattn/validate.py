@@ -16,6 +16,7 @@ from itertools import groupby
 import torch
 
 from . import dispatch
+from .arguments import parse_device
 from .validate_cases import CASES, Case
 from .validate_checks import Check, run_case
 
@@ -117,7 +118,7 @@ def _plan(args: argparse.Namespace) -> tuple[list[Target], list[Case]]:
     dtypes = list(DTYPES) if args.dtype == "all" else _names("--dtype", args.dtype, DTYPES)
     everywhere = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     names = everywhere if args.device == "all" else args.device.split(",")
-    devices = [_device(name.strip()) for name in names]
+    devices = [parse_device(name.strip()) for name in names]
     text = (args.only or "").lower()
     cases = [case for case in CASES if text in case.section.lower() or text in case.name.lower()]
     if not cases:
@@ -132,18 +133,6 @@ def _names(option: str, given: str, known: Iterable[str]) -> list[str]:
         if name not in known:
             raise ValueError(f"{option} knows all, {', '.join(known)}; got {name!r}")
     return list(dict.fromkeys(names))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name} does not exist: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _sections() -> list[str]:

@@ -1,8 +1,6 @@
 """Runs one validation case on one backend and compares every result with the oracle.
 
-Tolerance: against a float64 evaluation of the same (rounded) inputs, the largest error of a result is at
-most twice the error of plain eager attention in the call's dtype, plus a floor in proportion to the largest
-value. NaN and infinities stand in the same places. What must be exact is counted: one for each wrong element.
+What may be rounded is bounded by `fastattn.tolerance`. What must be exact is counted: one for each wrong element.
 """
 
 from __future__ import annotations
@@ -15,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional, validate_oracle
+from . import functional, tolerance, validate_oracle
 from .validate_cases import Case
 from .validate_data import Data, make_data
-
-FLOORS = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -68,19 +64,11 @@ def compare(quantity: str, result: Tensor, truth: Tensor, eager: Tensor, dtype: 
     if result.shape != truth.shape:
         note = f"shape {tuple(result.shape)} instead of {tuple(truth.shape)}"
         return Check(quantity, float("inf"), None, 0.0, note)
-    result, eager = result.detach().double(), eager.detach().double()
-    finite = truth.isfinite()
-    eager_error = _largest(torch.where(finite & eager.isfinite(), eager - truth, 0.0))
-    bound = 2.0 * eager_error + FLOORS[dtype] * _largest(torch.where(finite, truth, 0.0))
-    astray = (result.isnan() != truth.isnan()) | (result.isinf() | truth.isinf()) & (result != truth)
-    if astray.any():
-        note = f"{int(astray.sum())} elements are NaN or infinite in one of result and truth alone"
-        return Check(quantity, float("inf"), eager_error, bound, note)
-    return Check(quantity, _largest(torch.where(finite, result - truth, 0.0)), eager_error, bound)
-
-
-def _largest(x: Tensor) -> float:
-    return x.detach().abs().max().item() if x.numel() else 0.0
+    eager_error = tolerance.eager_error(eager, truth)
+    bound = tolerance.bound(truth, eager_error, dtype)
+    astray = int(tolerance.misplaced(result, truth).sum())
+    note = f"{astray} elements are NaN or infinite in one of result and truth alone" if astray else ""
+    return Check(quantity, tolerance.max_error(result, truth), eager_error, bound, note)
 
 
 def exact(quantity: str, result: Tensor, wanted: Tensor) -> Check:

@@ -52,7 +52,9 @@ def _attend(s: _Sequence) -> tuple[Tensor, Tensor]:
 def _scores(s: _Sequence) -> Tensor:
     get = s.options.get
     seqlen_q, seqlen_k, dim = s.q.shape[1], s.k.shape[1], s.q.shape[2]
-    scale = get("scale") or (1.0 / math.sqrt(dim) if dim else 1.0)
+    scale = get("scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(dim) if dim else 1.0
     scores = scale * (s.q @ _for_each_query_head(s.k, s.q).transpose(1, 2))
     if get("softcap"):
         scores = s.options["softcap"] * torch.tanh(scores / s.options["softcap"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import dispatch, ops, validate_oracle
+from fastattn import dispatch, ops, tolerance, validate_oracle
 from fastattn.__main__ import main
 from fastattn.backends import Grads, Needs
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.problem import Inputs, Problem
 from fastattn.validate_cases import CASES, Case
-from fastattn.validate_checks import run_case
+from fastattn.validate_checks import compare, run_case
 
 CPU = torch.device("cpu")
 FLOAT32 = ["--dtype", "float32"]
@@ -54,6 +55,29 @@ def test_info_says_why_a_backend_is_not_available(
     use_backend(monkeypatch, Absent())
     assert main(["info"]) == 0
     assert "absent    there is no such machine." in capsys.readouterr().out
+
+
+def run_with_bad_instruction_set(*argv: str) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("fastattn._cpu", reason="the native module was not built: pip install .")
+    command = [sys.executable, "-m", "fastattn", *argv]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FASTATTN_CPU_ISA": "bad"})
+
+
+NO_INSTRUCTION_SET = "FASTATTN_CPU_ISA must name an instruction set of this processor"
+
+
+def test_info_says_what_is_wrong_with_the_environment() -> None:
+    ran = run_with_bad_instruction_set("info")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert f"  cpu       {NO_INSTRUCTION_SET}" in ran.stdout
+    assert "  reference available" in ran.stdout
+
+
+def test_validate_refuses_a_bad_environment() -> None:
+    ran = run_with_bad_instruction_set("validate")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith(f"error: {NO_INSTRUCTION_SET}")
+    assert len(ran.stderr.splitlines()) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- validate
@@ -275,6 +299,39 @@ def test_the_oracle_is_torchs_own_attention() -> None:
         data.q, data.k, data.v, attn_mask=data.options["mask"], enable_gqa=True
     )
     torch.testing.assert_close(validate_oracle.attend(data)[0], theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_oracle_takes_a_scale_of_zero_at_its_word() -> None:
+    from fastattn.validate_data import make_data
+
+    data = make_data(Case("oracle", "scale 0", options={"scale": 0.0}), torch.float64, CPU)
+    out, lse = validate_oracle.attend(data)
+    torch.testing.assert_close(out, data.v.mean(dim=2, keepdim=True).expand_as(out))
+    torch.testing.assert_close(lse, torch.full_like(lse, data.k.shape[2]).log())
+
+
+def test_validate_and_bench_apply_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another floor moves the bound of both."""
+    from benchmarks import gate
+    from benchmarks.cases import Case as BenchCase
+    from benchmarks.data import make_data
+
+    monkeypatch.setitem(tolerance.FLOORS, torch.float32, 0.5)
+    truth = torch.tensor([4.0, -2.0], dtype=torch.float64)
+    assert compare("out", truth, truth, truth, torch.float32).bound == 2.0
+    case = BenchCase("dense", 1, 1, 1, 4, 4, 8, 8, "float32")
+    expected = gate.expect(case, make_data(case, CPU))["out"]
+    largest = expected.values.abs().max().item()
+    assert 0.5 * largest <= expected.limit < 0.51 * largest
+
+
+def test_nan_and_infinities_have_their_places() -> None:
+    truth = torch.tensor([1.0, torch.nan, torch.inf], dtype=torch.float64)
+    assert tolerance.max_error(truth, truth) == 0.0
+    for place, value in ((0, torch.nan), (0, -torch.inf), (1, 1.0), (1, torch.inf), (2, 1.0), (2, -torch.inf)):
+        result = truth.clone()
+        result[place] = value
+        assert tolerance.max_error(result, truth) == torch.inf
 
 
 PHILOX_ANSWERS = [

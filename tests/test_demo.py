@@ -260,6 +260,24 @@ def test_seq2seq_learns_and_measures_on_held_out_dates(tmp_path: Path, capsys: p
     matches = re.search(r"exact matches on held-out dates: (\d+) of 20, ([\d.]+)%", out)
     assert matches is not None
     assert float(matches[2]) == pytest.approx(5.0 * int(matches[1]))
+    assert "not judged: 90% exact matches are required of runs of at least 400 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("right", "steps", "ok"), [(0, 400, False), (89, 400, False), (90, 400, True), (0, 500, False), (0, 399, True)]
+)
+def test_a_full_run_must_read_nine_of_ten_dates(right: int, steps: int, ok: bool) -> None:
+    verdict, sentence = seq2seq.judge(right, 100, steps)
+    assert verdict == ok
+    assert sentence.startswith("FAILED: ") != ok
+
+
+def test_a_full_run_that_learnt_nothing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(seq2seq, "_train", lambda *args: None)
+    assert seq2seq.main(["--held-out=20", "--out", str(tmp_path)]) == 1
+    assert "FAILED: 0.0% exact matches, at least 90% are required" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
@@ -271,7 +289,7 @@ def test_the_whole_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     for part in demo.RUNNERS:
         assert re.search(rf"==== {part}: \d+ s, ok ====", out)
     assert "ok: all " in out
-    assert "the curves agree" in out
+    assert "the training losses agree in the first 6 steps; the final validation losses agree" in out
     assert "tokens/s, median" in out
     assert "exact matches on held-out dates" in out
     picture = (tmp_path / train_lm.PICTURE).read_bytes()
@@ -285,7 +303,9 @@ def test_a_failing_part_fails_the_demo(tmp_path: Path, monkeypatch: pytest.Monke
     assert demo.main(["--parts=validate", "--out", str(tmp_path)]) == 1
 
 
-def test_curves_that_part_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_that_part_are_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     advance = Training.advance
 
     def astray(training: Training) -> None:
@@ -294,6 +314,25 @@ def test_curves_that_part_are_a_failure(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Training, "advance", astray)
     assert lm("--steps=2", "--out", tmp_path) == 1
+    assert "the training losses DO NOT AGREE in the first 2 steps" in capsys.readouterr().out
+
+
+def test_models_that_part_late_are_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    advance = Training.advance
+
+    def astray(training: Training) -> None:
+        advance(training)
+        if training.step > train_lm.EARLY:
+            with torch.no_grad():
+                for parameter in training.arms["torch"].model.parameters():
+                    parameter.mul_(1.5)
+
+    monkeypatch.setattr(Training, "advance", astray)
+    assert lm("--steps=22", "--out", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert "the training losses agree in the first 20 steps; the final validation losses DO NOT AGREE" in out
 
 
 def test_the_demo_as_a_program(tmp_path: Path) -> None:
