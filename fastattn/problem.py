@@ -513,7 +513,7 @@ def check_values(problem: Problem, inputs: Inputs) -> None:
 
     On other devices a look would stall the stream and break graph capture.
     """
-    if inputs.seed is not None and int(inputs.seed) < 0:
+    if inputs.seed is not None and not torch.compiler.is_compiling() and int(inputs.seed) < 0:
         raise ValueError(f"seed must be in [0, 2**63), got {int(inputs.seed)}")
     if problem.device.type != "cpu":
         return

@@ -56,6 +56,14 @@ def test_files_named_exist() -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_pictures_exist_and_nothing_is_left_to_fill_in() -> None:
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert pictures
+    for name in pictures:
+        assert (ROOT / name).read_bytes().startswith(b"\x89PNG"), name
+    assert not re.search(r"\b[A-Z]+_SECTION\b", README)
+
+
 def test_make_targets_named_exist() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     documents = README + (ROOT / "CONTRIBUTING.md").read_text()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import reference
+from ..autograd import new_seed
 from ..functional import attention
 from .attention_checks import Window, check_cached, check_features, check_inputs, check_positions
 from .cache import KVCache
@@ -40,7 +41,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Without these the state_dict is torch's, and results and gradients equal torch's. Differences: a query
     that sees no key gives 0 where torch gives NaN; bool and float masks can be mixed; is_causal needs no
-    attn_mask; the shortcuts of torch.nn.TransformerEncoderLayer in evaluation, which would bypass the module,
+    attn_mask alone; the shortcuts of torch.nn.TransformerEncoderLayer in evaluation, which would bypass the module,
     are not taken.
     Raises TypeError or ValueError if an argument does not fit.
     """
@@ -133,6 +134,28 @@ class MultiheadAttention(nn.MultiheadAttention):
         width = self.k_proj_weight.shape[0] if weight is None else (weight.shape[0] - self.embed_dim) // 2
         return width // self.head_dim
 
+    def extra_repr(self) -> str:
+        """The sizes, and what is not torch's default; `rotary` and the norms are shown as modules."""
+        shown: dict[str, tuple[Any, Any]] = {  # name: (value, default)
+            "dropout": (self.dropout, 0.0),
+            "bias": (self.in_proj_bias is not None, True),
+            "add_bias_kv": (self.bias_k is not None, False),
+            "add_zero_attn": (self.add_zero_attn, False),
+            "kdim": (self.kdim, self.embed_dim),
+            "vdim": (self.vdim, self.embed_dim),
+            "batch_first": (self.batch_first, False),
+            "num_kv_heads": (self.num_kv_heads, self.num_heads),
+            "window": (self.window, None),
+            "softcap": (self.softcap, None),
+            "alibi": (self.alibi_slopes is not None, False),
+            "sinks": (self.sinks is not None, False),
+            "qk_norm": (self.q_norm is not None, False),
+            "scale": (self.scale, None),
+            "backend": (self.backend, None),
+        }
+        changed = [f"{name}={value!r}" for name, (value, default) in shown.items() if value != default]
+        return ", ".join([f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}", *changed])
+
     def forward(
         self,
         query: Tensor,
@@ -154,11 +177,15 @@ class MultiheadAttention(nn.MultiheadAttention):
             key_padding_mask    (N, S), unbatched (S,): bool, True = padding, or float, added to the scores
             attn_mask           (L, S) or (N * num_heads, L, S): bool, True = not allowed, or float, added to
                                 the scores
-            need_weights        also return the probabilities (N, L, S), after dropout. Costs that much
-                                memory; without them nothing of that size is ever made
+            need_weights        also return the probabilities (N, L, S), after dropout. The output comes from the
+                                backend all the same, and the weights, of the same dropout, from
+                                `fastattn.reference` (with backend "torch" and dropout both do, as torch's
+                                kernel does not tell what it dropped). Costs that much memory; without them
+                                nothing of that size is ever made
             average_attn_weights   False returns the weights of each head, (N, num_heads, L, S)
-            is_causal           query i sees keys 0 to i. attn_mask, if given as well, is taken to say just
-                                this and is not read
+            is_causal           query i sees keys 0 to i. An attn_mask given as well should say just this. As in
+                                torch, it is not read then, unless need_weights or a key_padding_mask is given:
+                                with one of these it is what counts, and is_causal is not read
             kv_cache            inference: keys and values are appended to this KVCache, and the queries,
                                 standing behind the keys already there, see all of it. key and value None:
                                 nothing is appended. S in the masks is then the cache's capacity. Needs
@@ -185,12 +212,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         batch_first = self.batch_first or not batched
         q, k, v = self._heads(query, key, value, batch_first)
         if kv_cache is not None:
-            options = self._options(q, kv_cache.capacity, key_padding_mask, attn_mask, is_causal)
+            options = self._options(q, kv_cache.capacity, key_padding_mask, attn_mask, is_causal, need_weights)
             out, weights = self._attend_cached(q, k, v, options, kv_cache), None
         else:
             assert k is not None
             assert v is not None
-            options = self._options(q, k.shape[2], key_padding_mask, attn_mask, is_causal)
+            options = self._options(q, k.shape[2], key_padding_mask, attn_mask, is_causal, need_weights)
             out, weights = self._attend(q, k, v, options, positions, need_weights)
         out = out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)
         out = self.out_proj(out.flatten(2))
@@ -294,12 +321,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
+        need_weights: bool,
     ) -> dict[str, Any]:
         """The keyword arguments of the attention call that calls with and without a cache share."""
         batch, heads, seqlen_q, _ = q.shape
         check_mask("key_padding_mask", key_padding_mask, ((batch, seqlen_k),))
         check_mask("attn_mask", attn_mask, ((seqlen_q, seqlen_k), (batch * heads, seqlen_q, seqlen_k)))
-        mask, bias = mask_and_bias(key_padding_mask, None if is_causal else attn_mask, heads, q.dtype)
+        if is_causal and attn_mask is not None:
+            is_causal = key_padding_mask is None and not need_weights
+            attn_mask = None if is_causal else attn_mask
+        mask, bias = mask_and_bias(key_padding_mask, attn_mask, heads, q.dtype)
         return {
             "causal": is_causal,
             "window": self.window,
@@ -331,15 +362,26 @@ class MultiheadAttention(nn.MultiheadAttention):
         if self.rotary is not None:
             q, k = self.rotary(q, positions), self.rotary(k, positions)
         dropout_p = self.dropout if self.training else 0.0
-        options = {**options, "causal_alignment": "top-left", "dropout_p": dropout_p}
+        drops_all = dropout_p == 1  # no kernel takes that: its 1 / (1 - p) is infinite
+        options = {**options, "causal_alignment": "top-left", "dropout_p": 0.0 if drops_all else dropout_p}
         if self.bias_k is not None or self.add_zero_attn:
             k, v, options = self._add_keys(q, k, v, options)
-        if need_weights:
-            weights = reference.attention_weights(q, k, **options)
+        out, weights = self._out_and_weights(q, k, v, options, need_weights)
+        if drops_all:  # zeros, and zero gradients
+            out, weights = 0 * out, None if weights is None else 0 * weights
+        return out, weights
+
+    def _out_and_weights(
+        self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if need_weights and options["dropout_p"] > 0:
+            options = {**options, "seed": new_seed()}  # the dropout mask is a function of it alone
+        weights = reference.attention_weights(q, k, **options) if need_weights else None
+        if self.backend != "torch":
+            return attention(q, k, v, backend=self.backend, **options), weights
+        if weights is not None and options["dropout_p"] > 0:
             return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1), weights
-        if self.backend == "torch":
-            return torch_attention(q, k, v, options), None
-        return attention(q, k, v, backend=self.backend, **options), None
+        return torch_attention(q, k, v, options), weights
 
     def _add_keys(
         self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..dispatch import BACKENDS
 from .cache import KVCache
 from .checks import check_count, check_number
 from .rotary import RotaryEmbedding
@@ -36,6 +37,9 @@ def check_features(
         raise ValueError(f"rotary must have dim = embed_dim // num_heads = {head_dim}, got {rotary.dim}")
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__} {backend!r}")
+    names = ["torch", *(known.name for known in BACKENDS)]
+    if backend is not None and backend not in names:
+        raise ValueError(f"backend must be None or one of {names}, got {backend!r}")
     if backend == "torch" and (softcap is not None or sinks):
         raise ValueError('backend "torch" has neither softcap nor sinks, got ' + ("sinks" if sinks else "softcap"))
 

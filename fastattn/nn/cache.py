@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional import attention_with_kv_cache
+from ..problem import DTYPES, Inputs, check_heads, check_rank, check_shape, check_tensors
 from .checks import check_count
 from .pages import PageTable
 
@@ -28,7 +29,7 @@ class KVCache:
     Attributes: keys (batch, heads_kv, capacity, head_dim), or (num_pages, heads_kv, page_size, head_dim);
     values likewise with head_dim_v; lengths (batch,), int32; block_table (batch, max_pages), int32, None if
     contiguous.
-    Raises TypeError or ValueError if a size is no positive integer.
+    Raises TypeError or ValueError if a size is no positive integer; TypeError for another dtype.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class KVCache:
         sizes = {"batch": batch, "heads_kv": heads_kv, "capacity": capacity, "head_dim": head_dim}
         for name, size in {**sizes, "head_dim_v": head_dim_v}.items():
             check_count(name, size)
+        if dtype is not None:
+            _check_dtype("dtype must be", dtype)
         self.batch, self.page_size = batch, page_size
         self.block_table: Tensor | None = None
         self._pages: PageTable | None = None
@@ -82,21 +85,29 @@ class KVCache:
         head_dim_v), or neither; options as there (rotary, causal, window, mask, bias, alibi_slopes, softcap,
         sinks, scale, return_lse, backend). Returns out (batch, heads_q, seqlen_q, head_dim_v) in q's dtype,
         or (out, lse).
-        Raises ValueError if a sequence would exceed the capacity, or if there are too few pages.
+        Raises TypeError or ValueError if an argument does not fit, ValueError if a sequence would exceed the
+        capacity or if there are too few pages; the cache is as before then.
         """
-        new = k_new.shape[2] if k_new is not None and k_new.ndim == 4 else 0
-        self._make_room(new)
+        self._check(q, k_new, v_new)
+        new = 0 if k_new is None else k_new.shape[2]
+        pages = self._make_room(new)
         dtype = self.keys.dtype
-        result = attention_with_kv_cache(
-            q.to(dtype),
-            self.keys,
-            self.values,
-            cache_lengths=self.lengths,
-            k_new=None if k_new is None else k_new.to(dtype),
-            v_new=None if v_new is None else v_new.to(dtype),
-            block_table=self.block_table,
-            **options,
-        )
+        try:
+            result = attention_with_kv_cache(
+                q.to(dtype),
+                self.keys,
+                self.values,
+                cache_lengths=self.lengths,
+                k_new=None if k_new is None else k_new.to(dtype),
+                v_new=None if v_new is None else v_new.to(dtype),
+                block_table=self.block_table,
+                **options,
+            )
+        except BaseException:
+            if pages is not self._pages:
+                self._publish_pages()  # the ones from before
+            raise
+        self._pages = pages
         self.lengths += new
         self._lengths = [length + new for length in self._lengths]
         return (result[0].to(q.dtype), result[1]) if isinstance(result, tuple) else result.to(q.dtype)
@@ -142,7 +153,32 @@ class KVCache:
             self._pages.reorder(wanted)
             self._publish_pages()
 
-    def _make_room(self, new: int) -> None:
+    def _check(self, q: Any, k_new: Any, v_new: Any) -> None:
+        """Types, dtypes and shapes: before pages are taken, and before `to` makes every dtype fit."""
+        check_tensors("cache", Inputs(q, self.keys, self.values, k_new=k_new, v_new=v_new))
+        for name, x in (("q", q), ("k_new", k_new), ("v_new", v_new)):
+            if x is not None:
+                _check_dtype(f"{name} must have dtype", x.dtype)
+        heads_kv, head_dim, head_dim_v = self.keys.shape[1], self.keys.shape[3], self.values.shape[3]
+        spelled = "(batch, heads_q, seqlen_q, head_dim)"
+        check_rank("q", q.shape, spelled)
+        check_shape("q", q.shape, (self.batch, *q.shape[1:3], head_dim), spelled)
+        check_heads(q.shape[1], heads_kv)
+        if (k_new is None) != (v_new is None):
+            given, missing = ("k_new", "v_new") if v_new is None else ("v_new", "k_new")
+            raise ValueError(f"k_new and v_new go together, got {given} without {missing}")
+        if k_new is None:
+            return
+        for name, x, last, width in (
+            ("k_new", k_new, "head_dim", head_dim),
+            ("v_new", v_new, "head_dim_v", head_dim_v),
+        ):
+            spelled = f"(batch, heads_kv, seqlen_new, {last})"
+            check_rank(name, x.shape, spelled)
+            check_shape(name, x.shape, (self.batch, heads_kv, k_new.shape[2], width), spelled)
+
+    def _make_room(self, new: int) -> PageTable | None:
+        """The page table with room for `new` keys, published, but not yet taken over."""
         for b, length in enumerate(self._lengths):
             if length + new > self.capacity:
                 raise ValueError(
@@ -150,18 +186,20 @@ class KVCache:
                     f"and {new} more were given"
                 )
         if self._pages is None or new == 0:
-            return
-        free = len(self._pages.free)
-        for source, target in self._pages.reserve(self._lengths, new):
+            return self._pages
+        pages, copies = self._pages.reserve(self._lengths, new)
+        for source, target in copies:  # a target is a free page: nothing is lost if the call is refused
             self.keys[target] = self.keys[source]
             self.values[target] = self.values[source]
-        if len(self._pages.free) != free:
-            self._publish_pages()
+        if pages is not self._pages:
+            self._publish_pages(pages)
+        return pages
 
-    def _publish_pages(self) -> None:
-        assert self._pages is not None
+    def _publish_pages(self, pages: PageTable | None = None) -> None:
+        pages = self._pages if pages is None else pages
+        assert pages is not None
         assert self.block_table is not None
-        self.block_table.copy_(torch.tensor(self._pages.rows(), dtype=torch.int32))
+        self.block_table.copy_(torch.tensor(pages.rows(), dtype=torch.int32))
 
 
 def _page_table(batch: int, capacity: int, page_size: int, num_pages: int | None) -> PageTable:
@@ -171,6 +209,11 @@ def _page_table(batch: int, capacity: int, page_size: int, num_pages: int | None
         num_pages = batch * max_pages
     check_count("num_pages", num_pages)
     return PageTable(batch, max_pages, num_pages, page_size)
+
+
+def _check_dtype(what: str, dtype: Any) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{what} float32, float64, bfloat16 or float16, got {dtype}")
 
 
 def _integers(name: str, values: Sequence[int] | Tensor, count: int) -> list[int]:

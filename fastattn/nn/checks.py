@@ -34,10 +34,10 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_probability(name: str, value: Any) -> None:
-    """A number in [0, 1)."""
+    """A number in [0, 1]."""
     check_number(name, value)
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:

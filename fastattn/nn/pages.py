@@ -18,11 +18,12 @@ class PageTable:
         self.users = [0] * num_pages
         self.free = list(range(num_pages - 1, -1, -1))  # taken from the end: page 0 first
 
-    def reserve(self, lengths: list[int], new: int) -> list[tuple[int, int]]:
-        """Gives every sequence pages of its own for `new` keys behind its `lengths`.
+    def reserve(self, lengths: list[int], new: int) -> tuple[PageTable, list[tuple[int, int]]]:
+        """A table in which every sequence has pages of its own for `new` keys behind its `lengths`.
 
-        Returns (from, to): pages whose content has to be copied, because others read the one written to.
-        Raises ValueError, and changes nothing, if there are too few pages.
+        This table stays as it is; it is returned itself if it is one already. The list holds (from, to): pages
+        whose content has to be copied, because others read the one written to.
+        Raises ValueError if there are too few pages.
         """
         needed = self._missing(lengths, new)
         if needed > len(self.free):
@@ -30,17 +31,10 @@ class PageTable:
                 f"the cache has no room for {new} more keys per sequence: that needs {needed} more pages of "
                 f"{self.page_size} keys, and {len(self.free)} of its {self.num_pages} are free"
             )
-        copies = []
-        for b, length in enumerate(lengths):
-            pages = self.pages[b]
-            for slot in range(length // self.page_size, self._count(length + new)):
-                if slot == len(pages):
-                    pages.append(self._take())
-                elif self.users[pages[slot]] > 1:
-                    copies.append((pages[slot], self._take()))
-                    self._release(pages[slot])
-                    pages[slot] = copies[-1][1]
-        return copies
+        if needed == 0:
+            return self, []
+        table = self._copy()
+        return table, table._take_for(lengths, new)
 
     def keep(self, b: int, length: int) -> None:
         """Frees sequence b's pages behind its first `length` keys."""
@@ -61,6 +55,25 @@ class PageTable:
     def rows(self) -> list[list[int]]:
         """The block table: (batch, max_pages), 0 where a sequence has no page."""
         return [pages + [0] * (self.max_pages - len(pages)) for pages in self.pages]
+
+    def _copy(self) -> PageTable:
+        table = PageTable(0, self.max_pages, 0, self.page_size)
+        table.num_pages, table.pages = self.num_pages, [list(pages) for pages in self.pages]
+        table.users, table.free = list(self.users), list(self.free)
+        return table
+
+    def _take_for(self, lengths: list[int], new: int) -> list[tuple[int, int]]:
+        copies = []
+        for b, length in enumerate(lengths):
+            pages = self.pages[b]
+            for slot in range(length // self.page_size, self._count(length + new)):
+                if slot == len(pages):
+                    pages.append(self._take())
+                elif self.users[pages[slot]] > 1:
+                    copies.append((pages[slot], self._take()))
+                    self._release(pages[slot])
+                    pages[slot] = copies[-1][1]
+        return copies
 
     def _count(self, keys: int) -> int:
         return -(-keys // self.page_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -38,13 +38,32 @@ def replace_attention(
                              optimizers
 
     Returns the model. Modules that are fastattn's already stay as they are.
-    Raises ValueError if there is nothing to replace, or a module's `forward` has been replaced on the
-    instance; nothing has changed then.
+    Raises TypeError if the model is no torch.nn.Module; ValueError if there is nothing to replace (without
+    options a model of fastattn's modules alone is left as it is), or a module's `forward` has been replaced on
+    the instance; nothing has changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    features: dict[str, Any] = {
+        "window": window,
+        "softcap": softcap,
+        "alibi": alibi,
+        "rotary": rotary,
+        "sinks": sinks,
+        "qk_norm": qk_norm,
+        "scale": scale,
+        "backend": backend,
+    }
+    given = [name for name, value in features.items() if value is not None and value is not False]
     found = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     chosen = [module for module in found if _is_torchs(module, include_subclasses)]
     if not chosen and not any(isinstance(module, MultiheadAttention) for module in found):
         raise ValueError(f"model must contain a torch.nn.MultiheadAttention, got a {type(model).__name__} without one")
+    if not chosen and given:
+        raise ValueError(
+            f"the options {', '.join(given)} would reach no module: every attention of the {type(model).__name__} is "
+            "fastattn's already; set them where the modules are built"
+        )
     for module in chosen:
         if "forward" in vars(module):
             raise ValueError("model contains a torch.nn.MultiheadAttention whose forward was replaced on the instance")
@@ -52,16 +71,7 @@ def replace_attention(
     for module in chosen:
         module.__class__ = _our_class(module)
         assert isinstance(module, MultiheadAttention)
-        module.add_features(
-            window=window,
-            softcap=softcap,
-            alibi=alibi,
-            rotary=rotary,
-            sinks=sinks,
-            qk_norm=qk_norm,
-            scale=scale,
-            backend=backend,
-        )
+        module.add_features(**features)
     return model
 
 

@@ -190,7 +190,7 @@ BAD = [
     (lambda: make_cache().reset([3]), "sequences must hold numbers from 0 to 2, got 3"),
     (lambda: make_cache().reorder([0, 1]), "indices must hold one number per sequence, 3, got 2"),
     (lambda: make_cache().reorder([0, 1, -1]), "indices must hold numbers from 0 to 2, got -1"),
-    (lambda: make_cache().attend(*(x[:2] for x in tokens(1, 0))), "k_cache must have shape"),
+    (lambda: make_cache().attend(*(x[:2] for x in tokens(1, 0))), r"q must have shape .* got \(2, 4, 1, 8\)"),
 ]
 
 
@@ -203,6 +203,70 @@ def test_refused(call: Any, message: str) -> None:
 def test_wrong_types() -> None:
     with pytest.raises(TypeError, match="capacity must be an integer, got float"):
         KVCache(1, 1, 8.0, 4)  # type: ignore[arg-type]
+    for dtype in (torch.int32, torch.complex64, torch.bool, torch.float8_e5m2, "float32"):
+        with pytest.raises(TypeError, match="dtype must be float32, float64, bfloat16 or float16, got"):
+            KVCache(1, 1, 8, 4, dtype=dtype)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "q no tensor": ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
+    "k_new no tensor": ({"k_new": [1.0]}, TypeError, "k_new must be a torch.Tensor, got list"),
+    "v_new no tensor": ({"v_new": 3}, TypeError, "v_new must be a torch.Tensor, got int"),
+    "integer q": ({"q": torch.ones(BATCH, HEADS_Q, 2, D).int()}, TypeError, "q must have dtype float32.*int32"),
+    "complex k_new": (
+        {"k_new": torch.ones(BATCH, HEADS_KV, 2, D) * 1j},
+        TypeError,
+        "k_new must have dtype float32, float64, bfloat16 or float16, got torch.complex64",
+    ),
+    "bool v_new": ({"v_new": torch.ones(BATCH, HEADS_KV, 2, DV).bool()}, TypeError, "v_new must have dtype .*bool"),
+    "rank of q": ({"q": torch.ones(BATCH, HEADS_Q, D)}, ValueError, r"q must have shape \(batch, heads_q"),
+    "rank of k_new": ({"k_new": torch.ones(BATCH, 2, D)}, ValueError, r"k_new must have shape \(batch, heads_kv"),
+    "width of q": ({"q": torch.ones(BATCH, HEADS_Q, 2, D + 1)}, ValueError, r"q must have shape .* \(3, 4, 2, 8\)"),
+    "heads of q": ({"q": torch.ones(BATCH, 3, 2, D)}, ValueError, "must be a multiple of the heads of k and v"),
+    "heads of k_new": ({"k_new": torch.ones(BATCH, 4, 2, D)}, ValueError, r"k_new must have .* \(3, 2, 2, 8\)"),
+    "width of v_new": ({"v_new": torch.ones(BATCH, 2, 2, D)}, ValueError, r"v_new must have .* \(3, 2, 2, 6\)"),
+    "length of v_new": ({"v_new": torch.ones(BATCH, 2, 9, DV)}, ValueError, r"v_new must have .* \(3, 2, 2, 6\)"),
+    "no v_new": ({"v_new": None}, ValueError, "k_new and v_new go together, got k_new without v_new"),
+    "no k_new": ({"k_new": None}, ValueError, "k_new and v_new go together, got v_new without k_new"),
+    "option": ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+    "mask": ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, "mask must be broadcastable"),
+    "unknown option": ({"colour": 1}, TypeError, "colour"),
+    "backend": ({"backend": "abacus"}, ValueError, "backend must be .* got 'abacus'"),
+    "gradient": ({"q": torch.ones(BATCH, HEADS_Q, 2, D, requires_grad=True)}, ValueError, "inference only"),
+}
+
+
+@pytest.mark.parametrize("layout", [{}, {"page_size": 4}, {"page_size": 1}], ids=str)
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_call_changes_nothing(name: str, layout: dict[str, Any]) -> None:
+    """Neither where new pages would be taken, nor where a shared one would be copied."""
+    change, error, message = REFUSED[name]
+    cache = make_cache(**layout)
+    cache.attend(*tokens(3, 0))
+    q, k, v = tokens(2, 1)
+
+    def state() -> list[Any]:
+        lengths, table = cache.lengths.tolist(), None if cache.block_table is None else cache.block_table.tolist()
+        return [lengths, cache.is_empty, cache.free_pages, table]
+
+    def used() -> Tensor:
+        blocks = slice(None) if cache.block_table is None else cache.block_table[:, : -(-3 // cache.page_size)].long()
+        return torch.cat((cache.keys[blocks], cache.values[blocks]), dim=-1).nan_to_num(7.0)
+
+    def refuse() -> None:
+        before, memory = state(), used()
+        with pytest.raises(error, match=message):
+            cache.attend(**{"q": q, "k_new": k, "v_new": v, **change})
+        assert state() == before
+        assert torch.equal(used(), memory)
+
+    refuse()
+    cache.reorder([1, 1, 0])
+    refuse()
+    expected = Expected()
+    expected.attend(*tokens(3, 0))
+    expected.reorder([1, 1, 0])
+    torch.testing.assert_close(cache.attend(q, k, v), expected.attend(q, k, v))
 
 
 def test_gradients_are_refused() -> None:

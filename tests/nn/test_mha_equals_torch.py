@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastattn
+import fastattn.nn.attention as module_under_test
 from fastattn import reference
 from fastattn.nn import MultiheadAttention
 
@@ -60,6 +61,11 @@ CASES = [
     Case("causal hint", attn_mask="causal", call={"is_causal": True}),
     Case("causal hint and padding", attn_mask="causal", padding="bool", call={"is_causal": True}),
     Case("causal hint, more keys", attn_mask="causal", seqlen_k=8, call={"is_causal": True}),
+    # A mask that is not causal under the hint: torch reads it where it needs weights or merges it with padding.
+    Case("wrong causal hint", attn_mask="bool 2", call={"is_causal": True}),
+    Case("wrong causal hint, float", attn_mask="float 3", seqlen_k=7, call={"is_causal": True}),
+    Case("wrong causal hint and padding", attn_mask="bool 3", padding="bool", call={"is_causal": True}),
+    Case("wrong causal hint and float padding", attn_mask="float 2", padding="float", call={"is_causal": True}),
     Case("bias_kv", {"add_bias_kv": True}),
     Case("zero_attn", {"add_zero_attn": True, "batch_first": True}, seqlen_k=7),
     Case(
@@ -144,7 +150,7 @@ def run(
     loss.backward()
     results.update({f"grad of input {i}": x.grad for i, x in enumerate(leaves)})
     results.update(
-        {f"grad of {name}": mask.grad for name, mask in masks.items() if mask is not None and mask.requires_grad}
+        {f"grad of {name}": mask.grad for name, mask in masks.items() if mask is not None and mask.grad is not None}
     )
     results.update({f"grad of {name}": p.grad for name, p in module.named_parameters()})
     return results
@@ -179,7 +185,7 @@ def test_equals_torch(case: Case, need_weights: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("number", [0, 13, 24], ids=lambda n: CASES[n].name)
+@pytest.mark.parametrize("number", [0, 13, 28], ids=lambda n: CASES[n].name)
 def test_equals_torch_in_other_dtypes(number: int, dtype: torch.dtype) -> None:
     for need_weights in (False, True):
         assert_equal_to_torch(CASES[number], dtype, need_weights, training=False)
@@ -289,6 +295,51 @@ def test_dropout_is_for_training_and_shared_by_output_and_weights() -> None:
     deviation = (p * (1 - p) / kept.numel()) ** 0.5
     assert abs(1 - kept.double().mean() - p) < 5 * deviation
     torch.testing.assert_close(module(x, x, x)[0], module(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("kernel", [None, "torch"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_weights_come_beside_the_backends_own_output(
+    kernel: str | None, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    module = MultiheadAttention(E, H, dropout=dropout, batch_first=True, backend=kernel)
+    calls = []
+
+    def spy(name: str, function: Any) -> Any:
+        return lambda *args, **options: calls.append((name, options.get("backend"))) or function(*args, **options)
+
+    for name in ("attention", "torch_attention"):
+        function = getattr(module_under_test, name)
+        monkeypatch.setattr(module_under_test, name, spy(name, function))
+    x = torch.randn(2, 9, E)
+    out, weights = module(x, x, x, average_attn_weights=False)
+    expected = {None: [("attention", None)], "torch": [("torch_attention", None)] if dropout == 0 else []}
+    assert calls == expected[kernel]
+    v = torch.nn.functional.linear(x, module.in_proj_weight[2 * E :], module.in_proj_bias[2 * E :])
+    mixed = weights @ v.unflatten(-1, (H, E // H)).transpose(1, 2)
+    torch.testing.assert_close(module.out_proj(mixed.transpose(1, 2).flatten(2)), out)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("kernel", [None, "torch"])
+def test_dropout_of_everything(kernel: str | None, need_weights: bool) -> None:
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(E, H, dropout=1.0)
+    torch.nn.init.normal_(theirs.out_proj.bias)
+    ours = MultiheadAttention(E, H, dropout=1.0, backend=kernel)
+    ours.load_state_dict(theirs.state_dict())
+    replaced = fastattn.nn.replace_attention(copy.deepcopy(theirs))
+    case = Case("dropout of everything")
+    inputs = make_inputs(case, ours)
+    expected = run(theirs, inputs, {}, torch.float32, {"need_weights": need_weights})
+    for module in (ours, replaced):
+        found = run(module, inputs, {}, torch.float32, {"need_weights": need_weights})
+        torch.testing.assert_close(found, expected)
+        assert torch.all(found["grad of input 0"] == 0)
+        assert need_weights == ("weights" in found)
+    x = inputs[0]
+    torch.testing.assert_close(ours.eval()(x, x, x), theirs.eval()(x, x, x))
 
 
 def test_without_weights_nothing_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,21 @@ def test_extras_in_the_state_dict() -> None:
     make_module(FEATURES["everything"]).load_state_dict(module.state_dict())
 
 
+def test_repr_shows_what_is_not_the_default() -> None:
+    assert repr(MultiheadAttention(E, H)).startswith("MultiheadAttention(\n  embed_dim=24, num_heads=4\n")
+    module = MultiheadAttention(E, H, 0.1, False, kdim=10, batch_first=True, num_kv_heads=2, window=(3, 0), alibi=True)
+    assert module.extra_repr() == (
+        "embed_dim=24, num_heads=4, dropout=0.1, bias=False, kdim=10, batch_first=True, num_kv_heads=2, "
+        "window=(3, 0), alibi=True"
+    )
+    module = MultiheadAttention(E, H, 0.0, True, True, True, vdim=7, sinks=True, qk_norm=True, softcap=2.0, scale=0.5)
+    module.backend = "reference"
+    assert module.extra_repr() == (
+        "embed_dim=24, num_heads=4, add_bias_kv=True, add_zero_attn=True, vdim=7, softcap=2.0, sinks=True, "
+        "qk_norm=True, scale=0.5, backend='reference'"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------ masks
 
 

@@ -196,13 +196,18 @@ def test_device_is_kept() -> None:
 def test_twice_changes_nothing_more() -> None:
     model = replace_attention(Model(), window=(1, 0))
     first = model.first
-    replace_attention(model, window=(2, 0))
+    assert replace_attention(model) is model
+    with pytest.raises(ValueError, match="options window, sinks would reach no module: every attention of the Model"):
+        replace_attention(model, window=(2, 0), sinks=True)
     assert model.first is first
+    assert first.sinks is None
     assert first.window == (1, 0)
     replace_attention(TransformerLM(5, 8, 8, 2, 1))
 
 
 def test_refuses_and_leaves_the_model_alone() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        replace_attention([nn.MultiheadAttention(E, H)])
     with pytest.raises(ValueError, match=r"model must contain a torch\.nn\.MultiheadAttention, got a Linear"):
         replace_attention(nn.Linear(2, 2))
     model = Model()
@@ -213,4 +218,6 @@ def test_refuses_and_leaves_the_model_alone() -> None:
     model = Model()
     with pytest.raises(ValueError, match="rotary must have dim"):
         replace_attention(model, rotary=RotaryEmbedding(6))
+    with pytest.raises(ValueError, match=r"backend must be .* got 'abacus'"):
+        replace_attention(model, backend="abacus")
     assert type(model.first) is nn.MultiheadAttention
