@@ -91,7 +91,8 @@ ForwardPlan plan_forward(const Params& p, const Kernels& k) {
         }
         plan.rows.push_back(job);
         plan.rows_total += job.rows;
-        const int64_t share = ((keys.last - keys.first + plan.parts - 1) / plan.parts + kBlockKeys - 1) / kBlockKeys * kBlockKeys;
+        const int64_t share =
+            ((keys.last - keys.first + plan.parts - 1) / plan.parts + kBlockKeys - 1) / kBlockKeys * kBlockKeys;
         for (int64_t part = 0; part < plan.parts; ++part) {
           job.part = part;
           job.keys = {std::min(keys.last, keys.first + part * share),
