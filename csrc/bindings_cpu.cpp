@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
 #include <utility>
 
 #include "cpu/core.h"
@@ -110,7 +111,17 @@ class Call {
     return p;
   }
 
+  static void require(const View& view, int64_t numbers, const char* name) {
+    if (view.data == nullptr && numbers > 0) throw py::value_error(std::string(name) + " has no memory");
+  }
+
   static void run(void (*function)(const Params&, int), const Params& p, int threads) {
+    require(p.q, p.batch * p.heads_q * p.seqlen_q * p.head_dim, "q");
+    if (p.block_table == nullptr) {
+      require(p.k, p.batch * p.heads_kv * p.seqlen_k * p.head_dim, "k");
+      require(p.v, p.batch * p.heads_kv * p.seqlen_k * p.head_dim_v, "v");
+    }
+    require(p.out, p.batch * p.heads_q * p.seqlen_q * p.head_dim_v, "out");
     py::gil_scoped_release release;
     function(p, threads);
   }

@@ -211,3 +211,51 @@ def test_tiny_calls_take_the_short_way() -> None:
         fastattn.attention(x, x, x, causal=0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="scale"):
         fastattn.attention(x, x, x, scale=True)
+
+
+def test_default_device_does_not_matter() -> None:
+    q, v = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 5)
+    expected = fastattn.attention(q, q, v, backend="cpu")
+    with torch.device("meta"):
+        assert torch.equal(fastattn.attention(q, q, v, backend="cpu"), expected)
+
+
+def test_tensors_without_memory() -> None:
+    k = torch.randn(1, 2, 40, 16)
+    zero = torch._efficientzerotensor((1, 2, 40, 16))
+    with pytest.raises(ValueError, match="q has no memory"):
+        fastattn.attention(zero, k, k, backend="cpu")
+    out, _ = fastattn.attention(zero, k, k, return_lse=True, backend="cpu")
+    torch.testing.assert_close(out, k.mean(dim=2, keepdim=True).expand_as(out))
+    q = k.clone().requires_grad_()
+    assert torch.autograd.grad(fastattn.attention(q, k, k, backend="cpu"), q, zero)[0].abs().max() == 0
+
+
+def test_a_negated_view_of_a_cache_is_written_through() -> None:
+    cache, new = torch._neg_view(torch.zeros(1, 2, 8, 16)), torch.randn(1, 2, 1, 16)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    out = fastattn.attention_with_kv_cache(
+        new, cache, cache.clone(), cache_lengths=lengths, k_new=new, v_new=new, backend="cpu"
+    )
+    assert torch.equal(cache[:, :, :1], new)
+    torch.testing.assert_close(out, new)
+
+
+def test_unseen_neighbour_of_an_odd_last_key_does_not_matter() -> None:
+    """bfloat16 keys are read in pairs; of the last pair one may be NaN that no query sees."""
+    q, k, v = (torch.randn(1, 2, n, 16, dtype=torch.bfloat16) for n in (37, 40, 40))
+    k[:, :, 37:] = v[:, :, 37:] = torch.nan
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = fastattn.attention(*leaves, causal=True, causal_alignment="top-left", backend="cpu")
+    assert all(grad[:, :, :37].isfinite().all() for grad in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_enormous_scores(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 1, 1, 64, 64).to(dtype).unbind()
+    for scale in (1e8, 1e9, 1e20):
+        out, lse = fastattn.attention(q, k, v, scale=scale, return_lse=True, backend="cpu")
+        expected, expected_lse = fastattn.attention(q, k, v, scale=scale, return_lse=True, backend="reference")
+        assert out.isfinite().all()
+        torch.testing.assert_close(lse, expected_lse)
+        torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)

@@ -285,8 +285,15 @@ void backward_step(const Params& p, const Sequence& seq, const Panel<typename E:
     k = without_gaps<E>(k, k_stride, keys, dim, s.addend.seen, s.gapless);
     k_stride = dim;
   }
-  gemm<E, kVectors, Update::kAdd>(dim, words_of(keys, E::kPerWord), k, 1, k_stride, s.step.dscores_key, kLanes, dq,
-                                  kLanes);
+  const int whole = keys / E::kPerWord;
+  gemm<E, kVectors, Update::kAdd>(dim, whole, k, 1, k_stride, s.step.dscores_key, kLanes, dq, kLanes);
+  if constexpr (E::kPerWord == 2) {
+    if (keys % 2 == 1) {  // the last word holds a key behind the step, unseen perhaps and NaN
+      for (int d = 0; d < dim; ++d) s.gapless[d] = k[whole * k_stride + d] & 0xffffu;
+      gemm<E, kVectors, Update::kAdd>(dim, 1, s.gapless, 1, dim, s.step.dscores_key + whole * kLanes, kLanes, dq,
+                                      kLanes);
+    }
+  }
 }
 
 template <class V, class T>

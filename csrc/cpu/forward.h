@@ -98,7 +98,9 @@ void maximum(const typename V::Scalar* scores, int keys, V (&highest)[kVectors])
 // exp2(scale * score - shift) of one vector, added to sum before dropout.
 template <class V>
 inline V exponential(const typename V::Scalar* score, V scale, V shift, const typename V::Scalar* factor, V& sum) {
-  const V x = exp2(fma(V::load(score), scale, V::set(0) - shift));
+  // Not fused: the maximum's product must round as it did when shift was made of it, or the difference of two large
+  // numbers is not 0 but half a unit in their last place.
+  const V x = exp2(V::load(score) * scale - shift);
   sum = sum + x;
   return factor != nullptr ? x * V::load(factor) : x;
 }

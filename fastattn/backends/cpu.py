@@ -65,7 +65,7 @@ class CpuBackend:
         else:
 
             def allocate(q: Tensor) -> Tensor:
-                return torch.empty_strided(shape, stride, dtype=dtype)
+                return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = allocate(q)
@@ -93,9 +93,9 @@ class CpuBackend:
     ) -> Grads:
         """See `Backend.backward`."""
         grads = _empty_grads(problem, inputs, needs)
-        tensors = {**_native(problem, inputs), "out": out, "lse": lse, "dout": dout.resolve_neg()}
+        tensors = {**_native(problem, inputs), "out": out, "lse": lse, "dout": _in_memory(dout)}
         if dlse is not None:
-            tensors["dlse"] = dlse.to(problem.accumulator).resolve_neg()
+            tensors["dlse"] = _in_memory(dlse.to(problem.accumulator))
         for name, grad in zip(DIFFERENTIABLE, grads, strict=True):
             if grad is not None:
                 tensors[f"d{name}"] = grad
@@ -112,15 +112,17 @@ class CpuBackend:
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
         tensors = {**_native(problem, inputs), "out": out, "lse": lse}
         _call(problem, tensors).forward_with_cache(_addresses(tensors), 0, torch.get_num_threads())
-        for cache in (inputs.k, inputs.v):
-            if inputs.k_new is not None and not cache.is_inference():
+        for cache, used in ((inputs.k, tensors["k"]), (inputs.v, tensors["v"])):
+            if inputs.k_new is not None and used is not cache:  # a copy was written
+                cache.copy_(used)
+            elif inputs.k_new is not None and not cache.is_inference():
                 torch.autograd.graph.increment_version(cache)
         return out, lse
 
 
 def _native(problem: Problem, inputs: Inputs) -> Tensors:
     """The inputs in the form that the native module takes them."""
-    given = {name: x.resolve_neg() for name, x in inputs._asdict().items() if x is not None and name != "seed"}
+    given = {name: _in_memory(x) for name, x in inputs._asdict().items() if x is not None and name != "seed"}
     for name in ("mask", "bias"):
         if name in given:
             given[name] = _broadcast(problem, given[name])
@@ -135,6 +137,11 @@ def _native(problem: Problem, inputs: Inputs) -> Tensors:
         if name in given:
             given[name] = given[name].contiguous()
     return given
+
+
+def _in_memory(x: Tensor) -> Tensor:
+    """The tensor with its values where its address says: not negated on reading, not zero without memory."""
+    return torch.zeros(x.shape, dtype=x.dtype, device="cpu") if x._is_zerotensor() else x.resolve_neg()
 
 
 def _broadcast(problem: Problem, x: Tensor) -> Tensor:
@@ -155,7 +162,7 @@ def _empty_grads(problem: Problem, inputs: Inputs, needs: Needs) -> list[Tensor 
                 grad.zero_()
     for x, need in ((bias, needs.bias), (sinks, needs.sinks)):
         wanted = need and x is not None
-        grads.append(torch.zeros(x.shape, dtype=problem.accumulator) if wanted else None)  # type: ignore[union-attr]
+        grads.append(torch.zeros(x.shape, dtype=problem.accumulator, device="cpu") if wanted else None)  # type: ignore[union-attr]
     return grads
 
 
