@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import fastattn
+from fastattn import _cpu  # no skip: a module that was not built, or cannot be loaded, is a failure
 from native_build import INSTRUCTION_SETS
 
-_cpu = pytest.importorskip("fastattn._cpu", reason="the native module was not built: pip install .")
 RUNNABLE = _cpu.instruction_sets()
 
 
@@ -29,6 +29,11 @@ def test_vector_types(instruction_set: str, tmp_path: Path) -> None:
     printed = run_simd_check(instruction_set, tmp_path)
     assert printed.endswith("\n0 failures\n"), printed
     assert "exp2" in printed
+
+
+def test_is_the_first_choice() -> None:
+    q = torch.randn(1, 1, 2, 8)
+    assert fastattn.explain(q, q, q).backend == "cpu"
 
 
 def test_needs_no_torch_symbol() -> None:

@@ -38,7 +38,7 @@ void store_row(const typename V::Scalar* from, int n, T* to, int64_t stride) {
 }
 
 // Columns: words[word][lane], word w of lane l holding the numbers w * kPerWord .. of rows[l]: Q^T and dO^T.
-// A null row gives zeros. tile is scratch of kLanes * kWidth scalars.
+// A null row gives zeros.
 template <class E, class T>
 struct Columns;
 
