@@ -15,14 +15,13 @@ struct AddendScratch {
   uint8_t* seen;               // [keys]: some row of the panel sees the key
 };
 
-// Adds kWidth keys of kWidth rows of the bias, read along the keys and turned, so that no line is touched twice.
+// kWidth keys, of which `keys` exist, of kWidth rows of a bias: read along the keys and turned, so that no line is
+// touched twice. tile[key] holds the rows.
 template <class V, class T>
-void add_bias_tile(const T* bias, const int64_t* at, int64_t key_stride, int lane, int n, int keys, bool first,
-                   typename V::Scalar* a) {
+void load_tile(const T* bias, const int64_t* at, int64_t key_stride, int keys, V (&tile)[V::kWidth]) {
   using S = typename V::Scalar;
-  V tile[V::kWidth];
   for (int i = 0; i < V::kWidth; ++i) {
-    const T* from = bias + at[lane + i] + n * key_stride;
+    const T* from = bias + at[i];
     if constexpr (sizeof(S) == 8 ? sizeof(T) == 8 : sizeof(T) <= 4) {  // what the vector can load
       if (key_stride == 1) {
         tile[i] = load_some<V>(from, keys);
@@ -34,23 +33,16 @@ void add_bias_tile(const T* bias, const int64_t* at, int64_t key_stride, int lan
     tile[i] = V::load(row);
   }
   transpose(tile);
-  const V unit = V::set(S(kLog2E));
-  for (int t = 0; t < keys; ++t) {
-    S* to = a + (n + t) * Panel<V>::kLanes + lane;
-    V x = tile[t] * unit;
-    if (!first) x = x + V::load(to);
-    x.store(to);
-  }
 }
 
-// first: a holds nothing yet.
+// a += unit * bias. first: a holds nothing yet.
 template <class V, class T>
 void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, int lanes, int keys, bool first,
-              typename V::Scalar* a) {
+              typename V::Scalar unit, typename V::Scalar* a) {
   using S = typename V::Scalar;
   if (same) {  // one row for all lanes, as in a bias per key
     for (int n = 0; n < keys; ++n) {
-      const V x = V::set(S(to_float(bias[at[0] + n * key_stride])) * S(kLog2E));
+      const V x = V::set(S(to_float(bias[at[0] + n * key_stride])) * unit);
       for (int lane = 0; lane < lanes; lane += V::kWidth) {
         S* to = a + n * Panel<V>::kLanes + lane;
         if (first) {
@@ -62,15 +54,26 @@ void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, i
     }
     return;
   }
-  for (int lane = 0; lane < lanes; lane += V::kWidth)
-    for (int n = 0; n < keys; n += V::kWidth)
-      add_bias_tile<V>(bias, at, key_stride, lane, n, int(smaller(V::kWidth, keys - n)), first, a);
+  const V factor = V::set(unit);
+  for (int lane = 0; lane < lanes; lane += V::kWidth) {
+    for (int n = 0; n < keys; n += V::kWidth) {
+      const int some = int(smaller(V::kWidth, keys - n));
+      V tile[V::kWidth];
+      load_tile<V>(bias + n * key_stride, at + lane, key_stride, some, tile);
+      for (int t = 0; t < some; ++t) {
+        S* to = a + (n + t) * Panel<V>::kLanes + lane;
+        V x = tile[t] * factor;
+        if (!first) x = x + V::load(to);
+        x.store(to);
+      }
+    }
+  }
 }
 
-// -slope * |i + offset - j| in units of log2, or 0.
+// -unit * slope * |i + offset - j|, or 0.
 template <class V>
 void make_alibi(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, int lanes,
-                typename V::Scalar* a) {
+                typename V::Scalar unit, typename V::Scalar* a) {
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   S distance[kLanes], slope[kLanes];
@@ -79,7 +82,7 @@ void make_alibi(const Params& p, const Sequence& seq, const Panel<V>& panel, int
     slope[lane] = S(0);
     if (p.alibi.data != nullptr) {
       const int64_t at = panel.b * p.alibi.stride_b + panel.head[lane] * p.alibi.stride_h;
-      slope[lane] = static_cast<const S*>(p.alibi.data)[at] * S(-kLog2E);
+      slope[lane] = static_cast<const S*>(p.alibi.data)[at] * -unit;
     }
   }
   for (int lane = 0; lane < lanes; lane += V::kWidth) {
@@ -127,34 +130,90 @@ void hide_unseen(const Panel<V>& panel, int64_t n0, int keys, int lanes, typenam
   }
 }
 
+// ALiBi and bias for keys n0 .. n0 + keys, times unit.
+template <class V>
+void make_terms(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys,
+                typename V::Scalar unit, typename V::Scalar* a) {
+  const int lanes = panel.vectors * V::kWidth;
+  const bool first = p.alibi.data == nullptr;
+  if (!first || p.bias.data == nullptr) make_alibi(p, seq, panel, n0, keys, lanes, unit, a);
+  if (p.bias.data == nullptr) return;
+  int64_t at[Panel<V>::kLanes];
+  const bool same = row_offsets(panel, p.bias, n0, at);
+  auto add = [&](const auto* bias) { add_bias<V>(bias, at, same, p.bias.stride_d, lanes, keys, first, unit, a); };
+  switch (p.bias_dtype) {
+    case DType::kFloat32:
+      return add(static_cast<const float*>(p.bias.data));
+    case DType::kFloat64:
+      return add(static_cast<const double*>(p.bias.data));
+    case DType::kBFloat16:
+      return add(static_cast<const bf16*>(p.bias.data));
+    default:
+      return add(static_cast<const fp16*>(p.bias.data));
+  }
+}
+
+// The factor of make_terms if the terms can be where the products of q and k begin: then the sums are scaled like any
+// scores, and nothing is added later. 0 if not: scores that are capped or hidden have to be looked at once more.
+template <class S>
+S terms_unit(const Params& p) {
+  const bool terms = p.bias.data != nullptr || p.alibi.data != nullptr;
+  const bool ordinary = p.scale > 1e-6 && p.scale < 1e6;  // so that a bias survives division by it
+  return terms && ordinary && p.mask.data == nullptr && p.softcap == 0 ? S(1 / p.scale) : S(0);
+}
+
+// Whether a step that hides nothing is plain: its scores only have to be scaled.
+template <class S>
+bool can_be_plain(const Params& p) {
+  const bool terms = p.bias.data != nullptr || p.alibi.data != nullptr;
+  return p.mask.data == nullptr && p.softcap == 0 && (!terms || terms_unit<S>(p) != S(0));
+}
+
+// -inf where the mask is False. Rows of it are read along the keys and turned, as a bias is; seen[key] says whether any
+// row of the panel sees the key, and the result whether any sees any.
+template <class V>
+bool hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, AddendScratch<V> a) {
+  using S = typename V::Scalar;
+  constexpr int kLanes = Panel<V>::kLanes;
+  const int lanes = panel.vectors * V::kWidth;
+  const V hidden = V::set(S(-__builtin_inf())), zero = V::set(S(0));
+  const byte* mask = static_cast<const byte*>(p.mask.data);
+  const int64_t stride = p.mask.stride_d;
+  int64_t at[kLanes];
+  const bool same = row_offsets(panel, p.mask, n0, at);
+  bool any_seen = false;
+  for (int n = 0; n < keys; n += V::kWidth) {
+    const int some = int(smaller(V::kWidth, keys - n));
+    uint8_t* seen = a.seen + n;
+    for (int t = 0; t < some; ++t) seen[t] = 0;
+    for (int lane = 0; lane < lanes; lane += V::kWidth) {
+      V tile[V::kWidth];
+      if (same) {
+        for (int t = 0; t < some; ++t) tile[t] = V::set(S(mask[at[0] + (n + t) * stride].bits));
+      } else {
+        load_tile<V>(mask + n * stride, at + lane, stride, some, tile);
+      }
+      for (int t = 0; t < some; ++t) {
+        S* to = a.values + (n + t) * kLanes + lane;
+        const V x = select(equal(tile[t], zero), hidden, V::load(to));
+        x.store(to);
+        // Not "above -inf", which NaN is not.
+        seen[t] |= !all(equal(x, hidden));
+      }
+    }
+    for (int t = 0; t < some; ++t) any_seen |= seen[t] != 0;
+  }
+  return any_seen;
+}
+
 // Fills a.values for keys n0 .. n0 + keys, in units of log2: -inf where hidden. Returns whether any pair is visible,
 // and in `gaps` whether some key is seen by no row.
 template <class V>
 bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, AddendScratch<V> a,
                  bool& gaps) {
-  using S = typename V::Scalar;
-  constexpr int kLanes = Panel<V>::kLanes;
-  const int lanes = panel.vectors * V::kWidth;
-  const bool first = p.alibi.data == nullptr;
-  if (!first || p.bias.data == nullptr) make_alibi(p, seq, panel, n0, keys, lanes, a.values);
-  int64_t at[kLanes];
-  if (p.bias.data != nullptr) {
-    const bool same = row_offsets(panel, p.bias, n0, at);
-    switch (p.bias_dtype) {
-      case DType::kFloat32:
-        add_bias<V>(static_cast<const float*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, first, a.values);
-        break;
-      case DType::kFloat64:
-        add_bias<V>(static_cast<const double*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, first, a.values);
-        break;
-      case DType::kBFloat16:
-        add_bias<V>(static_cast<const bf16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, first, a.values);
-        break;
-      default:
-        add_bias<V>(static_cast<const fp16*>(p.bias.data), at, same, p.bias.stride_d, lanes, keys, first, a.values);
-    }
-  }
+  make_terms(p, seq, panel, n0, keys, typename V::Scalar(kLog2E), a.values);
   // Hiding comes last: what a hidden pair was given, NaN perhaps, must not show.
+  const int lanes = panel.vectors * V::kWidth;
   if (panel.count < lanes || !(panel.all.first <= n0 && n0 + keys <= panel.all.last))
     hide_unseen(panel, n0, keys, lanes, a.values);
   if (p.mask.data == nullptr) {
@@ -162,25 +221,9 @@ bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, in
     gaps = n0 < panel.any.first || panel.any.last < n0 + keys;
     return true;
   }
+  const bool any_seen = hide_masked(p, panel, n0, keys, a);
   gaps = false;
-  const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data);
-  const bool same = row_offsets(panel, p.mask, n0, at);
-  bool any_seen = false;
-  for (int n = 0; n < keys; ++n) {
-    S* row = a.values + n * kLanes;
-    bool seen = false;
-    if (same && !mask[at[0] + n * p.mask.stride_d]) {
-      for (int lane = 0; lane < lanes; ++lane) row[lane] = S(-__builtin_inf());
-    } else {
-      for (int lane = 0; lane < panel.count; ++lane) {
-        if (!same && !mask[at[lane] + n * p.mask.stride_d]) row[lane] = S(-__builtin_inf());
-        seen |= row[lane] != S(-__builtin_inf());
-      }
-    }
-    a.seen[n] = seen;
-    any_seen |= seen;
-    gaps |= !seen;
-  }
+  for (int n = 0; n < keys; ++n) gaps |= a.seen[n] == 0;
   return any_seen;
 }
 

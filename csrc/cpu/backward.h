@@ -250,12 +250,11 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
                      BackwardScratch<E>& s, int at, int64_t n0, int keys, typename E::Scalar* dbias, bool& gaps) {
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<typename E::Vector>::kLanes;
-  const bool plain = p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 &&
-                     panel.all.first <= n0 && n0 + keys <= panel.all.last;
+  const bool plain = can_be_plain<S>(p) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return false;
-  gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim), E::kPerWord), s.block.k + at * s.block.k_stride,
-                                    s.block.k_stride, 1, s.q_columns, kLanes, s.scores, kLanes);
+  make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, s.block.k + at * s.block.k_stride, s.block.k_stride,
+                           words_of(int(p.head_dim), E::kPerWord), s.q_columns, s.scores);
   gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.block.v + at * s.block.v_stride,
                                     s.block.v_stride, 1, s.dout_columns, kLanes, s.dprobs, kLanes);
   const S* factors = nullptr;

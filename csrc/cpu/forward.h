@@ -139,7 +139,7 @@ void reset(OnlineSoftmax<V>& state) {
 }
 
 // Online softmax over keys n0 .. n0 + keys: scores become probs (which may be the same memory), relative to the new
-// maximum; state.alpha is what everything before has to be multiplied with. plain: nothing is added and nothing hidden.
+// maximum; state.alpha is what everything before has to be multiplied with. plain: the scores only have to be scaled.
 template <class E, int kVectors>
 void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64_t n0, int keys, bool plain,
                   typename E::Scalar* scores, const typename E::Scalar* addend, typename E::Scalar* factors,
@@ -174,6 +174,22 @@ void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64
   }
 }
 
+// Scores in units of 1 / scale; of a plain step with ALiBi and bias, which are then where the sums begin.
+template <class E, int kVectors>
+void make_scores(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
+                 bool plain, const typename E::Word* k, int64_t k_stride, int words, const typename E::Word* queries,
+                 typename E::Scalar* scores) {
+  using S = typename E::Scalar;
+  constexpr int kLanes = Panel<typename E::Vector>::kLanes;
+  const S unit = plain ? terms_unit<S>(p) : S(0);
+  if (unit != S(0)) {
+    make_terms(p, seq, panel, n0, keys, unit, scores);
+    gemm<E, kVectors, Update::kAdd>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes);
+  } else {
+    gemm<E, kVectors, Update::kStore>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes);
+  }
+}
+
 // One step: keys n0 .. n0 + keys, which begin at the block's row `at`, against one panel.
 template <class E, int kVectors>
 void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel,
@@ -183,8 +199,8 @@ void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::
   const int dim_v = int(p.head_dim_v), words = words_of(int(p.head_dim), E::kPerWord);
   bool gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, scratch.addend, gaps)) return;
-  gemm<E, kVectors, Update::kStore>(keys, words, block.k + at * block.k_stride, block.k_stride, 1, queries, kLanes,
-                                    scratch.scores, kLanes);
+  make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, block.k + at * block.k_stride, block.k_stride, words,
+                           queries, scratch.scores);
   softmax_step<E, kVectors>(p, panel, n0, keys, plain, scratch.scores, scratch.addend.values, scratch.factors,
                             scratch.probs, state);
   const typename E::Word* v = block.v + at / E::kPerWord * block.v_stride;
@@ -204,8 +220,7 @@ void forward_block(const Params& p, const Sequence& seq, const Panel<typename E:
                    const KeyBlock<E>& block, int64_t n0, int64_t n1, const typename E::Word* queries,
                    typename E::Scalar* acc, OnlineSoftmax<typename E::Vector>& state, ForwardScratch<E>& scratch) {
   constexpr int64_t kAlign = E::kPerWord;  // a step begins at a whole word of v
-  const bool simple =
-      p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 && p.scale > 0;
+  const bool simple = can_be_plain<typename E::Scalar>(p) && p.scale > 0;
   const int64_t first = larger(n0, n0 + (panel.any.first - n0) / kAlign * kAlign), last = smaller(n1, panel.any.last);
   int64_t plain_first = n0 + (panel.all.first - n0 + kAlign - 1) / kAlign * kAlign,
           plain_last = n0 + (panel.all.last - n0) / kAlign * kAlign;

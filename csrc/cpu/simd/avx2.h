@@ -24,6 +24,9 @@ struct F32 {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16))};
   }
   static F32 load(const fp16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+  static F32 load(const byte* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bf16* p) const {
     const __m256i bits = _mm256_castps_si256(v);
@@ -60,6 +63,7 @@ inline F32::Mask equal(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_O
 inline F32 select(F32::Mask m, F32 yes, F32 no) { return {_mm256_blendv_ps(no.v, yes.v, m.m)}; }
 inline F32::Mask operator|(F32::Mask a, F32::Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
 inline bool any(F32::Mask m) { return _mm256_movemask_ps(m.m) != 0; }
+inline bool all(F32::Mask m) { return _mm256_movemask_ps(m.m) == 0xff; }
 
 inline void transpose(F32 (&r)[8]) {
   __m256 t[8];
@@ -115,6 +119,7 @@ inline F64::Mask equal(F64 a, F64 b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_EQ_O
 inline F64 select(F64::Mask m, F64 yes, F64 no) { return {_mm256_blendv_pd(no.v, yes.v, m.m)}; }
 inline F64::Mask operator|(F64::Mask a, F64::Mask b) { return {_mm256_or_pd(a.m, b.m)}; }
 inline bool any(F64::Mask m) { return _mm256_movemask_pd(m.m) != 0; }
+inline bool all(F64::Mask m) { return _mm256_movemask_pd(m.m) == 0xf; }
 
 inline void transpose(F64 (&r)[4]) {
   const __m256d a = _mm256_unpacklo_pd(r[0].v, r[1].v), b = _mm256_unpackhi_pd(r[0].v, r[1].v);

@@ -22,6 +22,9 @@ struct F32 {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
   }
   static F32 load(const fp16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  static F32 load(const byte* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
 #ifdef __AVX512BF16__
   void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v)); }
@@ -57,6 +60,7 @@ inline F32::Mask less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_L
 inline F32::Mask equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline F32 select(F32::Mask m, F32 yes, F32 no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 inline bool any(__mmask16 m) { return m != 0; }
+inline bool all(__mmask16 m) { return m == 0xffff; }
 
 inline void transpose(F32 (&r)[16]) {
   __m512 t[16];
@@ -131,6 +135,7 @@ inline F64::Mask less(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_L
 inline F64::Mask equal(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
 inline F64 select(F64::Mask m, F64 yes, F64 no) { return {_mm512_mask_blend_pd(m, no.v, yes.v)}; }
 inline bool any(__mmask8 m) { return m != 0; }
+inline bool all(__mmask8 m) { return m == 0xff; }
 
 inline void transpose(F64 (&r)[8]) {
   double a[8][8], b[8][8];

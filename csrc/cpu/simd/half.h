@@ -13,6 +13,9 @@ struct bf16 {
 struct fp16 {
   uint16_t bits;
 };
+struct byte {  // of a boolean mask: 0 is False
+  uint8_t bits;
+};
 
 inline float bits_to_float(uint32_t bits) {
   float x;
@@ -26,6 +29,7 @@ inline uint32_t float_to_bits(float x) {
 }
 
 inline float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+inline float to_float(byte x) { return float(x.bits); }
 inline float to_float(float x) { return x; }
 inline double to_float(double x) { return x; }
 

@@ -106,6 +106,11 @@ struct Lanes {
     for (int i = 0; i < W; ++i) r = r || m.m[i];
     return r;
   }
+  friend bool all(Mask m) {
+    bool r = true;
+    for (int i = 0; i < W; ++i) r = r && m.m[i];
+    return r;
+  }
   friend void transpose(Lanes (&r)[W]) {
     for (int i = 0; i < W; ++i)
       for (int j = 0; j < i; ++j) {
