@@ -347,6 +347,11 @@ FEATURES = (
     Case("scale", scale=0.5),
     Case("scale 0", scale=0.0),
     Case("scale negative", scale=-0.7),
+    # A bias may be added before or after the scale is applied, and to keys that a step sees whole or in part.
+    Case("bias, small scale", bias="bhqk", scale=0.01),
+    Case("bias, large scale", bias="bhqk", scale=8.0),
+    Case("bias and ALiBi, blocks whole and cut", seqlen_q=70, seqlen_k=600, bias="1hqk", alibi="h", causal=True),
+    Case("mask over several blocks", seqlen_q=70, seqlen_k=600, mask="11qk", hidden_rows=(0, 69)),
     Case("dropout", dropout_p=0.3),
     Case("dropout of almost all", dropout_p=0.95),
     Case("GQA", **GQA),

@@ -99,6 +99,28 @@ def test_pictures(options: dict[str, Any], picture: str, backend: str, device: s
     torch.testing.assert_close(out[0, 0].cpu(), want)
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_layouts_of_mask_and_bias(dtype: torch.dtype, backend: str, device: str) -> None:
+    """Keys that do not lie side by side, and rows at odd addresses, give the same bits."""
+    q, k, v = torch.randn(3, 1, 2, 37, 16, device=device, dtype=torch.float32).to(dtype).unbind()
+    mask, bias = torch.rand(37, 37, device=device) < 0.7, torch.randn(37, 37, device=device).to(dtype)
+    want = fastattn.attention(q, k, v, mask=mask, bias=bias, backend=backend)
+    for change in (lambda x: x.t().contiguous().t(), cases.scattered):
+        found = fastattn.attention(q, k, v, mask=change(mask), bias=change(bias), backend=backend)
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("bias", [-1e36, 1e36])
+def test_enormous_bias(bias: float, backend: str, device: str) -> None:
+    """Keys that all have it are weighed as without it."""
+    q = torch.zeros(1, 1, 3, 64, device=device)
+    v = torch.randn(1, 1, 40, 64, device=device)
+    for scale in (1e-6, None, 100.0):
+        given = torch.full((3, 40), bias, device=device)
+        found = fastattn.attention(q, torch.ones_like(v), v, bias=given, scale=scale, backend=backend)
+        torch.testing.assert_close(found, v.mean(2, keepdim=True).expand(1, 1, 3, 64))
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_one_key_gives_its_value(dim: int, backend: str, device: str) -> None:
     """Also for more sequences, or heads, than some machines have room for in one dimension of a launch."""

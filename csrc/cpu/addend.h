@@ -153,26 +153,20 @@ void make_terms(const Params& p, const Sequence& seq, const Panel<V>& panel, int
   }
 }
 
-// The factor of make_terms if the terms can be where the products of q and k begin: then the sums are scaled like any
-// scores, and nothing is added later. 0 if not: scores that are capped or hidden have to be looked at once more.
-template <class S>
-S terms_unit(const Params& p) {
-  const bool terms = p.bias.data != nullptr || p.alibi.data != nullptr;
-  const bool ordinary = p.scale > 1e-6 && p.scale < 1e6;  // so that a bias survives division by it
-  return terms && ordinary && p.mask.data == nullptr && p.softcap == 0 ? S(1 / p.scale) : S(0);
-}
+inline bool has_terms(const Params& p) { return p.bias.data != nullptr || p.alibi.data != nullptr; }
 
-// Whether a step that hides nothing is plain: its scores only have to be scaled.
-template <class S>
-bool can_be_plain(const Params& p) {
-  const bool terms = p.bias.data != nullptr || p.alibi.data != nullptr;
-  return p.mask.data == nullptr && p.softcap == 0 && (!terms || terms_unit<S>(p) != S(0));
+// Whether a step that hides nothing is plain: its scores only have to be scaled, as ALiBi and bias, divided by the
+// scale, are where the products of q and k begin. Scales of head_dims up to 1024: a smaller one would cost a large bias
+// its range.
+inline bool can_be_plain(const Params& p) {
+  const bool divisible = p.scale >= 1.0 / 32;
+  return p.mask.data == nullptr && p.softcap == 0 && (divisible || !has_terms(p));
 }
 
 // -inf where the mask is False. Rows of it are read along the keys and turned, as a bias is; seen[key] says whether any
-// row of the panel sees the key, and the result whether any sees any.
+// row of the panel sees the key.
 template <class V>
-bool hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, AddendScratch<V> a) {
+void hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, AddendScratch<V> a) {
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   const int lanes = panel.vectors * V::kWidth;
@@ -181,7 +175,6 @@ bool hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, A
   const int64_t stride = p.mask.stride_d;
   int64_t at[kLanes];
   const bool same = row_offsets(panel, p.mask, n0, at);
-  bool any_seen = false;
   for (int n = 0; n < keys; n += V::kWidth) {
     const int some = int(smaller(V::kWidth, keys - n));
     uint8_t* seen = a.seen + n;
@@ -201,9 +194,7 @@ bool hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, A
         seen[t] |= !all(equal(x, hidden));
       }
     }
-    for (int t = 0; t < some; ++t) any_seen |= seen[t] != 0;
   }
-  return any_seen;
 }
 
 // Fills a.values for keys n0 .. n0 + keys, in units of log2: -inf where hidden. Returns whether any pair is visible,
@@ -221,10 +212,11 @@ bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, in
     gaps = n0 < panel.any.first || panel.any.last < n0 + keys;
     return true;
   }
-  const bool any_seen = hide_masked(p, panel, n0, keys, a);
-  gaps = false;
-  for (int n = 0; n < keys; ++n) gaps |= a.seen[n] == 0;
-  return any_seen;
+  hide_masked(p, panel, n0, keys, a);
+  int seen = 0;
+  for (int n = 0; n < keys; ++n) seen += a.seen[n];
+  gaps = seen < keys;
+  return seen > 0;
 }
 
 }  // namespace FASTATTN_ISA

@@ -250,7 +250,7 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
                      BackwardScratch<E>& s, int at, int64_t n0, int keys, typename E::Scalar* dbias, bool& gaps) {
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<typename E::Vector>::kLanes;
-  const bool plain = can_be_plain<S>(p) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
+  const bool plain = can_be_plain(p) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return false;
   make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, s.block.k + at * s.block.k_stride, s.block.k_stride,

@@ -145,8 +145,8 @@ template <class V, class T>
 void few_rows_block(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, int next_keys,
                     OnlineSoftmax<V>& state, FewRowsScratch<V, T>& s) {
   const int dim = int(p.head_dim), dim_v = int(p.head_dim_v);
-  const bool plain = p.mask.data == nullptr && p.bias.data == nullptr && p.alibi.data == nullptr && p.softcap == 0 &&
-                     p.scale > 0 && panel.all.first <= n0 && n0 + keys <= panel.all.last;
+  const bool plain =
+      can_be_plain(p) && !has_terms(p) && p.scale > 0 && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   bool gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return;
   for_row_pieces<V>(panel.count, [&](auto rows, int r) {

@@ -174,16 +174,15 @@ void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64
   }
 }
 
-// Scores in units of 1 / scale; of a plain step with ALiBi and bias, which are then where the sums begin.
+// Products of q and k; of a plain step together with ALiBi and bias, divided by the scale that follows.
 template <class E, int kVectors>
 void make_scores(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
                  bool plain, const typename E::Word* k, int64_t k_stride, int words, const typename E::Word* queries,
                  typename E::Scalar* scores) {
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<typename E::Vector>::kLanes;
-  const S unit = plain ? terms_unit<S>(p) : S(0);
-  if (unit != S(0)) {
-    make_terms(p, seq, panel, n0, keys, unit, scores);
+  if (plain && has_terms(p)) {
+    make_terms(p, seq, panel, n0, keys, S(1 / p.scale), scores);
     gemm<E, kVectors, Update::kAdd>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes);
   } else {
     gemm<E, kVectors, Update::kStore>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes);
@@ -220,7 +219,7 @@ void forward_block(const Params& p, const Sequence& seq, const Panel<typename E:
                    const KeyBlock<E>& block, int64_t n0, int64_t n1, const typename E::Word* queries,
                    typename E::Scalar* acc, OnlineSoftmax<typename E::Vector>& state, ForwardScratch<E>& scratch) {
   constexpr int64_t kAlign = E::kPerWord;  // a step begins at a whole word of v
-  const bool simple = can_be_plain<typename E::Scalar>(p) && p.scale > 0;
+  const bool simple = can_be_plain(p) && p.scale > 0;
   const int64_t first = larger(n0, n0 + (panel.any.first - n0) / kAlign * kAlign), last = smaller(n1, panel.any.last);
   int64_t plain_first = n0 + (panel.all.first - n0 + kAlign - 1) / kAlign * kAlign,
           plain_last = n0 + (panel.all.last - n0) / kAlign * kAlign;

@@ -159,6 +159,28 @@ void check_half(bool exact_subnormals) {
   }
 }
 
+void check_bytes() {
+  byte in[F32::kWidth];
+  float out[F32::kWidth];
+  for (int i = 0; i < F32::kWidth; ++i) in[i].bits = uint8_t(255 - i);
+  F32::load(in).store(out);
+  for (int i = 0; i < F32::kWidth; ++i) EXPECT(out[i] == float(255 - i));
+}
+
+// any and all with one lane that differs from the others, wherever it is.
+template <class V>
+void check_tests() {
+  using S = typename V::Scalar;
+  const V zero = V::set(S(0)), one = V::set(S(1));
+  EXPECT(all(equal(zero, zero)) && any(equal(zero, zero)) && !any(equal(zero, one)) && !all(equal(zero, one)));
+  for (int i = 0; i < V::kWidth; ++i) {
+    S x[V::kWidth] = {};
+    x[i] = S(1);
+    EXPECT(any(equal(V::load(x), one)) && !all(equal(V::load(x), one)));
+    EXPECT(any(equal(V::load(x), zero)) && !all(equal(V::load(x), zero)));
+  }
+}
+
 template <class E>
 void check_gemm() {
   using S = typename E::Scalar;
@@ -193,6 +215,9 @@ void check_gemm() {
 int main() {
   check_arithmetic<F32>();
   check_arithmetic<F64>();
+  check_bytes();
+  check_tests<F32>();
+  check_tests<F64>();
   check_transpose<F32>();
   check_transpose<F64>();
   check_functions<F32>("float", 2.5, 4.0);

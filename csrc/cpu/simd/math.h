@@ -1,4 +1,4 @@
-// exp2 and tanh on vectors. Largest errors are measured by tests/native/test_simd.cpp.
+// exp2 and tanh on vectors. Largest errors are measured by tests/native/simd_check.cpp.
 #pragma once
 
 #include "simd.h"
