@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import random
 import re
@@ -92,10 +93,22 @@ def test_unknown_characters_and_too_little_text_get_a_sentence(corpus: text.Corp
 # -------------------------------------------------------------------------------------------------------- training
 
 
+def mixed(corpus: text.Corpus) -> text.Corpus:
+    """The same text, with every tenth piece of it held out.
+
+    The few files that so small a corpus holds out differ from version to version of Python, and on some they are so
+    unlike the others that a tiny model can learn nothing of use for them.
+    """
+    pieces = torch.cat([corpus.train, corpus.validation]).split(1000)
+    train = torch.cat([piece for i, piece in enumerate(pieces) if i % 10])
+    return dataclasses.replace(corpus, train=train, validation=torch.cat(pieces[::10]))
+
+
 def test_the_model_learns_and_agrees_with_torch(corpus: text.Corpus) -> None:
-    training = Training(tiny(steps=80, learning_rate=2e-2), corpus)
+    corpus = mixed(corpus)
+    training = Training(tiny(steps=240, learning_rate=1e-2), corpus)
     before = training.validation_loss("fastattn")
-    for _ in range(80):
+    for _ in range(240):
         training.advance()
     after = training.validation_loss("fastattn")
     assert before > 4.0
