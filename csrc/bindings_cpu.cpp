@@ -88,17 +88,31 @@ class Call {
     run(fastattn::backward, at(addresses, seed), threads);
   }
 
-  // forward without other tensors and without lse, in the shortest way.
-  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, int threads) const {
+  // forward and backward of calls without other tensors, in the shortest way. 0 stands for a result not wanted.
+  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads) const {
+    run(fastattn::forward, plain(q, k, v, out, lse), threads);
+  }
+  void gradients(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t dout, uintptr_t dq,
+                 uintptr_t dk, uintptr_t dv, int threads) const {
+    Params p = plain(q, k, v, out, lse);
+    p.dout.data = reinterpret_cast<void*>(dout);
+    p.dq.data = reinterpret_cast<void*>(dq);
+    p.dk.data = reinterpret_cast<void*>(dk);
+    p.dv.data = reinterpret_cast<void*>(dv);
+    run(fastattn::backward, p, threads);
+  }
+
+ private:
+  Params plain(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse) const {
     Params p = p_;
     p.q.data = reinterpret_cast<void*>(q);
     p.k.data = reinterpret_cast<void*>(k);
     p.v.data = reinterpret_cast<void*>(v);
     p.out.data = reinterpret_cast<void*>(out);
-    run(fastattn::forward, p, threads);
+    p.lse.data = reinterpret_cast<void*>(lse);
+    return p;
   }
 
- private:
   Params at(const py::dict& addresses, uint64_t seed) const {
     Params p = p_;
     p.seed = seed;
@@ -142,6 +156,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Call>(m, "Call")
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())
       .def("attend", &Call::attend)
+      .def("gradients", &Call::gradients)
       .def("forward", &Call::forward)
       .def("forward_with_cache", &Call::forward_with_cache)
       .def("backward", &Call::backward);

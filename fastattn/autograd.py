@@ -140,17 +140,25 @@ class Attention(torch.autograd.Function):
             return tuple(result)
         if dout is None:
             dout = torch.zeros_like(out)
-        args = (dout, dlse, out, lse, *tensors, *ctx.options, needs)
-        in_transform = _in_transform()
-        if not in_transform and not is_plain(dout, out, tensors[0]):
-            grads = torch.ops.fastattn.backward(*args)
-        elif in_transform or torch.is_grad_enabled():
-            grads = AttentionBackward.apply(*args)
-        else:
-            grads = ops.run_backward(*args)
-        for position, need, grad in zip(_POSITIONS, needs, grads, strict=True):
-            result[position] = grad if need else None
+        grads = gradients(dout, dlse, out, lse, (*tensors, *ctx.options), needs)
+        for position, grad in zip(_POSITIONS, grads, strict=True):
+            result[position] = grad
         return tuple(result)
+
+
+def gradients(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple[Any, ...], needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, bias and sinks, None where not needed; differentiable again if gradients are recorded."""
+    args = (dout, dlse, out, lse, *arguments, needs)
+    in_transform = _in_transform()
+    if not in_transform and not is_plain(dout, out, arguments[0]):
+        grads = torch.ops.fastattn.backward(*args)
+    elif in_transform or torch.is_grad_enabled():
+        grads = AttentionBackward.apply(*args)
+    else:
+        grads = ops.run_backward(*args)
+    return tuple([grad if need else None for need, grad in zip(needs, grads, strict=True)])
 
 
 class AttentionBackward(torch.autograd.Function):

@@ -138,9 +138,9 @@ def attention(
     extras = mask is not None or bias is not None or alibi_slopes is not None or sinks is not None
     dropped = type(dropout_p) is not float or dropout_p != 0.0  # None, False and the like are for the checks
     if not (extras or kv_lengths is not None or seed is not None or dropped or return_lse):
-        run = shortcuts.find(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
-        if run is not None:
-            return run(q, k, v)
+        out = shortcuts.attend(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
+        if out is not None:
+            return out
     q, k, v = _autocast(q, k, v)
     left, right = split_window(window)
     inputs = Inputs(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, None, None, _seed(seed, dropout_p))

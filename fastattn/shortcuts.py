@@ -1,30 +1,37 @@
-"""The shortest way for the commonest call: q, k and v alone, no gradient, nothing looking on.
+"""The shortest way for the commonest calls: q, k and v alone, nothing looking on.
 
 Describing a call takes longer than a small one takes to compute. The first call of a kind is described, validated and
-given to a backend as any other; if that backend can `prepare` it, calls of the same shapes, strides, dtypes, devices
-and options go straight to the prepared function.
+given to a backend as any other; if that backend can `prepare` it, calls of the same layouts and options go straight
+to what it prepared, forward and backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch
-from .autograd import is_plain
+from . import dispatch, ops
+from .autograd import gradients, is_plain
+from .backends import Prepared, layout
 from .problem import Inputs, Options, describe, split_window
 
-Prepared = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_MOST = 4096  # prepared calls that are kept
-_prepared: dict[Any, Prepared | None] = {}
+class _Kind(NamedTuple):
+    """Calls that differ in nothing but the values of their tensors."""
+
+    prepared: Prepared
+    options: Options
+    backend: str | None
 
 
-def find(
+_MOST = 4096  # kinds that are kept
+_kinds: dict[Any, _Kind | None] = {}
+
+
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -34,29 +41,28 @@ def find(
     softcap: float | None,
     scale: float | None,
     backend: str | None,
-) -> Prepared | None:
-    """The prepared function for this call; None if it has to go the ordinary way, to be refused there perhaps."""
+) -> Tensor | None:
+    """The output of this call; None if it has to go the ordinary way, to be refused there perhaps."""
     if not is_plain(q, k, v) or torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0:
-        return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None
     options = (causal, window, causal_alignment, softcap, scale, backend)
     try:
         # Types are part of the key, as 1 == True == 1.0 and not all of them are accepted.
-        key = (
-            *(q.shape, q.stride(), q.dtype, q.device, q.is_neg()),
-            *(k.shape, k.stride(), k.dtype, k.device, k.is_neg()),
-            *(v.shape, v.stride(), v.dtype, v.device, v.is_neg()),
-            *(options, type(causal), type(softcap), type(scale), *map(type, () if window is None else window)),
-        )
-        return _prepared[key]
-    except KeyError:
-        if len(_prepared) >= _MOST:
-            _prepared.clear()
-        _prepared[key] = prepared = _prepare(q, k, v, *options)
-        return prepared
+        types = (type(causal), type(softcap), type(scale), *map(type, () if window is None else window))
+        key = (layout(q), layout(k), layout(v), options, types)
+        if key in _kinds:
+            kind = _kinds[key]
+        else:
+            if len(_kinds) >= _MOST:
+                _kinds.clear()
+            _kinds[key] = kind = _prepare(q, k, v, *options)
     except (TypeError, RuntimeError):  # no strides, or an option of a wrong type: both will be refused
         return None
+    if kind is None:
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return PreparedAttention.apply(kind, q, k, v)
+    return kind.prepared.infer(q, k, v)
 
 
 def _prepare(
@@ -69,7 +75,7 @@ def _prepare(
     softcap: float | None,
     scale: float | None,
     name: str | None,
-) -> Prepared | None:
+) -> _Kind | None:
     inputs = Inputs(q, k, v)
     try:
         options = Options(causal, *split_window(window), causal_alignment, softcap, scale)
@@ -77,4 +83,33 @@ def _prepare(
         backend = dispatch.choose(problem, name)
     except (TypeError, ValueError):
         return None
-    return backend.prepare(problem, inputs)
+    prepared = backend.prepare(problem, inputs)
+    return None if prepared is None else _Kind(prepared, options, name)
+
+
+class PreparedAttention(torch.autograd.Function):
+    """`autograd.Attention` for calls of a prepared kind.
+
+    Of the older form, without setup_context: torch looks up the other form's signature at every call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kind: _Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: D102
+        out, lse = kind.prepared.forward(q, k, v)
+        ctx.kind = kind
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+        if dout is None:
+            return None, None, None, None
+        kind, needs = ctx.kind, ctx.needs_input_grad[1:]
+        q, k, v, out, lse = saved = ctx.saved_tensors
+        plain = is_plain(q, k, v) and is_plain(dout, out, lse) and forward_ad._current_level < 0
+        # Hooks on saved tensors may have brought them back in another layout.
+        if plain and not torch.is_grad_enabled() and kind.prepared.layouts == tuple(map(layout, saved)):
+            return (None, *kind.prepared.backward(q, k, v, out, lse, dout, needs))
+        arguments = ops.join_arguments(Inputs(q, k, v), kind.options, kind.backend)
+        return (None, *gradients(dout, None, out, lse, arguments, [*needs, False, False])[:3])

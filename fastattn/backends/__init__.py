@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,6 +30,26 @@ class Grads(NamedTuple):
     sinks: Tensor | None
 
 
+class Prepared(Protocol):
+    """Dense calls of q, k and v alone, of one kind: what can be decided beforehand has been.
+
+    layouts: what `layout` must say of q, k, v, out and lse.
+    """
+
+    layouts: tuple[object, ...]
+
+    def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(out, lse)."""
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v, None where not needed; dout may have any strides."""
+
+
 class Backend(Protocol):
     """Computes validated calls. Outputs are allocated with `empty_out` and `empty_lse`."""
 
@@ -42,11 +61,10 @@ class Backend(Protocol):
     def why_not(self, problem: Problem) -> str | None:
         """None if the backend can compute the call, else a sentence that says what stands in the way."""
 
-    def prepare(self, problem: Problem, inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-        """A function of q, k and v that gives out, for calls like this one (dense, no other tensors, no gradient).
+    def prepare(self, problem: Problem, inputs: Inputs) -> Prepared | None:
+        """A shorter way for calls like this one, which is dense and has no other tensors than q, k and v.
 
-        It will be called with tensors of the same shapes, strides, dtypes and devices. None if there is no shorter
-        way than `forward`.
+        None if there is none.
         """
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -66,6 +84,11 @@ class Backend(Protocol):
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(out, lse) of a call with a cache, after writing the new keys and values into it."""
+
+
+def layout(x: Tensor) -> tuple[object, ...]:
+    """All that tells how a tensor's values lie in memory, but for where; hashable."""
+    return x.shape, x.stride(), x.dtype, x.device, x.is_neg()
 
 
 def empty_out(problem: Problem, q: Tensor) -> Tensor:

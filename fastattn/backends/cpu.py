@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..problem import DIFFERENTIABLE, Inputs, Problem
-from . import Grads, Needs, empty_grad, empty_lse, empty_out
+from . import Grads, Needs, empty_grad, empty_lse, empty_out, layout
 
 try:
     from .. import _cpu
@@ -25,6 +25,8 @@ except ImportError as error:  # running from a source tree that was never built
 # The values of fastattn::DType in csrc/params.h.
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+
+_LARGEST_HEAD_DIM = 2**24  # the kernels count the elements of a few rows in 32 bits
 
 Tensors = dict[str, Tensor]
 """The tensors of a call by the names under which the native module knows them (kTensors in csrc/bindings_cpu.cpp)."""
@@ -45,34 +47,19 @@ class CpuBackend:
         return None
 
     def why_not(self, problem: Problem) -> str | None:
-        """It computes every call on CPU tensors."""
+        """It computes every call on CPU tensors that fit into a memory."""
         if problem.device.type != "cpu":
             return f"its tensors are on {problem.device}, and this backend runs on the CPU."
+        for name in ("head_dim", "head_dim_v"):
+            if getattr(problem, name) > _LARGEST_HEAD_DIM:
+                return f"{name} is {getattr(problem, name)}, and this backend takes at most {_LARGEST_HEAD_DIM}."
         return None
 
-    def prepare(self, problem: Problem, inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    def prepare(self, problem: Problem, inputs: Inputs) -> _PreparedCalls | None:
         """See `Backend.prepare`."""
         if inputs.q.is_neg() or inputs.k.is_neg() or inputs.v.is_neg():
             return None
-        out = empty_out(problem, inputs.q)
-        attend = _call(problem, {**_native(problem, inputs), "out": out}).attend
-        shape, stride, dtype = out.shape, out.stride(), out.dtype
-        like_q = torch.empty_like(inputs.q)
-        if like_q.shape == shape and like_q.stride() == stride:  # the quickest way to such memory
-
-            def allocate(q: Tensor) -> Tensor:
-                return torch.empty_like(q)
-        else:
-
-            def allocate(q: Tensor) -> Tensor:
-                return torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
-
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = allocate(q)
-            attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), torch.get_num_threads())
-            return out
-
-        return run
+        return _PreparedCalls(problem, inputs)
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
@@ -93,7 +80,7 @@ class CpuBackend:
     ) -> Grads:
         """See `Backend.backward`."""
         grads = _empty_grads(problem, inputs, needs)
-        tensors = {**_native(problem, inputs), "out": out, "lse": lse, "dout": _in_memory(dout)}
+        tensors = _native(problem, inputs) | {"out": _in_memory(out), "lse": _in_memory(lse), "dout": _in_memory(dout)}
         if dlse is not None:
             tensors["dlse"] = _in_memory(dlse.to(problem.accumulator))
         for name, grad in zip(DIFFERENTIABLE, grads, strict=True):
@@ -118,6 +105,57 @@ class CpuBackend:
             elif inputs.k_new is not None and not cache.is_inference():
                 torch.autograd.graph.increment_version(cache)
         return out, lse
+
+
+Allocate = Callable[[Tensor], Tensor]
+
+
+def _allocator(wanted: Tensor, like: Tensor) -> Allocate:
+    """The quickest way to memory laid out as `wanted`, given a tensor laid out as `like`."""
+    if torch.empty_like(like, device="meta").stride() == wanted.stride() and like.shape == wanted.shape:
+        return torch.empty_like
+    shape, stride, dtype = wanted.shape, wanted.stride(), wanted.dtype
+    return lambda _: torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+
+
+class _PreparedCalls:
+    """See `Prepared`."""
+
+    def __init__(self, problem: Problem, inputs: Inputs) -> None:
+        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+        self.layouts: tuple[object, ...] = tuple(map(layout, (inputs.q, inputs.k, inputs.v, out, lse)))
+        self._problem = problem
+        self._attend = _call(problem, {**_native(problem, inputs), "out": out, "lse": lse}).attend
+        self._allocate_out = _allocator(out, inputs.q)
+        self._lse_shape, self._lse_dtype = lse.shape, lse.dtype
+        self._allocate_grads = [_allocator(empty_grad(x), x) for x in (inputs.q, inputs.k, inputs.v)]
+        self._gradients: dict[Any, Callable[..., None]] = {}
+
+    def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = self._allocate_out(q)
+        self._attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, torch.get_num_threads())
+        return out
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = self._allocate_out(q), torch.empty(self._lse_shape, dtype=self._lse_dtype, device="cpu")
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
+        self._attend(*addresses, torch.get_num_threads())
+        return out, lse
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        dout = _in_memory(dout)
+        wanted = zip(needs, self._allocate_grads, (q, k, v), strict=True)
+        grads = tuple([allocate(x) if need else None for need, allocate, x in wanted])
+        key = (dout.stride(), needs)
+        if key not in self._gradients:
+            tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
+            tensors |= {f"d{name}": grad for name, grad in zip("qkv", grads, strict=True) if grad is not None}
+            self._gradients[key] = _call(self._problem, tensors).gradients
+        addresses = [0 if x is None else x.data_ptr() for x in (q, k, v, out, lse, dout, *grads)]
+        self._gradients[key](*addresses, torch.get_num_threads())
+        return grads
 
 
 def _native(problem: Problem, inputs: Inputs) -> Tensors:
