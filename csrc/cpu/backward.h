@@ -17,13 +17,27 @@ namespace FASTATTN_ISA {
 
 inline int padded(int64_t dim, int width) { return int((dim + width - 1) / width * width); }
 
-// Probabilities and score gradients of one step, as the operands of the products that follow.
+// Panels whose rows go into dV and dK together. The products over one panel's few rows alone would spend a fifth of
+// their time on loading and storing what they add to.
 template <class E>
-struct StepOperands {
+constexpr int kGroupPanels = larger(1, smaller(8, 64 * E::kPerWord / Panel<typename E::Vector>::kLanes));
+
+// Probabilities and score gradients, as the operands of the products that follow.
+template <class E>
+struct Operands {
   using Word = typename E::Word;
-  Word* probs;        // [key][lane words]: words along the lanes, for dV
-  Word* dscores;      // [key][lane words]: likewise, for dK
+  static constexpr int kPanelWords = Panel<typename E::Vector>::kLanes / E::kPerWord;
+  static constexpr int kRow = kGroupPanels<E> * kPanelWords;
+  Word* probs;        // [key][lane words of a group]: words along the lanes, for dV
+  Word* dscores;      // [key][lane words of a group]: likewise, for dK
   Word* dscores_key;  // [key word][lane]: words along the keys, for dQ
+  int64_t dscores_key_stride;
+
+  // Those of one panel of the group, from a key on.
+  Operands at(int key, int panel) const {
+    const int64_t shift = key * int64_t(kRow) + panel * kPanelWords;
+    return {probs + shift, dscores + shift, E::kPerWord == 1 ? dscores + shift : dscores_key, dscores_key_stride};
+  }
 };
 
 template <class E>
@@ -36,8 +50,8 @@ struct BackwardScratch {
   S *scores, *dprobs, *factors, *dk, *dv, *dbias;
   S *lse, *delta;                  // [lane], lse in units of log2
   Word *q_columns, *dout_columns;  // [word of dim][lane]
-  Word *q_rows, *dout_rows;        // [word of lanes][padded dim]
-  StepOperands<E> step;
+  Word *q_rows, *dout_rows;        // [lane words of a group][padded dim]
+  Operands<E> operands;
   AddendScratch<V> addend;
   KeyBlock<E> block;      // k along head_dim, and v along head_dim_v
   Word *k_copy, *v_copy;  // where block points if the caller's memory does not lie right
@@ -60,14 +74,12 @@ struct BackwardScratch {
     delta = arena.take<S>(kLanes);
     q_columns = arena.take<Word>(int64_t(words) * kLanes);
     dout_columns = arena.take<Word>(int64_t(words_v) * kLanes);
-    q_rows = arena.take<Word>(int64_t(kLanes / E::kPerWord) * dim);
-    dout_rows = arena.take<Word>(int64_t(kLanes / E::kPerWord) * dim_v);
-    if (E::kPerWord == 1) {  // words along lanes and along keys are the same: single numbers, in place
-      step = {reinterpret_cast<Word*>(scores), reinterpret_cast<Word*>(dprobs), reinterpret_cast<Word*>(dprobs)};
-    } else {
-      step = {arena.take<Word>(kBlockKeys * kLanes / 2), arena.take<Word>(kBlockKeys * kLanes / 2),
-              arena.take<Word>(kBlockKeys * kLanes / 2)};
-    }
+    q_rows = arena.take<Word>(int64_t(Operands<E>::kRow) * dim);
+    dout_rows = arena.take<Word>(int64_t(Operands<E>::kRow) * dim_v);
+    operands.probs = arena.take<Word>(kBlockKeys * Operands<E>::kRow);
+    operands.dscores = arena.take<Word>(kBlockKeys * Operands<E>::kRow);
+    operands.dscores_key = arena.take<Word>(E::kPerWord == 1 ? 0 : kBlockKeys / 2 * kLanes);
+    operands.dscores_key_stride = E::kPerWord == 1 ? Operands<E>::kRow : kLanes;
     addend.values = arena.take<S>(kBlockKeys * kLanes);
     addend.seen = arena.take<uint8_t>(kBlockKeys);
     k_copy = arena.take<Word>(int64_t(kBlockKeys) * words);
@@ -124,9 +136,10 @@ inline void pack_rows(Pairs, const bf16* const* rows, int lanes, int64_t stride,
 }
 #endif
 
-// Brings a panel's queries, output gradients, lse and delta into scratch. Rows that saw nothing take no part.
+// Brings the queries, output gradients, lse and delta of a group's panel into scratch. Rows that saw nothing take no
+// part.
 template <class E, class T>
-void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel,
+void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int place,
                 const BackwardSpace& space, BackwardScratch<E>& s) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
@@ -148,8 +161,9 @@ void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Ve
   }
   Columns<E, T>::pack(q, lanes, p.q.stride_d, int(p.head_dim), s.q_columns, kLanes);
   Columns<E, T>::pack(dout, lanes, p.dout.stride_d, int(p.head_dim_v), s.dout_columns, kLanes);
-  pack_rows(E{}, q, lanes, p.q.stride_d, int(p.head_dim), s.dim, s.q_rows);
-  pack_rows(E{}, dout, lanes, p.dout.stride_d, int(p.head_dim_v), s.dim_v, s.dout_rows);
+  const int64_t row = int64_t(place) * Operands<E>::kPanelWords;
+  pack_rows(E{}, q, lanes, p.q.stride_d, int(p.head_dim), s.dim, s.q_rows + row * s.dim);
+  pack_rows(E{}, dout, lanes, p.dout.stride_d, int(p.head_dim_v), s.dim_v, s.dout_rows + row * s.dim_v);
 }
 
 // What becomes of one vector of scores.
@@ -209,9 +223,10 @@ inline void store_lanes(Pairs, F32 x, uint32_t* row, int lane) { x.store(reinter
 // null.
 template <class E>
 void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, int keys,
-                   const typename E::Scalar* addend, const typename E::Scalar* factors, typename E::Scalar* dbias) {
+                   const typename E::Scalar* addend, const typename E::Scalar* factors, typename E::Scalar* dbias,
+                   const Operands<E>& to) {
   using V = typename E::Vector;
-  constexpr int kLanes = Panel<V>::kLanes, kRow = kLanes / E::kPerWord;
+  constexpr int kLanes = Panel<V>::kLanes, kRow = Operands<E>::kRow;
   for (int lane = 0; lane < vectors * V::kWidth; lane += V::kWidth) {
     const V lse = V::load(s.lse + lane), delta = V::load(s.delta + lane);
     V before = V::set(0);
@@ -220,23 +235,23 @@ void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, in
       const ScoreGrad<V> g = score_grad<V>(p, s.scores + at, s.dprobs + at, addend ? addend + at : nullptr,
                                            factors ? factors + at : nullptr, lse, delta);
       if (dbias != nullptr) (V::load(dbias + at) + g.dbias).store(dbias + at);
-      store_lanes(E{}, g.prob, s.step.probs + n * kRow, lane);
-      store_lanes(E{}, g.dscore, s.step.dscores + n * kRow, lane);
+      store_lanes(E{}, g.prob, to.probs + n * kRow, lane);
+      store_lanes(E{}, g.dscore, to.dscores + n * kRow, lane);
       if constexpr (E::kPerWord == 2) {
-        if (n % 2 == 1) store_pairs(before, g.dscore, s.step.dscores_key + n / 2 * kLanes + lane);
-        if (n % 2 == 0 && n + 1 == keys) store_pairs(g.dscore, V::set(0), s.step.dscores_key + n / 2 * kLanes + lane);
+        if (n % 2 == 1) store_pairs(before, g.dscore, to.dscores_key + n / 2 * kLanes + lane);
+        if (n % 2 == 0 && n + 1 == keys) store_pairs(g.dscore, V::set(0), to.dscores_key + n / 2 * kLanes + lane);
         before = g.dscore;
       }
     }
   }
 }
 
-// C[key][dim] += words[key][lane word] * rows[lane word][dim], the products over the panel's queries.
+// C[key][dim] += words[key][lane word] * rows[lane word][dim], the products over queries.
 template <class E>
 void add_over_lanes(int keys, int lanes, const typename E::Word* words, const typename E::Word* rows, int dim,
                     typename E::Scalar* c) {
   using V = typename E::Vector;
-  constexpr int kRow = Panel<V>::kLanes / E::kPerWord;
+  constexpr int kRow = Operands<E>::kRow;
   int d = 0;
   for (; d + 2 * V::kWidth <= dim; d += 2 * V::kWidth)
     gemm<E, 2, Update::kAdd>(keys, lanes / E::kPerWord, words, kRow, 1, rows + d, dim, c + d, dim);
@@ -247,14 +262,15 @@ void add_over_lanes(int keys, int lanes, const typename E::Word* words, const ty
 // nothing is visible. gaps: some key is seen by no row.
 template <class E, int kVectors>
 bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel,
-                     BackwardScratch<E>& s, int at, int64_t n0, int keys, typename E::Scalar* dbias, bool& gaps) {
+                     BackwardScratch<E>& s, int at, int64_t n0, int keys, typename E::Scalar* dbias,
+                     const Operands<E>& to, bool& gaps) {
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<typename E::Vector>::kLanes;
   const bool plain = can_be_plain(p) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return false;
   make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, s.block.k + at * s.block.k_stride, s.block.k_stride,
-                           words_of(int(p.head_dim), E::kPerWord), s.q_columns, s.scores);
+                           words_of(int(p.head_dim), E::kPerWord), s.q_columns, s.scores, nullptr);
   gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.block.v + at * s.block.v_stride,
                                     s.block.v_stride, 1, s.dout_columns, kLanes, s.dprobs, kLanes);
   const S* factors = nullptr;
@@ -262,22 +278,19 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
     make_dropout(p, panel, n0, keys, s.factors);
     factors = s.factors;
   }
-  make_operands(p, s, kVectors, keys, plain ? nullptr : s.addend.values, factors, dbias);
+  make_operands(p, s, kVectors, keys, plain ? nullptr : s.addend.values, factors, dbias, to);
   return true;
 }
 
-// One step of dQ, dK and dV.
+// One step up to dQ; what dK and dV need is left in the operands. Returns false if nothing is visible.
 template <class E, int kVectors>
-void backward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s,
-                   int at, int64_t n0, int keys, typename E::Scalar* dq) {
+bool backward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s,
+                   int at, int64_t n0, int keys, const Operands<E>& operands, typename E::Scalar* dq) {
   constexpr int kLanes = Panel<typename E::Vector>::kLanes;
-  const int lanes = kVectors * E::Vector::kWidth, dim = int(p.head_dim);
+  const int dim = int(p.head_dim);
   bool gaps = false;
-  if (!backward_scores<E, kVectors>(p, seq, panel, s, at, n0, keys, nullptr, gaps)) return;
-  if (p.dv.data != nullptr)
-    add_over_lanes<E>(keys, lanes, s.step.probs, s.dout_rows, s.dim_v, s.dv + at * int64_t(s.dim_v));
-  if (p.dk.data != nullptr) add_over_lanes<E>(keys, lanes, s.step.dscores, s.q_rows, s.dim, s.dk + at * int64_t(s.dim));
-  if (p.dq.data == nullptr) return;
+  if (!backward_scores<E, kVectors>(p, seq, panel, s, at, n0, keys, nullptr, operands, gaps)) return false;
+  if (p.dq.data == nullptr) return true;
   const typename E::Word* k = s.k_keys + at / E::kPerWord * s.k_keys_stride;
   int64_t k_stride = s.k_keys_stride;
   if (gaps) {
@@ -285,13 +298,64 @@ void backward_step(const Params& p, const Sequence& seq, const Panel<typename E:
     k_stride = dim;
   }
   const int whole = keys / E::kPerWord;
-  gemm<E, kVectors, Update::kAdd>(dim, whole, k, 1, k_stride, s.step.dscores_key, kLanes, dq, kLanes);
+  const int64_t stride = operands.dscores_key_stride;
+  gemm<E, kVectors, Update::kAdd>(dim, whole, k, 1, k_stride, operands.dscores_key, stride, dq, kLanes);
   if constexpr (E::kPerWord == 2) {
     if (keys % 2 == 1) {  // the last word holds a key behind the step, unseen perhaps and NaN
       for (int d = 0; d < dim; ++d) s.gapless[d] = k[whole * k_stride + d] & 0xffffu;
-      gemm<E, kVectors, Update::kAdd>(dim, 1, s.gapless, 1, dim, s.step.dscores_key + whole * kLanes, kLanes, dq,
+      gemm<E, kVectors, Update::kAdd>(dim, 1, s.gapless, 1, dim, operands.dscores_key + whole * stride, stride, dq,
                                       kLanes);
     }
+  }
+  return true;
+}
+
+// dV and dK of keys [first, last) of the block from the rows of panels place .. place + lanes / kLanes of the group.
+template <class E>
+void add_key_grads(const Params& p, const BackwardScratch<E>& s, int first, int last, int place, int lanes) {
+  if (first >= last) return;
+  const Operands<E> from = s.operands.at(first, place);
+  const int64_t row = int64_t(place) * Operands<E>::kPanelWords;
+  if (p.dv.data != nullptr)
+    add_over_lanes<E>(last - first, lanes, from.probs, s.dout_rows + row * s.dim_v, s.dim_v,
+                      s.dv + first * int64_t(s.dim_v));
+  if (p.dk.data != nullptr)
+    add_over_lanes<E>(last - first, lanes, from.dscores, s.q_rows + row * s.dim, s.dim, s.dk + first * int64_t(s.dim));
+}
+
+// A block of keys against a group of panels, the first of which holds the rows from first_row on.
+template <class E, class T>
+void backward_group(const Params& p, const Sequence& seq, const BackwardJob& job, const BackwardSpace& space,
+                    BackwardScratch<E>& s, int64_t n0, int keys, int64_t first_row, int64_t rows,
+                    typename E::Scalar* dq) {
+  using V = typename E::Vector;
+  constexpr int kLanes = Panel<V>::kLanes;
+  int first[kGroupPanels<E>], last[kGroupPanels<E>], lanes[kGroupPanels<E>];  // keys seen, and rows
+  int panels = 0, all_first = 0, all_last = keys, all_lanes = 0;
+  for (; panels < kGroupPanels<E> && first_row < rows; ++panels, first_row += kLanes, dq += p.head_dim * kLanes) {
+    Panel<V> panel;
+    set_panel(panel, p, seq, job.b, group_of(p, job.head_kv), first_row, rows - first_row, {n0, n0 + keys});
+    bool seen = panel.any.first < panel.any.last;
+    if (seen) {
+      load_panel<E, T>(p, seq, panel, panels, space, s);
+      const int at = int(panel.any.first - n0) / E::kPerWord * E::kPerWord, used = int(panel.any.last - n0) - at;
+      const Operands<E> to = s.operands.at(at, panels);
+      seen = panel.vectors == 2 ? backward_step<E, 2>(p, seq, panel, s, at, n0 + at, used, to, dq)
+                                : backward_step<E, 1>(p, seq, panel, s, at, n0 + at, used, to, dq);
+      first[panels] = at;
+      last[panels] = at + used;
+    }
+    if (!seen) first[panels] = last[panels] = 0;
+    lanes[panels] = panel.vectors * V::kWidth;
+    all_lanes += lanes[panels];
+    all_first = int(larger(all_first, first[panels]));
+    all_last = int(smaller(all_last, last[panels]));
+  }
+  all_last = int(larger(all_first, all_last));
+  add_key_grads(p, s, all_first, all_last, 0, all_lanes);
+  for (int i = 0; i < panels; ++i) {  // keys that not all panels see
+    add_key_grads(p, s, first[i], int(smaller(last[i], all_first)), i, lanes[i]);
+    add_key_grads(p, s, int(larger(first[i], all_last)), last[i], i, lanes[i]);
   }
 }
 
@@ -328,19 +392,8 @@ void backward_job(const Params& p, const BackwardJob& job, const BackwardSpace& 
     load_backward_block(s, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, keys);
     clear(s.dk, int64_t(keys) * s.dim);
     clear(s.dv, int64_t(keys) * s.dim_v);
-    for (int64_t i = 0; i < panels; ++i) {
-      Panel<V> panel;
-      set_panel(panel, p, seq, job.b, heads, i * kLanes, rows - i * kLanes, {n0, n0 + keys});
-      if (panel.any.first >= panel.any.last) continue;
-      load_panel<E, T>(p, seq, panel, space, s);
-      const int at = int(panel.any.first - n0) / E::kPerWord * E::kPerWord;
-      const int used = int(panel.any.last - n0) - at;
-      if (panel.vectors == 2) {
-        backward_step<E, 2>(p, seq, panel, s, at, n0 + at, used, dq + i * dq_size);
-      } else {
-        backward_step<E, 1>(p, seq, panel, s, at, n0 + at, used, dq + i * dq_size);
-      }
-    }
+    for (int64_t i = 0; i < panels; i += kGroupPanels<E>)
+      backward_group<E, T>(p, seq, job, space, s, n0, keys, i * kLanes, rows, dq + i * dq_size);
     store_key_grads<V, T>(p, p.dk, seq, job, n0, keys, int(p.head_dim), s.dim, s.dk, S(p.scale));
     store_key_grads<V, T>(p, p.dv, seq, job, n0, keys, int(p.head_dim_v), s.dim_v, s.dv, S(1));
   }
@@ -353,6 +406,25 @@ size_t backward_scratch(const Params& p) {
   return arena.used();
 }
 
+// rowsum(a * b), in an order that does not depend on the strides.
+template <class V, class T>
+typename V::Scalar row_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int dim) {
+  using S = typename V::Scalar;
+  V sums = V::set(S(0));
+  int d = 0;
+  if (stride_a == 1 && stride_b == 1)
+    for (; d + V::kWidth <= dim; d += V::kWidth) sums = fma(V::load(a + d), V::load(b + d), sums);
+  S lanes[V::kWidth];
+  sums.store(lanes);
+  for (; d < dim; ++d) {
+    S& lane = lanes[d % V::kWidth];
+    lane = S(__builtin_fma(S(to_float(a[d * stride_a])), S(to_float(b[d * stride_b])), lane));
+  }
+  S total = S(0);
+  for (const S lane : lanes) total += lane;
+  return total;
+}
+
 // delta = rowsum(dout * out) - dlse of one head of a sequence.
 template <class V, class T>
 void delta_job(const Params& p, const BackwardSpace& space, int64_t b, int64_t head) {
@@ -361,11 +433,7 @@ void delta_job(const Params& p, const BackwardSpace& space, int64_t b, int64_t h
   for (int64_t i = 0; i < seq.q_length; ++i) {
     const T* out = row_of<const T>(p.out, seq, b, head, i);
     const T* dout = row_of<const T>(p.dout, seq, b, head, i);
-    S sum[V::kWidth] = {};
-    for (int64_t d = 0; d < p.head_dim_v; ++d)
-      sum[d % V::kWidth] += S(to_float(out[d * p.out.stride_d])) * S(to_float(dout[d * p.dout.stride_d]));
-    S total = S(0);
-    for (int lane = 0; lane < V::kWidth; ++lane) total += sum[lane];
+    S total = row_product<V>(out, p.out.stride_d, dout, p.dout.stride_d, int(p.head_dim_v));
     if (p.dlse.data != nullptr) total -= *row_of<const S>(p.dlse, seq, b, head, i);
     *row_of<S>(space.delta, seq, b, head, i) = total;
   }

@@ -48,12 +48,12 @@ void dbias_job(const Params& p, const BiasJob& job, const BackwardSpace& space, 
           Panel<V> panel;
           set_panel(panel, p, seq, b, {head, 1}, row, last_row - row, {n0, n0 + keys});
           if (panel.any.first >= panel.any.last) continue;
-          load_panel<E, T>(p, seq, panel, space, s);
+          load_panel<E, T>(p, seq, panel, 0, space, s);
           bool gaps = false;
           if (panel.vectors == 2) {
-            backward_scores<E, 2>(p, seq, panel, s, 0, n0, keys, s.dbias, gaps);
+            backward_scores<E, 2>(p, seq, panel, s, 0, n0, keys, s.dbias, s.operands.at(0, 0), gaps);
           } else {
-            backward_scores<E, 1>(p, seq, panel, s, 0, n0, keys, s.dbias, gaps);
+            backward_scores<E, 1>(p, seq, panel, s, 0, n0, keys, s.dbias, s.operands.at(0, 0), gaps);
           }
         }
       }

@@ -42,8 +42,10 @@ std::vector<const Kernels*> usable_kernels() {
 
 // Below this many multiply-adds per thread, waking a thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 100'000;
-// As many jobs as keep a large machine busy; fewer, larger ones read K and V less often.
+// As many jobs as keep a large machine busy.
 constexpr int64_t kWantedJobs = 64;
+// So many that no thread waits long for the last one; fewer, larger ones read and convert K and V less often.
+constexpr int64_t kForwardJobsPerThread = 8;
 constexpr int64_t kMaxPanelsPerJob = 8;
 constexpr int64_t kMinKeysPerPart = 512;
 // Each part of the keys has an addend of dq of its own: this bounds their memory.
@@ -60,7 +62,7 @@ struct ForwardPlan {
   int64_t parts = 0, rows_total = 0, work = 0;
 };
 
-ForwardPlan plan_forward(const Params& p, const Kernels& k) {
+ForwardPlan plan_forward(const Params& p, const Kernels& k, int threads) {
   ForwardPlan plan;
   const int64_t panel = k.panel_rows(p.dtype), group = p.heads_kv ? p.heads_q / p.heads_kv : 1;
   int64_t panels = 0, longest = 0;
@@ -69,7 +71,8 @@ ForwardPlan plan_forward(const Params& p, const Kernels& k) {
     panels += (seq.q_length * group + panel - 1) / panel * p.heads_kv;
     longest = std::max(longest, seq.k_length);
   }
-  const int64_t per_job = std::clamp<int64_t>(panels / kWantedJobs, 1, kMaxPanelsPerJob);
+  // No result depends on which panels share a job.
+  const int64_t per_job = std::clamp<int64_t>(panels / (threads * kForwardJobsPerThread), 1, kMaxPanelsPerJob);
   if (panels > 0 && panels < kWantedJobs / 2) {
     const int64_t parts = std::min((kWantedJobs / 2 + panels - 1) / panels, longest / kMinKeysPerPart);
     if (parts > 1) plan.parts = parts;
@@ -185,7 +188,7 @@ void forward_with_cache(const Params& params, int threads) {
 
 void forward(const Params& p, int threads) {
   const Kernels& k = kernels();
-  const ForwardPlan plan = plan_forward(p, k);
+  const ForwardPlan plan = plan_forward(p, k, threads);
   threads = useful_threads(threads, plan.work);
   const size_t each = (k.forward_scratch(p) + 4095) / 4096 * 4096;
   const size_t scalar = p.dtype == DType::kFloat64 ? 8 : 4;

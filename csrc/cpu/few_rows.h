@@ -44,14 +44,6 @@ struct FewRowsScratch {
   }
 };
 
-// Asks for a row that will be read soon. Keys and values come in turns, a block of each: without this the memory would
-// rest while the processor computes, and the processor wait whenever it changes from one to the other.
-template <class T>
-inline void prefetch_row(const T* row, int dim) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < int64_t(dim) * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
-}
-
 // scores[key][row] of kRows queries and kWidth / kRows keys.
 template <class V, class T, int kRows>
 void few_scores_tile(const typename V::Scalar* queries, int ld, int dim, const T* const* k, int keys,
@@ -153,7 +145,10 @@ void few_rows_block(const Params& p, const Sequence& seq, const Panel<V>& panel,
     few_scores<V, T, decltype(rows)::value>(s.queries + r * s.dim, s.dim, dim, s.k, keys, s.scores + r,
                                             r == 0 ? s.v : nullptr, dim_v);
   });
-  softmax_step<Single<V>, 1>(p, panel, n0, keys, plain, s.scores, s.addend.values, s.factors, s.scores, state);
+  typename V::Scalar plain_max[Panel<V>::kLanes];
+  if (plain) maximum<V, 1>(s.scores, keys, plain_max);
+  softmax_step<Single<V>, 1>(p, panel, n0, keys, plain ? plain_max : nullptr, s.scores, s.addend.values, s.factors,
+                             s.scores, state);
   for_row_pieces<V>(panel.count, [&](auto rows, int r) {
     few_outputs<V, T, decltype(rows)::value>(s.scores + r, s.v, gaps ? s.addend.seen : nullptr, keys, dim_v,
                                              state.alpha + r, s.acc + r * s.dim_v, s.dim_v, s.next_k, dim,

@@ -77,21 +77,22 @@ void finish_scores(const Params& p, typename V::Scalar* scores, const typename V
   }
 }
 
+// The maximum per lane.
 template <class V, int kVectors>
-void maximum(const typename V::Scalar* scores, int keys, V (&highest)[kVectors]) {
+void maximum(const typename V::Scalar* scores, int keys, typename V::Scalar* highest) {
   constexpr int kLanes = Panel<V>::kLanes;
-  V other[kVectors];
-  for (int i = 0; i < kVectors; ++i) other[i] = highest[i];
+  V even[kVectors], odd[kVectors];
+  for (int i = 0; i < kVectors; ++i) even[i] = odd[i] = V::set(typename V::Scalar(-__builtin_inf()));
   int n = 0;
   for (; n + 2 <= keys; n += 2) {
     for (int i = 0; i < kVectors; ++i) {
-      highest[i] = max(highest[i], V::load(scores + n * kLanes + i * V::kWidth));
-      other[i] = max(other[i], V::load(scores + (n + 1) * kLanes + i * V::kWidth));
+      even[i] = max(even[i], V::load(scores + n * kLanes + i * V::kWidth));
+      odd[i] = max(odd[i], V::load(scores + (n + 1) * kLanes + i * V::kWidth));
     }
   }
   for (int i = 0; i < kVectors; ++i) {
-    if (n < keys) highest[i] = max(highest[i], V::load(scores + n * kLanes + i * V::kWidth));
-    highest[i] = max(highest[i], other[i]);
+    if (n < keys) even[i] = max(even[i], V::load(scores + n * kLanes + i * V::kWidth));
+    max(even[i], odd[i]).store(highest + i * V::kWidth);
   }
 }
 
@@ -139,24 +140,22 @@ void reset(OnlineSoftmax<V>& state) {
 }
 
 // Online softmax over keys n0 .. n0 + keys: scores become probs (which may be the same memory), relative to the new
-// maximum; state.alpha is what everything before has to be multiplied with. plain: the scores only have to be scaled.
+// maximum; state.alpha is what everything before has to be multiplied with. plain_max: of a plain step, whose scores
+// only have to be scaled, their maximum per lane; else null.
 template <class E, int kVectors>
-void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64_t n0, int keys, bool plain,
-                  typename E::Scalar* scores, const typename E::Scalar* addend, typename E::Scalar* factors,
-                  typename E::Word* probs, OnlineSoftmax<typename E::Vector>& state) {
+void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
+                  const typename E::Scalar* plain_max, typename E::Scalar* scores, const typename E::Scalar* addend,
+                  typename E::Scalar* factors, typename E::Word* probs, OnlineSoftmax<typename E::Vector>& state) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
   V highest[kVectors], shift[kVectors], sum[kVectors];
-  for (int i = 0; i < kVectors; ++i) {
-    highest[i] = V::set(S(-__builtin_inf()));
-    sum[i] = V::set(S(0));
-  }
+  for (int i = 0; i < kVectors; ++i) sum[i] = V::set(S(0));
   V scale = V::set(S(1));
-  if (plain) {
+  if (plain_max != nullptr) {
     scale = V::set(S(p.scale * kLog2E));
-    maximum<V, kVectors>(scores, keys, highest);
-    for (int i = 0; i < kVectors; ++i) highest[i] = highest[i] * scale;
+    for (int i = 0; i < kVectors; ++i) highest[i] = V::load(plain_max + i * V::kWidth) * scale;
   } else {
+    for (int i = 0; i < kVectors; ++i) highest[i] = V::set(S(-__builtin_inf()));
     finish_scores<V, kVectors>(p, scores, addend, keys, highest);
   }
   for (int i = 0; i < kVectors; ++i) {
@@ -174,19 +173,26 @@ void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64
   }
 }
 
-// Products of q and k; of a plain step together with ALiBi and bias, divided by the scale that follows.
+// Products of q and k; of a plain step together with ALiBi and bias, divided by the scale that follows. plain_max:
+// null, or where the maximum per lane of a plain step is wanted.
 template <class E, int kVectors>
 void make_scores(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
                  bool plain, const typename E::Word* k, int64_t k_stride, int words, const typename E::Word* queries,
-                 typename E::Scalar* scores) {
+                 typename E::Scalar* scores, typename E::Scalar* plain_max) {
+  using V = typename E::Vector;
   using S = typename E::Scalar;
-  constexpr int kLanes = Panel<typename E::Vector>::kLanes;
+  constexpr int kLanes = Panel<V>::kLanes;
   if (plain && has_terms(p)) {
     make_terms(p, seq, panel, n0, keys, S(1 / p.scale), scores);
     gemm<E, kVectors, Update::kAdd>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes);
+  } else if (E::kPerWord == 1 && plain && plain_max != nullptr) {  // in one pass, which pairs are too quick to gain by
+    for (int lane = 0; lane < kLanes; ++lane) plain_max[lane] = S(-__builtin_inf());
+    gemm<E, kVectors, Update::kStoreMax>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes, plain_max);
+    return;
   } else {
     gemm<E, kVectors, Update::kStore>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes);
   }
+  if (plain && plain_max != nullptr) maximum<V, kVectors>(scores, keys, plain_max);
 }
 
 // One step: keys n0 .. n0 + keys, which begin at the block's row `at`, against one panel.
@@ -198,10 +204,11 @@ void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::
   const int dim_v = int(p.head_dim_v), words = words_of(int(p.head_dim), E::kPerWord);
   bool gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, scratch.addend, gaps)) return;
+  typename E::Scalar plain_max[kLanes];
   make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, block.k + at * block.k_stride, block.k_stride, words,
-                           queries, scratch.scores);
-  softmax_step<E, kVectors>(p, panel, n0, keys, plain, scratch.scores, scratch.addend.values, scratch.factors,
-                            scratch.probs, state);
+                           queries, scratch.scores, plain_max);
+  softmax_step<E, kVectors>(p, panel, n0, keys, plain ? plain_max : nullptr, scratch.scores, scratch.addend.values,
+                            scratch.factors, scratch.probs, state);
   const typename E::Word* v = block.v + at / E::kPerWord * block.v_stride;
   int64_t v_stride = block.v_stride;
   if (gaps) {

@@ -44,14 +44,15 @@ struct Pairs {
 };
 #endif
 
-// What happens to the product: C = product, C += product, or C = alpha[lane] * C + product.
-enum class Update { kStore, kAdd, kScaleAdd };
+// What happens to the product: C = product; the same, and lanes[lane] = the maximum of itself and of C's column;
+// C += product; or C = lanes[lane] * C + product.
+enum class Update { kStore, kStoreMax, kAdd, kScaleAdd };
 
 // A tile of kRows rows, kept in registers. Out of line: inlined into its callers, GCC spills the accumulators.
 template <class E, int kRows, int kVectors, Update kUpdate, bool kUnitRows>
 __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
                                          const typename E::Word* b, int64_t ldb, typename E::Scalar* c, int64_t ldc,
-                                         const typename E::Scalar* alpha) {
+                                         typename E::Scalar* lanes) {
   using V = typename E::Vector;
   constexpr int kWidth = V::kWidth;
   V acc[kRows][kVectors];
@@ -69,51 +70,52 @@ __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64
     b += ldb;
   }
   for (int i = 0; i < kVectors; ++i) {
-    const V factor = kUpdate == Update::kScaleAdd ? V::load(alpha + i * kWidth) : V::set(1);
+    constexpr bool kPerLane = kUpdate == Update::kScaleAdd || kUpdate == Update::kStoreMax;
+    V lane = kPerLane ? V::load(lanes + i * kWidth) : V::set(1);
     for (int r = 0; r < kRows; ++r) {
       typename E::Scalar* to = c + r * ldc + i * kWidth;
       if (kUpdate == Update::kAdd) acc[r][i] = acc[r][i] + V::load(to);
-      if (kUpdate == Update::kScaleAdd) acc[r][i] = fma(factor, V::load(to), acc[r][i]);
+      if (kUpdate == Update::kScaleAdd) acc[r][i] = fma(lane, V::load(to), acc[r][i]);
+      if (kUpdate == Update::kStoreMax) lane = max(lane, acc[r][i]);
       acc[r][i].store(to);
     }
+    if (kUpdate == Update::kStoreMax) lane.store(lanes + i * kWidth);
   }
 }
 
 template <class E, int kRows, int kVectors, Update kUpdate, bool kUnitRows>
 void gemm_rest(int rows, int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
-               const typename E::Word* b, int64_t ldb, typename E::Scalar* c, int64_t ldc,
-               const typename E::Scalar* alpha) {
+               const typename E::Word* b, int64_t ldb, typename E::Scalar* c, int64_t ldc, typename E::Scalar* lanes) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      gemm_tile<E, kRows, kVectors, kUpdate, kUnitRows>(k, a, row_stride, k_stride, b, ldb, c, ldc, alpha);
+      gemm_tile<E, kRows, kVectors, kUpdate, kUnitRows>(k, a, row_stride, k_stride, b, ldb, c, ldc, lanes);
     } else {
-      gemm_rest<E, kRows - 1, kVectors, kUpdate, kUnitRows>(rows, k, a, row_stride, k_stride, b, ldb, c, ldc, alpha);
+      gemm_rest<E, kRows - 1, kVectors, kUpdate, kUnitRows>(rows, k, a, row_stride, k_stride, b, ldb, c, ldc, lanes);
     }
   }
 }
 
 template <class E, int kVectors, Update kUpdate, bool kUnitRows>
 void gemm_rows(int rows, int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
-               const typename E::Word* b, int64_t ldb, typename E::Scalar* c, int64_t ldc,
-               const typename E::Scalar* alpha) {
+               const typename E::Word* b, int64_t ldb, typename E::Scalar* c, int64_t ldc, typename E::Scalar* lanes) {
   constexpr int kTile = E::Vector::kTileRows;
   int r = 0;
   for (; r + kTile <= rows; r += kTile) {
     gemm_tile<E, kTile, kVectors, kUpdate, kUnitRows>(k, a + r * row_stride, row_stride, k_stride, b, ldb, c + r * ldc,
-                                                      ldc, alpha);
+                                                      ldc, lanes);
   }
   gemm_rest<E, kTile - 1, kVectors, kUpdate, kUnitRows>(rows - r, k, a + r * row_stride, row_stride, k_stride, b, ldb,
-                                                        c + r * ldc, ldc, alpha);
+                                                        c + r * ldc, ldc, lanes);
 }
 
-// k counts words. alpha is read by kScaleAdd alone.
+// k counts words. lanes: see Update.
 template <class E, int kVectors, Update kUpdate>
 void gemm(int rows, int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride, const typename E::Word* b,
-          int64_t ldb, typename E::Scalar* c, int64_t ldc, const typename E::Scalar* alpha = nullptr) {
+          int64_t ldb, typename E::Scalar* c, int64_t ldc, typename E::Scalar* lanes = nullptr) {
   if (row_stride == 1) {
-    gemm_rows<E, kVectors, kUpdate, true>(rows, k, a, 1, k_stride, b, ldb, c, ldc, alpha);
+    gemm_rows<E, kVectors, kUpdate, true>(rows, k, a, 1, k_stride, b, ldb, c, ldc, lanes);
   } else {
-    gemm_rows<E, kVectors, kUpdate, false>(rows, k, a, row_stride, k_stride, b, ldb, c, ldc, alpha);
+    gemm_rows<E, kVectors, kUpdate, false>(rows, k, a, row_stride, k_stride, b, ldb, c, ldc, lanes);
   }
 }
 

@@ -10,8 +10,8 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class V>
 struct Panel {
@@ -75,6 +75,14 @@ T* key_row(const Params& p, const View& view, const Sequence& seq, int64_t b, in
   if (p.block_table == nullptr) return data + b * view.stride_b + (seq.k_begin + j) * view.stride_s;
   return data + int64_t(p.block_table[b * p.max_pages + j / p.page_size]) * view.stride_b +
          j % p.page_size * view.stride_s;
+}
+
+// Asks for a row that will be read soon. Keys and values come in turns, a block of each: without this the memory would
+// rest while the processor computes, and the processor wait whenever it changes from one to the other.
+template <class T>
+inline void prefetch_row(const T* row, int dim) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < int64_t(dim) * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
 }
 
 }  // namespace FASTATTN_ISA
