@@ -2,8 +2,8 @@
 //
 // With fewer rows than lanes the products of forward.h would compute mostly padding, and would copy K and V that are
 // not float32. Here each key's row is read once, as it lies (any page size, any dtype), dotted with all queries, and
-// each value's row is added to all outputs. Cost per key and row: (head_dim + head_dim_v) / kWidth multiply-adds and 1
-// / kWidth of a transpose; bytes: each key and value once. Reading them bounds it.
+// each value's row is added to all outputs. Cost per key and row: (head_dim + head_dim_v) / kWidth / kPerWord
+// multiply-adds and 1 / kWidth of a transpose; bytes: each key and value once. Reading them bounds it.
 #pragma once
 
 #include "forward.h"
@@ -14,27 +14,37 @@ namespace FASTATTN_ISA {
 template <class V>
 constexpr int kFewRows = V::kWidth < 8 ? V::kWidth : 8;
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 template <class V>
 bool few_rows(const Params& p, const ForwardJob& job) {
   return job.rows <= kFewRows<V> && p.k.stride_d == 1 && p.v.stride_d == 1;
 }
 
-template <class V, class T>
+template <class E, class T>
 struct FewRowsScratch {
-  using S = typename V::Scalar;
-  S *queries, *acc;  // [row][dim padded to whole vectors]
+  using S = typename E::Scalar;
+  using Word = typename E::Word;
+  static constexpr int kWidth = E::Vector::kWidth;
+  Word* queries;  // [row][words of dim, padded to whole vectors]
+  S* acc;         // [row][dim_v padded to whole vectors]
   S *scores, *factors;
+  Word* probs;
   const T **k, **v, **next_k;  // rows of the block's keys, and of the keys of the block after it
-  AddendScratch<V> addend;
-  int dim, dim_v;
+  AddendScratch<typename E::Vector> addend;
+  int query_words, dim_v;  // padded
 
   FewRowsScratch(const Params& p, Arena& arena) {
-    constexpr int kLanes = Panel<V>::kLanes;
-    dim = int((p.head_dim + V::kWidth - 1) / V::kWidth * V::kWidth);
-    dim_v = int((p.head_dim_v + V::kWidth - 1) / V::kWidth * V::kWidth);
-    queries = arena.take<S>(int64_t(kFewRows<V>) * dim);
-    acc = arena.take<S>(int64_t(kFewRows<V>) * dim_v);
+    constexpr int kRows = kFewRows<typename E::Vector>, kLanes = Panel<typename E::Vector>::kLanes;
+    query_words = (words_of(int(p.head_dim), E::kPerWord) + kWidth - 1) / kWidth * kWidth;
+    dim_v = int((p.head_dim_v + kWidth - 1) / kWidth * kWidth);
+    queries = arena.take<Word>(int64_t(kRows) * query_words);
+    acc = arena.take<S>(int64_t(kRows) * dim_v);
     scores = arena.take<S>(kBlockKeys * kLanes);
+    probs = E::kPerWord == 1 ? reinterpret_cast<Word*>(scores) : arena.take<Word>(kBlockKeys / 2 * kLanes);
     factors = arena.take<S>(p.dropout_threshold ? kBlockKeys * kLanes : 0);
     k = arena.take<const T*>(kBlockKeys);
     v = arena.take<const T*>(kBlockKeys);
@@ -44,20 +54,62 @@ struct FewRowsScratch {
   }
 };
 
-// scores[key][row] of kRows queries and kWidth / kRows keys.
-template <class V, class T, int kRows>
-void few_scores_tile(const typename V::Scalar* queries, int ld, int dim, const T* const* k, int keys,
-                     typename V::Scalar* scores) {
-  constexpr int kKeys = V::kWidth / kRows;
+// The first `left` of kSize numbers, and zeros behind them. Out of line, and never called while sums are in registers:
+// they would all be spilled.
+template <class T, int kSize>
+__attribute__((noinline)) const T* copy_part(const T* from, int left, T (&part)[kSize]) {
+  for (int i = 0; i < kSize; ++i) part[i] = i < left ? from[i] : T{};
+  return part;
+}
+
+// How rows become operands. A word holds kPerWord numbers: of a key, neighbours in its row; of values, the same feature
+// of neighbouring keys.
+template <class E, class T>
+struct RowOperands;
+
+template <class V, class T>
+struct RowOperands<Single<V>, T> {
+  static void query(const T* row, int64_t stride, int dim, typename V::Scalar* words) {
+    copy_row<V>(row, stride, dim, words);
+  }
+  static V key(const T* row) { return V::load(row); }
+  // kVectors * kWidth features of a key.
+  template <int kVectors>
+  static void values(const T* row, const T*, V (&out)[kVectors]) {
+    for (int i = 0; i < kVectors; ++i) out[i] = V::load(row + i * V::kWidth);
+  }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct RowOperands<Pairs, bf16> {
+  static void query(const bf16* row, int64_t stride, int dim, uint32_t* words) { pair_row(row, stride, dim, words); }
+  static BF16Pairs key(const bf16* row) { return BF16Pairs::load(reinterpret_cast<const uint32_t*>(row)); }
+  template <int kVectors>
+  static void values(const bf16* even, const bf16* odd, BF16Pairs (&out)[kVectors]) {
+    for (int i = 0; i < kVectors; i += 2) interleave(even + i * F32::kWidth, odd + i * F32::kWidth, out[i], out[i + 1]);
+  }
+};
+#endif
+
+// scores[key][row] of kRows queries and kWidth / kRows keys. kWhole: dim is made of whole vectors.
+template <class E, class T, int kRows, bool kWhole>
+void few_scores_tile(const typename E::Word* queries, int ld, int dim, const T* const* k, int keys,
+                     typename E::Scalar* scores) {
+  using V = typename E::Vector;
+  constexpr int kKeys = V::kWidth / kRows, kNumbers = V::kWidth * E::kPerWord;
+  const int whole = dim / kNumbers * kNumbers;
+  T rest[kKeys][kNumbers];
+  for (int n = 0; n < kKeys && !kWhole; ++n) copy_part(k[n < keys ? n : 0] + whole, dim - whole, rest[n]);
   V acc[V::kWidth];
   for (int i = 0; i < V::kWidth; ++i) acc[i] = V::set(0);
-  for (int d = 0; d < dim; d += V::kWidth) {
-    V q[kRows];
-    for (int r = 0; r < kRows; ++r) q[r] = V::load(queries + r * ld + d);
+  for (int d = 0; d < dim; d += kNumbers) {
+    typename E::Operand q[kRows];
+    for (int r = 0; r < kRows; ++r) q[r] = E::load(queries + r * ld + d / E::kPerWord);
 #pragma GCC unroll 16
     for (int n = 0; n < kKeys; ++n) {
-      const V key = load_some<V>(k[n < keys ? n : 0] + d, dim - d);
-      for (int r = 0; r < kRows; ++r) acc[n * kRows + r] = fma(key, q[r], acc[n * kRows + r]);
+      const typename E::Operand key = RowOperands<E, T>::key(kWhole || d < whole ? k[n < keys ? n : 0] + d : rest[n]);
+      for (int r = 0; r < kRows; ++r) acc[n * kRows + r] = E::multiply_add(key, q[r], acc[n * kRows + r]);
     }
   }
   typename V::Scalar sums[V::kWidth];
@@ -67,60 +119,77 @@ void few_scores_tile(const typename V::Scalar* queries, int ld, int dim, const T
 }
 
 // ahead: rows of ahead_dim numbers to ask for meanwhile, one per key; may be null.
-template <class V, class T, int kRows>
-void few_scores(const typename V::Scalar* queries, int ld, int dim, const T* const* k, int keys,
-                typename V::Scalar* scores, const T* const* ahead, int ahead_dim) {
-  constexpr int kKeys = V::kWidth / kRows;
+template <class E, class T, int kRows>
+void few_scores(const typename E::Word* queries, int ld, int dim, const T* const* k, int keys,
+                typename E::Scalar* scores, const T* const* ahead, int ahead_dim) {
+  constexpr int kKeys = E::Vector::kWidth / kRows;
   for (int n = 0; n < keys; n += kKeys) {
     const int some = int(smaller(kKeys, keys - n));
     for (int i = 0; i < some && ahead != nullptr; ++i) prefetch_row(ahead[n + i], ahead_dim);
-    few_scores_tile<V, T, kRows>(queries, ld, dim, k + n, some, scores + n * Panel<V>::kLanes);
+    auto* to = scores + n * Panel<typename E::Vector>::kLanes;
+    if (dim % (E::Vector::kWidth * E::kPerWord) == 0) {
+      few_scores_tile<E, T, kRows, true>(queries, ld, dim, k + n, some, to);
+    } else {
+      few_scores_tile<E, T, kRows, false>(queries, ld, dim, k + n, some, to);
+    }
   }
 }
 
-// acc[row][..] = alpha[row] * acc + sum over keys of probs[key][row] * v[key][..], for kRows rows and kVectors vectors.
-// seen: null, or 0 for keys that no row sees and whose memory may hold NaN.
-template <class V, class T, int kRows, int kVectors>
-void few_outputs_tile(const typename V::Scalar* probs, const T* const* v, const uint8_t* seen, int keys, int d,
-                      int left, const typename V::Scalar* alpha, typename V::Scalar* acc, int ld, const T* const* ahead,
-                      int ahead_dim, int ahead_keys) {
+// acc[row][..] = alpha[row] * acc + sum over keys of probs[key word][row] * v[key][..], for kRows rows and kVectors
+// vectors of features, of which `left` exist. kWhole: all of them. seen: null, or 0 for keys that no row sees and whose
+// memory may hold NaN.
+template <class E, class T, int kRows, int kVectors, bool kWhole>
+void few_outputs_tile(const typename E::Word* probs, const T* const* v, const uint8_t* seen, int keys, int d, int left,
+                      const typename E::Scalar* alpha, typename E::Scalar* acc, int ld, const T* const* ahead,
+                      int ahead_keys, int ahead_from, int ahead_dim) {
+  using V = typename E::Vector;
+  constexpr int kNumbers = kVectors * V::kWidth;
+  static const T kZeros[kNumbers] = {};
+  T parts[2][kNumbers];
   V sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kVectors; ++i) sum[r][i] = V::set(0);
-  for (int n = 0; n < keys; ++n) {
-    if (n < ahead_keys) prefetch_row(ahead[n], ahead_dim);
-    if (seen != nullptr && !seen[n]) continue;
-    V value[kVectors];
-    for (int i = 0; i < kVectors; ++i) value[i] = load_some<V>(v[n] + d + i * V::kWidth, left - i * V::kWidth);
+  for (int n = 0; n < keys; n += E::kPerWord) {
+    for (int i = n; i < n + E::kPerWord && i < ahead_keys; ++i) prefetch_row(ahead[i] + ahead_from, ahead_dim);
+    if (E::kPerWord == 1 && seen != nullptr && !seen[n]) continue;
+    const T* rows[2] = {kZeros, kZeros};
+    for (int i = 0; i < E::kPerWord; ++i) {
+      if (n + i >= keys || (seen != nullptr && !seen[n + i])) continue;
+      rows[i] = kWhole ? v[n + i] + d : copy_part(v[n + i] + d, left, parts[i]);
+    }
+    typename E::Operand value[kVectors];
+    RowOperands<E, T>::values(rows[0], rows[1], value);
     for (int r = 0; r < kRows; ++r) {
-      const V prob = V::set(probs[n * Panel<V>::kLanes + r]);
-      for (int i = 0; i < kVectors; ++i) sum[r][i] = fma(prob, value[i], sum[r][i]);
+      const typename E::Operand prob = E::broadcast(probs + n / E::kPerWord * Panel<V>::kLanes + r);
+      for (int i = 0; i < kVectors; ++i) sum[r][i] = E::multiply_add(prob, value[i], sum[r][i]);
     }
   }
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kVectors; ++i) {
+      if (!kWhole && i * V::kWidth >= left) continue;
       typename V::Scalar* to = acc + r * ld + d + i * V::kWidth;
       fma(V::set(alpha[r]), V::load(to), sum[r][i]).store(to);
     }
 }
 
-template <class V, class T, int kRows>
-void few_outputs(const typename V::Scalar* probs, const T* const* v, const uint8_t* seen, int keys, int dim,
-                 const typename V::Scalar* alpha, typename V::Scalar* acc, int ld, const T* const* ahead, int ahead_dim,
+// ahead: rows of ahead_dim numbers to ask for meanwhile, evenly: what is asked for at once the processor may drop.
+template <class E, class T, int kRows>
+void few_outputs(const typename E::Word* probs, const T* const* v, const uint8_t* seen, int keys, int dim,
+                 const typename E::Scalar* alpha, typename E::Scalar* acc, int ld, const T* const* ahead, int ahead_dim,
                  int ahead_keys) {
-  constexpr int kVectors = V::kWidth >= 8 ? 4 : 2;
+  constexpr int kWidth = E::Vector::kWidth, kVectors = kWidth >= 8 ? 4 : 2;
+  int asked = 0;
+  auto tile = [&](auto vectors, auto whole, int d) {
+    constexpr int kTile = decltype(vectors)::value;
+    const int until = int(smaller(dim, d + kTile * kWidth) * ahead_dim / dim);
+    few_outputs_tile<E, T, kRows, kTile, decltype(whole)::value>(probs, v, seen, keys, d, dim - d, alpha, acc, ld,
+                                                                 ahead, ahead_keys, asked, until - asked);
+    asked = until;
+  };
   int d = 0;
-  for (; d + kVectors * V::kWidth <= dim; d += kVectors * V::kWidth, ahead_keys = 0)
-    few_outputs_tile<V, T, kRows, kVectors>(probs, v, seen, keys, d, dim - d, alpha, acc, ld, ahead, ahead_dim,
-                                            ahead_keys);
-  for (; d < dim; d += V::kWidth, ahead_keys = 0)
-    few_outputs_tile<V, T, kRows, 1>(probs, v, seen, keys, d, dim - d, alpha, acc, ld, ahead, ahead_dim, ahead_keys);
+  for (; d + kVectors * kWidth <= dim; d += kVectors * kWidth) tile(Constant<kVectors>{}, Constant<true>{}, d);
+  for (; d < dim; d += E::kPerWord * kWidth) tile(Constant<E::kPerWord>{}, Constant<false>{}, d);
 }
-
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
 
 // Calls f(count, first) for pieces of 4, 2 and 1 rows; count is a constant.
 template <class V, class F>
@@ -133,45 +202,47 @@ void for_row_pieces(int rows, F f) {
   if (r < rows) f(Constant<1>{}, r);
 }
 
-template <class V, class T>
-void few_rows_block(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, int next_keys,
-                    OnlineSoftmax<V>& state, FewRowsScratch<V, T>& s) {
+template <class E, class T>
+void few_rows_block(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
+                    int next_keys, OnlineSoftmax<typename E::Vector>& state, FewRowsScratch<E, T>& s) {
+  using V = typename E::Vector;
   const int dim = int(p.head_dim), dim_v = int(p.head_dim_v);
   const bool plain =
       can_be_plain(p) && !has_terms(p) && p.scale > 0 && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   bool gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return;
   for_row_pieces<V>(panel.count, [&](auto rows, int r) {
-    few_scores<V, T, decltype(rows)::value>(s.queries + r * s.dim, s.dim, dim, s.k, keys, s.scores + r,
+    few_scores<E, T, decltype(rows)::value>(s.queries + r * s.query_words, s.query_words, dim, s.k, keys, s.scores + r,
                                             r == 0 ? s.v : nullptr, dim_v);
   });
   typename V::Scalar plain_max[Panel<V>::kLanes];
   if (plain) maximum<V, 1>(s.scores, keys, plain_max);
-  softmax_step<Single<V>, 1>(p, panel, n0, keys, plain ? plain_max : nullptr, s.scores, s.addend.values, s.factors,
-                             s.scores, state);
+  softmax_step<E, 1>(p, panel, n0, keys, plain ? plain_max : nullptr, s.scores, s.addend.values, s.factors, s.probs,
+                     state);
   for_row_pieces<V>(panel.count, [&](auto rows, int r) {
-    few_outputs<V, T, decltype(rows)::value>(s.scores + r, s.v, gaps ? s.addend.seen : nullptr, keys, dim_v,
+    few_outputs<E, T, decltype(rows)::value>(s.probs + r, s.v, gaps ? s.addend.seen : nullptr, keys, dim_v,
                                              state.alpha + r, s.acc + r * s.dim_v, s.dim_v, s.next_k, dim,
                                              r == 0 ? next_keys : 0);
   });
 }
 
-template <class V, class T>
+template <class E, class T>
 void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, void* memory) {
-  using S = typename V::Scalar;
+  using V = typename E::Vector;
+  using S = typename E::Scalar;
   Arena arena(memory);
-  FewRowsScratch<V, T> s(p, arena);
+  FewRowsScratch<E, T> s(p, arena);
   const Sequence seq = sequence_of(p, job.b);
   Panel<V> panel;
   set_panel(panel, p, seq, job.b, group_of(p, job.head_kv), job.first_row, job.rows, job.keys);
   OnlineSoftmax<V> state;
   reset(state);
-  for (int i = 0; i < kFewRows<V> * s.dim; ++i) s.queries[i] = S(0);
+  for (int i = 0; i < kFewRows<V> * s.query_words; ++i) s.queries[i] = 0;
   for (int i = 0; i < kFewRows<V> * s.dim_v; ++i) s.acc[i] = S(0);
   for (int r = 0; r < panel.count; ++r) {
     if (panel.keys[r].first < panel.keys[r].last)
-      copy_row<V>(row_of<const T>(p.q, seq, job.b, panel.head[r], panel.query[r]), p.q.stride_d, int(p.head_dim),
-                  s.queries + r * s.dim);
+      RowOperands<E, T>::query(row_of<const T>(p.q, seq, job.b, panel.head[r], panel.query[r]), p.q.stride_d,
+                               int(p.head_dim), s.queries + r * s.query_words);
   }
   auto find_keys = [&](int64_t n0, const T** rows) {
     const int keys = int(larger(0, smaller(kBlockKeys, panel.any.last - n0)));
@@ -198,10 +269,10 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
   store_lse(p, seq, panel, job, parts, 0, lse);
 }
 
-template <class V>
+template <class E>
 size_t few_rows_scratch(const Params& p) {
   Arena arena(nullptr);
-  FewRowsScratch<V, float> scratch(p, arena);
+  FewRowsScratch<E, byte> scratch(p, arena);
   return arena.used();
 }
 

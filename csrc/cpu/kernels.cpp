@@ -52,8 +52,7 @@ static void run_rotate_queries(const Params& p, const View& to, int64_t b, int64
 
 static size_t run_forward_scratch(const Params& p) {
   return for_dtype(p.dtype, [&](auto words, auto) {
-    const size_t many = forward_scratch<decltype(words)>(p),
-                 few = few_rows_scratch<typename decltype(words)::Vector>(p);
+    const size_t many = forward_scratch<decltype(words)>(p), few = few_rows_scratch<decltype(words)>(p);
     return many > few ? many : few;
   });
 }
@@ -62,7 +61,7 @@ static void run_forward(const Params& p, const ForwardJob& job, const Parts& par
   for_dtype(p.dtype, [&](auto words, auto type) {
     using V = typename decltype(words)::Vector;
     if (few_rows<V>(p, job)) {
-      few_rows_job<V, decltype(type)>(p, job, parts, scratch);
+      few_rows_job<decltype(words), decltype(type)>(p, job, parts, scratch);
     } else {
       forward_job<decltype(words), decltype(type)>(p, job, parts, scratch);
     }

@@ -9,13 +9,18 @@ namespace FASTATTN_ISA {
 
 inline int words_of(int numbers, int per_word) { return (numbers + per_word - 1) / per_word; }
 
+// The first `left` numbers of a row, and zeros behind them. Out of line, to keep it out of the callers' registers.
+template <class V, class T>
+__attribute__((noinline)) V load_part(const T* from, int left) {
+  T values[V::kWidth] = {};
+  for (int i = 0; i < left; ++i) values[i] = from[i];
+  return V::load(values);
+}
+
 // kWidth numbers of a row of which `left` exist; the others are zero and are not read.
 template <class V, class T>
 inline V load_some(const T* from, int left) {
-  if (left >= V::kWidth) return V::load(from);
-  typename V::Scalar values[V::kWidth] = {};
-  for (int i = 0; i < left; ++i) values[i] = typename V::Scalar(to_float(from[i]));
-  return V::load(values);
+  return left >= V::kWidth ? V::load(from) : load_part<V>(from, left);
 }
 
 // n numbers of a row as the vector's scalars.

@@ -157,6 +157,14 @@ struct BF16Pairs {
   }
 };
 inline F32 dot(BF16Pairs a, BF16Pairs b, F32 acc) { return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)}; }
+// Word i of both together, the low one first, is (even[i], odd[i]), for 32 numbers.
+inline void interleave(const bf16* even, const bf16* odd, BF16Pairs& low, BF16Pairs& high) {
+  const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  low.v = _mm512_permutex2var_epi16(a, order, b);
+  high.v = _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, _mm512_set1_epi16(16)), b);
+}
 // Word i = (low[i], high[i]), rounded to nearest even.
 inline void store_pairs(F32 low, F32 high, uint32_t* p) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);  // 16 of low, then 16 of high
