@@ -29,6 +29,7 @@ class _Kind(NamedTuple):
 
 _MOST = 4096  # kinds that are kept
 _kinds: dict[Any, _Kind | None] = {}
+_UNKNOWN: Any = object()
 
 
 def attend(
@@ -45,17 +46,21 @@ def attend(
     """The output of this call; None if it has to go the ordinary way, to be refused there perhaps."""
     if not is_plain(q, k, v) or torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0:
         return None
-    options = (causal, window, causal_alignment, softcap, scale, backend)
     try:
         # Types are part of the key, as 1 == True == 1.0 and not all of them are accepted.
-        types = (type(causal), type(softcap), type(scale), *map(type, () if window is None else window))
-        key = (layout(q), layout(k), layout(v), options, types)
-        if key in _kinds:
-            kind = _kinds[key]
-        else:
+        key = (
+            *(q.shape, q.stride(), q.dtype, q.device, q.is_neg()),
+            *(k.shape, k.stride(), k.dtype, k.device, k.is_neg()),
+            *(v.shape, v.stride(), v.dtype, v.device, v.is_neg()),
+            *(causal, window, causal_alignment, softcap, scale, backend),
+            *(type(causal), type(softcap), type(scale)),
+            None if window is None else tuple(map(type, window)),
+        )
+        kind = _kinds.get(key, _UNKNOWN)
+        if kind is _UNKNOWN:
             if len(_kinds) >= _MOST:
                 _kinds.clear()
-            _kinds[key] = kind = _prepare(q, k, v, *options)
+            _kinds[key] = kind = _prepare(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
     except (TypeError, RuntimeError):  # no strides, or an option of a wrong type: both will be refused
         return None
     if kind is None:

@@ -462,10 +462,8 @@ void sum_dq_job(const Params& p, const BackwardJob& job, const BackwardSpace& sp
       }
       transpose(tile);
       for (int i = 0; i < count; ++i) {
-        S values[V::kWidth];
-        tile[i].store(values);
         T* dq = row_of<T>(p.dq, seq, job.b, heads.first + (row + i) % heads.count, (row + i) / heads.count);
-        store_row<V>(values, columns, dq + d * p.dq.stride_d, p.dq.stride_d);
+        store_some(tile[i], columns, dq + d * p.dq.stride_d, p.dq.stride_d);
       }
     }
   }

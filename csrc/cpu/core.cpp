@@ -41,7 +41,7 @@ std::vector<const Kernels*> usable_kernels() {
 }
 
 // Below this many multiply-adds per thread, waking a thread costs more than it saves.
-constexpr int64_t kWorkPerThread = 100'000;
+constexpr int64_t kWorkPerThread = 250'000;
 // As many jobs as keep a large machine busy.
 constexpr int64_t kWantedJobs = 64;
 // So many that no thread waits long for the last one; fewer, larger ones read and convert K and V less often.
@@ -73,8 +73,8 @@ ForwardPlan plan_forward(const Params& p, const Kernels& k, int threads) {
   }
   // No result depends on which panels share a job.
   const int64_t per_job = std::clamp<int64_t>(panels / (threads * kForwardJobsPerThread), 1, kMaxPanelsPerJob);
-  if (panels > 0 && panels < kWantedJobs / 2) {
-    const int64_t parts = std::min((kWantedJobs / 2 + panels - 1) / panels, longest / kMinKeysPerPart);
+  if (panels > 0 && panels < kMaxParts) {
+    const int64_t parts = std::min((kMaxParts + panels - 1) / panels, longest / kMinKeysPerPart);
     if (parts > 1) plan.parts = parts;
   }
   for (int64_t b = 0; b < sequences(p); ++b) {

@@ -262,9 +262,12 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
   S inverse[Panel<V>::kLanes], lse[Panel<V>::kLanes];
   finish_softmax(p, panel, job, state, inverse, lse);
   for (int r = 0; r < panel.count; ++r) {
-    S* row = s.acc + r * s.dim_v;
-    for (int d = 0; d < s.dim_v; ++d) row[d] = inverse[r] == S(0) ? S(0) : row[d] * inverse[r];
-    store_output<V, T>(p, seq, panel, job, parts, r, r, 0, int(p.head_dim_v), row);
+    const V factor = V::set(inverse[r]), zero = V::set(S(0));
+    for (int d = 0; d < p.head_dim_v; d += V::kWidth) {
+      const V out = V::load(s.acc + r * s.dim_v + d) * factor;
+      const int columns = int(smaller(V::kWidth, p.head_dim_v - d));
+      store_output<V, T>(p, seq, panel, job, parts, r, r, d, columns, select(equal(factor, zero), zero, out));
+    }
   }
   store_lse(p, seq, panel, job, parts, 0, lse);
 }

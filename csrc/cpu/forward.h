@@ -256,12 +256,13 @@ void add_sink(S sink, S& row_max, S& row_sum, S& factor) {
   row_sum = row_sum * factor + S(__builtin_exp2(double(sink - row_max)));
 }
 
-// inverse: what the accumulated outputs are multiplied with, 0 for a row that saw nothing. lse in units of log2. A sink
-// counts once: not in parts, but when they are merged.
+// inverse: what the accumulated outputs are multiplied with, 0 for a row that saw nothing. lse in units of log2, if it
+// is asked for. A sink counts once: not in parts, but when they are merged.
 template <class V>
 void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& job, const OnlineSoftmax<V>& state,
                     typename V::Scalar* inverse, typename V::Scalar* lse) {
   using S = typename V::Scalar;
+  const bool lse_wanted = p.lse.data != nullptr || job.part >= 0;
   for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
     S row_max = state.row_max[lane], row_sum = state.row_sum[lane], factor = S(1);
     // Not the maximum, in which NaN can be lost: a row that saw anything has a sum of at least 1, or NaN.
@@ -271,7 +272,7 @@ void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& jo
       add_sink(sink, row_max, row_sum, factor);
     }
     inverse[lane] = empty ? S(0) : factor / row_sum;
-    lse[lane] = empty ? S(-__builtin_inf()) : row_max + S(__builtin_log2(double(row_sum)));
+    if (lse_wanted) lse[lane] = empty ? S(-__builtin_inf()) : row_max + S(__builtin_log2(double(row_sum)));
   }
 }
 
@@ -279,13 +280,13 @@ void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& jo
 // lane's place among the job's rows.
 template <class V, class T>
 void store_output(const Params& p, const Sequence& seq, const Panel<V>& panel, const ForwardJob& job,
-                  const Parts& parts, int64_t row, int lane, int d, int columns, const typename V::Scalar* values) {
+                  const Parts& parts, int64_t row, int lane, int d, int columns, V values) {
   if (job.part >= 0) {
     const int64_t at = job.part * parts.rows_total + job.first_part_row + row;
-    store_row<V>(values, columns, static_cast<typename V::Scalar*>(parts.out) + at * p.head_dim_v + d, 1);
+    store_some(values, columns, static_cast<typename V::Scalar*>(parts.out) + at * p.head_dim_v + d, 1);
   } else {
     T* out = row_of<T>(p.out, seq, panel.b, panel.head[lane], panel.query[lane]);
-    store_row<V>(values, columns, out + d * p.out.stride_d, p.out.stride_d);
+    store_some(values, columns, out + d * p.out.stride_d, p.out.stride_d);
   }
 }
 
@@ -324,9 +325,7 @@ void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::
       }
       transpose(tile);
       for (int i = 0; i < V::kWidth && lane0 + i < panel.count; ++i) {
-        S row[V::kWidth];
-        tile[i].store(row);
-        store_output<V, T>(p, seq, panel, job, parts, first_row + lane0 + i, lane0 + i, d, columns, row);
+        store_output<V, T>(p, seq, panel, job, parts, first_row + lane0 + i, lane0 + i, d, columns, tile[i]);
       }
     }
   }

@@ -66,5 +66,6 @@ struct Kernels {
 };
 
 constexpr int kBlockKeys = 256;  // keys of one step
+constexpr int kMaxParts = 32;    // of a call's keys, for calls with few rows
 
 }  // namespace fastattn

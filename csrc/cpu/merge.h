@@ -31,22 +31,21 @@ void merge_job(const Params& p, const ForwardJob& job, const Parts& parts) {
       S factor = S(1);
       add_sink(static_cast<const S*>(p.sinks.data)[head * p.sinks.stride_h] * S(kLog2E), row_max, row_sum, factor);
     }
+    S weights[kMaxParts];
+    for (int64_t part = 0; part < parts.count && !empty; ++part)
+      weights[part] = S(__builtin_exp2(double(lses[part * parts.rows_total + at] - row_max))) / row_sum;
     T* out = row_of<T>(p.out, seq, job.b, head, query);
     for (int d = 0; d < dim_v; d += V::kWidth) {
       const int columns = int(smaller(V::kWidth, dim_v - d));
       V sum = V::set(S(0));
       for (int64_t part = 0; part < parts.count && !empty; ++part) {
         const int64_t source = part * parts.rows_total + at;
-        const S lse = lses[source];
-        if (lse == lowest) continue;
-        const S weight = S(__builtin_exp2(double(lse - row_max))) / row_sum;
+        if (lses[source] == lowest) continue;
         S values[V::kWidth] = {};
         copy_row<V>(outs + source * dim_v + d, 1, columns, values);
-        sum = fma(V::load(values), V::set(weight), sum);
+        sum = fma(V::load(values), V::set(weights[part]), sum);
       }
-      S values[V::kWidth];
-      sum.store(values);
-      store_row<V>(values, columns, out + d * p.out.stride_d, p.out.stride_d);
+      store_some(sum, columns, out + d * p.out.stride_d, p.out.stride_d);
     }
     if (p.lse.data != nullptr)
       *row_of<S>(p.lse, seq, job.b, head, query) =

@@ -42,6 +42,18 @@ void store_row(const typename V::Scalar* from, int n, T* to, int64_t stride) {
   for (; i < n; ++i) from_float(from[i], to[i * stride]);
 }
 
+// The first `columns` numbers of a vector.
+template <class V, class T>
+void store_some(V x, int columns, T* to, int64_t stride) {
+  if (columns == V::kWidth && stride == 1) {
+    x.store(to);
+    return;
+  }
+  typename V::Scalar values[V::kWidth];
+  x.store(values);
+  store_row<V>(values, columns, to, stride);
+}
+
 // Columns: words[word][lane], word w of lane l holding the numbers w * kPerWord .. of rows[l]: Q^T and dO^T.
 // A null row gives zeros.
 template <class E, class T>

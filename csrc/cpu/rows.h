@@ -43,15 +43,15 @@ void set_panel(Panel<V>& panel, const Params& p, const Sequence& seq, int64_t b,
   panel.b = b;
   panel.any = {limit.last, limit.first};
   panel.all = limit;
+  int64_t i = first_row / heads.count, head = first_row % heads.count;
   for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
     if (lane >= panel.count) {
       panel.query[lane] = panel.head[lane] = 0;
       panel.keys[lane] = {0, 0};
       continue;
     }
-    const int64_t row = first_row + lane, i = row / heads.count;
     panel.query[lane] = i;
-    panel.head[lane] = heads.first + row % heads.count;
+    panel.head[lane] = heads.first + head;
     KeyRange range = visible_keys(p, seq, i);
     range = {larger(range.first, limit.first), smaller(range.last, limit.last)};
     panel.keys[lane] = range;
@@ -59,6 +59,10 @@ void set_panel(Panel<V>& panel, const Params& p, const Sequence& seq, int64_t b,
       panel.any = {smaller(panel.any.first, range.first), larger(panel.any.last, range.last)};
     }
     panel.all = {larger(panel.all.first, range.first), smaller(panel.all.last, range.last)};
+    if (++head == heads.count) {
+      head = 0;
+      ++i;
+    }
   }
 }
 
