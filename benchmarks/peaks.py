@@ -1,12 +1,14 @@
-"""Ceilings of the machine, measured with torch; the report prints what share of them a figure reaches."""
+"""Ceilings of the machine, as measured; the report prints what share of them a figure reaches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from fastattn.backends import cpu as cpu_backend
 
 from .cases import DTYPES
 from .machine import last_level_cache
@@ -17,6 +19,8 @@ from .timing import Clock, Effort, clock_for, interleave
 class Peaks:
     """flops: operations per second of torch.mm by dtype. read_bandwidth: bytes per second of torch.sum.
 
+    multiply_adds: operations per second, by dtype, of the instructions that fastattn's CPU kernels multiply with, and
+    of nothing else, on all threads; empty on other devices.
     copy_bandwidth: bytes read plus written per second by Tensor.copy_. Each is the best of several runs, with
     operands of the sizes given; the bandwidths are over more memory than the caches hold.
     quiet: False if other processes had the cores meanwhile, so that the ceilings are too low.
@@ -28,9 +32,15 @@ class Peaks:
     copy_bandwidth: float
     buffer_bytes: int
     quiet: bool = True
+    multiply_adds: dict[str, float] = field(default_factory=dict)
 
     def flops_ceiling(self, dtype: str) -> float:
-        """The faster of torch.mm in the dtype and in float32, as a kernel may always convert to float32."""
+        """What multiply-adds alone reach, where it was measured.
+
+        Else the faster of torch.mm in the dtype and in float32, as a kernel may always convert to float32.
+        """
+        if dtype in self.multiply_adds:
+            return self.multiply_adds[dtype]
         return max(self.flops[dtype], 0.0 if dtype == "float64" else self.flops["float32"])
 
 
@@ -52,6 +62,7 @@ def measure_peaks(
         copy_bandwidth=2 * buffer_bytes / stopwatch.best(lambda: target.copy_(source)),
         buffer_bytes=buffer_bytes,
         quiet=stopwatch.quiet,
+        multiply_adds={dtype: _multiply_adds(DTYPES[dtype], stopwatch) for dtype in wanted if device.type == "cpu"},
     )
 
 
@@ -76,6 +87,12 @@ def _matmul_flops(size: int, dtype: torch.dtype, device: torch.device, stopwatch
         return rate
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / stopwatch.best(lambda: a @ b)
+
+
+def _multiply_adds(dtype: torch.dtype, stopwatch: _Stopwatch) -> float:
+    steps = 2_000_000  # some 10 ms
+    operations = cpu_backend.multiply_adds(dtype, steps)
+    return operations / stopwatch.best(lambda: cpu_backend.multiply_adds(dtype, steps))
 
 
 def _buffer_bytes(device: torch.device) -> int:

@@ -31,12 +31,16 @@ def header_lines(header: Mapping[str, Any], peaks: Peaks) -> Iterator[str]:
     yield f"memory    {header['memory_method'] or 'not measured: this system has no way to reset the peak'}"
     rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in peaks.flops.items())
     yield f"ceilings  torch.mm at most {peaks.matmul_size} square, GFLOP/s: {rates}"
+    if peaks.multiply_adds:
+        rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in peaks.multiply_adds.items())
+        yield f"          multiply-adds alone, GFLOP/s: {rates}"
     bandwidths = f"torch.sum {peaks.read_bandwidth / 1e9:.1f}, Tensor.copy_ {peaks.copy_bandwidth / 1e9:.1f}"
     yield f"          over {_size(peaks.buffer_bytes)}, GB/s: {bandwidths}"
     if not peaks.quiet:
         yield "          too low, since other processes had the cores meanwhile: shares of them say little"
     yield "ratio     the rival's time over the first fastattn's, median over rounds; above 1 fastattn wins"
-    yield "peak      share of torch.mm (the faster of the dtype and float32) and of torch.sum's bandwidth"
+    ceiling = "multiply-adds alone" if peaks.multiply_adds else "torch.mm (the faster of the dtype and float32)"
+    yield f"peak      share of {ceiling} and of torch.sum's bandwidth"
 
 
 class Table:

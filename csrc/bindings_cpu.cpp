@@ -153,6 +153,13 @@ PYBIND11_MODULE(_cpu, m) {
         "Instruction sets that this processor can run, the best first.");
   m.def(
       "instruction_set", [] { return fastattn::kernels().name; }, "The instruction set in use (see FASTATTN_CPU_ISA).");
+  m.def(
+      "multiply_adds",
+      [](int dtype, int64_t steps, int threads) {
+        py::gil_scoped_release release;
+        return fastattn::multiply_adds(static_cast<fastattn::DType>(dtype), steps, threads);
+      },
+      "Multiply-adds and nothing else, for benchmarks: returns the floating-point operations done.");
   py::class_<Call>(m, "Call")
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())
       .def("attend", &Call::attend)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <numeric>
 #include <stdexcept>
 
 #include "parallel.h"
@@ -246,6 +247,13 @@ void backward(const Params& p, int threads) {
   parallel_for(int64_t(plan.bias.size()), threads,
                [&](int64_t i, int thread) { k.dbias(p, plan.bias[size_t(i)], space, memory + each * size_t(thread)); });
   if (p.dsinks.data != nullptr) parallel_for(p.heads_q, threads, [&](int64_t head, int) { k.dsinks(p, space, head); });
+}
+
+int64_t multiply_adds(DType dtype, int64_t steps, int threads) {
+  const Kernels& k = kernels();
+  std::vector<int64_t> done(size_t(threads), 0);
+  parallel_for(threads, threads, [&](int64_t i, int) { done[size_t(i)] = k.multiply_adds(dtype, steps); });
+  return std::accumulate(done.begin(), done.end(), int64_t(0));
 }
 
 }  // namespace fastattn

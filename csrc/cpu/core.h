@@ -20,4 +20,7 @@ void forward(const Params& p, int threads);
 void forward_with_cache(const Params& p, int threads);  // writes the new keys and values into the cache first
 void backward(const Params& p, int threads);
 
+// Multiply-adds as fast as the processor does them, on each of so many threads; returns the operations done.
+int64_t multiply_adds(DType dtype, int64_t steps, int threads);
+
 }  // namespace fastattn

@@ -9,6 +9,7 @@
 #include "few_rows.h"
 #include "forward.h"
 #include "merge.h"
+#include "peak.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -103,10 +104,17 @@ static void run_dsinks(const Params& p, const BackwardSpace& space, int64_t head
   for_dtype(p.dtype, [&](auto words, auto) { dsinks_job<typename decltype(words)::Vector>(p, space, head); });
 }
 
+static int64_t run_multiply_adds(DType dtype, int64_t steps) {
+  return for_dtype(dtype, [&](auto words, auto) {
+    volatile typename decltype(words)::Scalar sink = 0;
+    return multiply_adds<decltype(words)>(steps, &sink);
+  });
+}
+
 extern const Kernels kKernels;
-const Kernels kKernels = {
-    FASTATTN_ISA_NAME,    run_append, run_rotate_queries, run_panel_rows, run_forward_scratch, run_forward, run_merge,
-    run_backward_scratch, run_delta,  run_backward,       run_sum_dq,     run_dbias,           run_dsinks};
+const Kernels kKernels = {FASTATTN_ISA_NAME, run_append, run_rotate_queries,   run_panel_rows,   run_forward_scratch,
+                          run_forward,       run_merge,  run_backward_scratch, run_delta,        run_backward,
+                          run_sum_dq,        run_dbias,  run_dsinks,           run_multiply_adds};
 
 }  // namespace FASTATTN_ISA
 }  // namespace fastattn

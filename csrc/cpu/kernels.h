@@ -63,6 +63,7 @@ struct Kernels {
   void (*sum_dq)(const Params&, const BackwardJob&, const BackwardSpace&);
   void (*dbias)(const Params&, const BiasJob&, const BackwardSpace&, void* scratch);
   void (*dsinks)(const Params&, const BackwardSpace&, int64_t head);
+  int64_t (*multiply_adds)(DType, int64_t steps);  // see peak.h
 };
 
 constexpr int kBlockKeys = 256;  // keys of one step

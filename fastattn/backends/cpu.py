@@ -158,6 +158,14 @@ class _PreparedCalls:
         return grads
 
 
+def multiply_adds(dtype: torch.dtype, steps: int) -> int:
+    """Multiply-adds and nothing else, in the words in which the kernels multiply this dtype, on all threads.
+
+    `steps` of 12 vectors each. Returns the floating-point operations done: the ceiling that kernels are compared with.
+    """
+    return _cpu.multiply_adds(_DTYPE_CODES[dtype], steps, torch.get_num_threads())
+
+
 def _native(problem: Problem, inputs: Inputs) -> Tensors:
     """The inputs in the form that the native module takes them."""
     given = {name: _in_memory(x) for name, x in inputs._asdict().items() if x is not None and name != "seed"}
