@@ -63,7 +63,8 @@ def split_arguments(args: tuple[Any, ...]) -> tuple[Inputs, Options, str | None]
 
 def join_arguments(inputs: Inputs, options: Options, backend: str | None) -> tuple[Any, ...]:
     """The inverse of `split_arguments`."""
-    return (*inputs[:FORWARD_TENSORS], *options[:_N_OPTIONS], backend)
+    # As lists: torch 2.6 cannot trace a slice of a named tuple.
+    return (*[*inputs][:FORWARD_TENSORS], *[*options][:_N_OPTIONS], backend)
 
 
 def join_cache_arguments(inputs: Inputs, options: Options, backend: str | None) -> tuple[Any, ...]:

@@ -85,18 +85,20 @@ FEATURES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("features", FEATURES)
-def test_same_bits_for_any_number_of_threads(features: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("seqlen_q", [130, 274], ids=["keys in parts", "rows left over"])
+def test_same_bits_for_any_number_of_threads(seqlen_q: int, features: str, dtype: torch.dtype) -> None:
     options = FEATURES[features]
     results = []
     before = torch.get_num_threads()
-    for threads in (1, 2, 3, 2):
+    for threads in (1, 2, 3, 8, 2):
         torch.set_num_threads(threads)
         try:
             torch.manual_seed(0)
             q, k, v = (
-                torch.randn(2, h, n, 40, dtype=dtype, requires_grad=True) for h, n in ((4, 130), (2, 700), (2, 700))
+                torch.randn(2, h, n, 40, dtype=dtype, requires_grad=True)
+                for h, n in ((4, seqlen_q), (2, 700), (2, 700))
             )
-            bias = torch.randn(4, 130, 700, dtype=dtype, requires_grad=True)
+            bias = torch.randn(4, seqlen_q, 700, dtype=dtype, requires_grad=True)
             out, lse = fastattn.attention(q, k, v, bias=bias, return_lse=True, backend="cpu", **options)
             grads = torch.autograd.grad((out, lse), (q, k, v, bias), (torch.randn_like(out), torch.randn_like(lse)))
             few, few_lse = fastattn.attention(q[:, :, :1], k, v, return_lse=True, backend="cpu")

@@ -72,11 +72,14 @@ ForwardPlan plan_forward(const Params& p, const Kernels& k, int threads) {
     panels += (seq.q_length * group + panel - 1) / panel * p.heads_kv;
     longest = std::max(longest, seq.k_length);
   }
-  // No result depends on which panels share a job.
-  const int64_t per_job = std::clamp<int64_t>(panels / (threads * kForwardJobsPerThread), 1, kMaxPanelsPerJob);
+  // No result depends on which panels share a job; but parts are cut from what a job's rows see together.
+  int64_t per_job = std::clamp<int64_t>(panels / (threads * kForwardJobsPerThread), 1, kMaxPanelsPerJob);
   if (panels > 0 && panels < kMaxParts) {
     const int64_t parts = std::min((kMaxParts + panels - 1) / panels, longest / kMinKeysPerPart);
-    if (parts > 1) plan.parts = parts;
+    if (parts > 1) {
+      plan.parts = parts;
+      per_job = 1;
+    }
   }
   for (int64_t b = 0; b < sequences(p); ++b) {
     const Sequence seq = sequence_of(p, b);

@@ -19,9 +19,11 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
+// Whether a job's sequence has few rows; not whether the job has, which depends on how the rows are shared out.
 template <class V>
 bool few_rows(const Params& p, const ForwardJob& job) {
-  return job.rows <= kFewRows<V> && p.k.stride_d == 1 && p.v.stride_d == 1;
+  const int64_t rows = sequence_of(p, job.b).q_length * (p.heads_q / p.heads_kv);
+  return rows <= kFewRows<V> && p.k.stride_d == 1 && p.v.stride_d == 1;
 }
 
 template <class E, class T>

@@ -360,7 +360,8 @@ void forward_job(const Params& p, const ForwardJob& job, const Parts& parts, voi
     if (panel.any.first < panel.any.last)
       keys = {smaller(keys.first, panel.any.first), larger(keys.last, panel.any.last)};
   }
-  for (int64_t n0 = keys.first; n0 < keys.last;) {
+  // Blocks begin and end where no other panel of the job has a say, so that results do not depend on the company.
+  for (int64_t n0 = keys.first / E::kPerWord * E::kPerWord; n0 < keys.last;) {
     const int64_t n1 = smaller(keys.last, (n0 / kBlockKeys + 1) * kBlockKeys);
     const KeyBlock<E> block =
         load_block(E{}, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, int(n1 - n0), scratch.block);

@@ -1,8 +1,8 @@
 // What each instruction set provides: a table of plain functions, and the work they are handed.
 //
-// A job is a piece of a call that no other job writes to; how a call is cut into jobs depends on the problem alone,
-// never on the number of threads, and every job computes in a fixed order. So results are the same bit for bit on any
-// number of threads.
+// A job is a piece of a call that no other job writes to. Whatever is summed is summed in an order that depends on the
+// problem alone, never on the number of threads, which decides at most what shares a job. So results are the same bit
+// for bit on any number of threads.
 #pragma once
 
 #include <cstddef>
