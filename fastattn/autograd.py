@@ -38,6 +38,7 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and not q.is_meta
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
     )
 
 

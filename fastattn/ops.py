@@ -14,7 +14,7 @@ from torch import Tensor
 from .backends import Backend, Needs, empty_grad, empty_lse, empty_out
 from .dispatch import choose, choose_cached
 from .philox import draw_seed
-from .problem import Inputs, Options, Problem, check_values, describe
+from .problem import Inputs, Options, Problem, check_results, check_values, describe
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
@@ -102,6 +102,7 @@ def run_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *a
     """Computes the gradients of q, k, v, bias and sinks; an empty tensor stands for one that is not needed."""
     inputs, options, name = split_arguments(args)
     problem, backend = _plan(_kind(inputs), inputs, options, name)
+    check_results(problem, inputs, out, lse)
     grads = backend.backward(problem, inputs, out, lse, dout, dlse, Needs(*args[-1]))
     return tuple([dout.new_empty(0) if grad is None else grad for grad in grads])
 

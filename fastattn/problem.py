@@ -525,6 +525,23 @@ def check_values(problem: Problem, inputs: Inputs) -> None:
         _check_lengths("kv_lengths", inputs.kv_lengths.tolist(), [problem.seqlen_k] * problem.batch, "seqlen_k")
 
 
+def check_results(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor) -> None:
+    """The results of a forward pass as its backward gets them back: hooks on saved tensors may have changed them."""
+    rows = (problem.heads_q, problem.seqlen_q)
+    lse_shape = rows if problem.kind == "varlen" else (problem.batch, *rows)
+    wanted = {
+        "out": (out, (*inputs.q.shape[:-1], problem.head_dim_v), problem.dtype),
+        "lse": (lse, lse_shape, problem.accumulator),
+    }
+    for name, (x, shape, dtype) in wanted.items():
+        if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != problem.device:
+            raise ValueError(
+                f"{name} of the forward pass must come back with shape {tuple(shape)}, dtype {dtype}, on "
+                f"{problem.device}, got shape {tuple(x.shape)}, dtype {x.dtype}, on {x.device}: does a hook on saved "
+                "tensors change it?"
+            )
+
+
 def _check_lengths(name: str, lengths: list[int], limits: list[int], spelled: str) -> None:
     for b, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
         if not 0 <= length <= limit:

@@ -287,3 +287,30 @@ def test_masked_scores_do_not_set_the_maximum(backend: str, device: str) -> None
     mask = torch.tensor([True, False, True], device=device)
     out = fastattn.attention(q, k, v, mask=mask, backend=backend)
     torch.testing.assert_close(out[0, 0, 0], (v[0, 0, 0] + v[0, 0, 2]) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_next_to_the_last_key_of_some_rows(dtype: torch.dtype, backend: str) -> None:
+    """Panels of rows end at odd keys here; the key behind, masked out, shares a word of two bfloat16 with the last."""
+    q = torch.randn(1, 16, 64, 64).to(dtype)
+    k, v = torch.randn(2, 1, 16, 65, 64).to(dtype).unbind()
+    mask = torch.ones(65, dtype=torch.bool)
+    mask[33] = False
+    expected = fastattn.attention(q, k, v, causal=True, mask=mask, backend=backend)
+    k, v = k.clone(), v.clone()
+    k[:, :, 33] = v[:, :, 33] = torch.nan
+    out = fastattn.attention(q, k, v, causal=True, mask=mask, backend=backend)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("left", range(12))
+def test_rows_that_stand_far_behind_the_last_key(left: int, backend: str) -> None:
+    """Their windows begin past the keys that exist, at odd places among others."""
+    q = torch.randn(1, 1, 300, 32).bfloat16()
+    k, v = torch.randn(2, 1, 1, 64, 32).bfloat16().unbind()
+    out, lse = fastattn.attention(
+        q, k, v, causal_alignment="top-left", window=(left, 0), return_lse=True, backend=backend
+    )
+    assert out[:, :, 64 + left :].eq(0).all()
+    assert lse[:, :, 64 + left :].eq(-torch.inf).all()
+    assert out[:, :, : 64 + left].isfinite().all()

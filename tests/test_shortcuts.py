@@ -118,3 +118,21 @@ def test_options_of_a_wrong_type_are_refused_after_a_call_that_equals_theirs() -
         fastattn.attention(x, x, x, causal=0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="scale"):
         fastattn.attention(x, x, x, scale=True)
+
+
+def test_tracing_follows_the_inputs() -> None:
+    q, k, v = make(SHAPES["square"])
+    for needs in (True, False):
+        inputs = tuple(x.detach().requires_grad_(needs) for x in (q, k, v))
+        traced = torch.jit.trace(lambda *x: fastattn.attention(*x), inputs)
+        other = tuple(torch.randn_like(x) for x in inputs)
+        assert torch.equal(traced(*other), fastattn.attention(*other))
+
+
+@pytest.mark.parametrize("change", [lambda x: x.bfloat16(), lambda x: x[:, :1]], ids=["dtype", "shape"])
+def test_results_that_a_hook_spoils_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    q, k, v = make(SHAPES["square"])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: change(x) if x.ndim == 3 else x, lambda x: x):
+        out = short(q, k, v)
+    with pytest.raises(ValueError, match="lse of the forward pass must come back with shape"):
+        out.sum().backward()

@@ -57,7 +57,7 @@ struct BackwardScratch {
   Word *k_copy, *v_copy;  // where block points if the caller's memory does not lie right
   const Word* k_keys;     // k with words along the keys: [key word][head_dim]
   int64_t k_keys_stride;
-  Word *k_keys_copy, *gapless;
+  Word *k_keys_copy, *gapless, *half_word;
   int dim, dim_v;  // padded to whole vectors
 
   BackwardScratch(const Params& p, Arena& arena) {
@@ -86,6 +86,7 @@ struct BackwardScratch {
     v_copy = arena.take<Word>(int64_t(kBlockKeys) * words_v);
     k_keys_copy = arena.take<Word>(E::kPerWord == 1 ? 0 : int64_t(kBlockKeys / 2) * p.head_dim);
     gapless = arena.take<Word>(int64_t(kBlockKeys) * p.head_dim);
+    half_word = arena.take<Word>(p.head_dim);
   }
 };
 
@@ -297,16 +298,8 @@ bool backward_step(const Params& p, const Sequence& seq, const Panel<typename E:
     k = without_gaps<E>(k, k_stride, keys, dim, s.addend.seen, s.gapless);
     k_stride = dim;
   }
-  const int whole = keys / E::kPerWord;
-  const int64_t stride = operands.dscores_key_stride;
-  gemm<E, kVectors, Update::kAdd>(dim, whole, k, 1, k_stride, operands.dscores_key, stride, dq, kLanes);
-  if constexpr (E::kPerWord == 2) {
-    if (keys % 2 == 1) {  // the last word holds a key behind the step, unseen perhaps and NaN
-      for (int d = 0; d < dim; ++d) s.gapless[d] = k[whole * k_stride + d] & 0xffffu;
-      gemm<E, kVectors, Update::kAdd>(dim, 1, s.gapless, 1, dim, operands.dscores_key + whole * stride, stride, dq,
-                                      kLanes);
-    }
-  }
+  gemm_over_keys<E, kVectors, Update::kAdd>(dim, keys, k, k_stride, operands.dscores_key, operands.dscores_key_stride,
+                                            dq, s.half_word);
   return true;
 }
 
@@ -406,21 +399,20 @@ size_t backward_scratch(const Params& p) {
   return arena.used();
 }
 
-// rowsum(a * b), in an order that does not depend on the strides.
+// rowsum(a * b), the same whatever the strides.
 template <class V, class T>
 typename V::Scalar row_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int dim) {
   using S = typename V::Scalar;
+  auto part = [&](const T* row, int64_t stride, int d) {
+    if (stride == 1) return load_some<V>(row + d, dim - d);
+    S values[V::kWidth] = {};
+    for (int i = 0; i < V::kWidth && d + i < dim; ++i) values[i] = S(to_float(row[(d + i) * stride]));
+    return V::load(values);
+  };
   V sums = V::set(S(0));
-  int d = 0;
-  if (stride_a == 1 && stride_b == 1)
-    for (; d + V::kWidth <= dim; d += V::kWidth) sums = fma(V::load(a + d), V::load(b + d), sums);
-  S lanes[V::kWidth];
+  for (int d = 0; d < dim; d += V::kWidth) sums = fma(part(a, stride_a, d), part(b, stride_b, d), sums);
+  S lanes[V::kWidth], total = S(0);
   sums.store(lanes);
-  for (; d < dim; ++d) {
-    S& lane = lanes[d % V::kWidth];
-    lane = S(__builtin_fma(S(to_float(a[d * stride_a])), S(to_float(b[d * stride_b])), lane));
-  }
-  S total = S(0);
   for (const S lane : lanes) total += lane;
   return total;
 }

@@ -83,6 +83,22 @@ inline KeyBlock<Pairs> load_block(Pairs, const bf16*, const Params& p, const Seq
 }
 #endif
 
+// C[d][lane] gets the sum over keys of rows[key word][d] * words[key word][lane], for rows [key word][stride]. An odd
+// number of keys leaves half a word, where the next key may lie, unseen and NaN: `copy` takes that word's row without
+// it.
+template <class E, int kVectors, Update kUpdate>
+void gemm_over_keys(int dim, int keys, const typename E::Word* rows, int64_t stride, const typename E::Word* words,
+                    int64_t ldb, typename E::Scalar* c, typename E::Word* copy, typename E::Scalar* lanes = nullptr) {
+  constexpr int kLanes = Panel<typename E::Vector>::kLanes;
+  const int whole = keys / E::kPerWord;
+  gemm<E, kVectors, kUpdate>(dim, whole, rows, 1, stride, words, ldb, c, kLanes, lanes);
+  if constexpr (E::kPerWord == 2) {
+    if (keys % 2 == 0) return;
+    for (int d = 0; d < dim; ++d) copy[d] = rows[whole * stride + d] & 0xffffu;
+    gemm<E, kVectors, Update::kAdd>(dim, 1, copy, 1, dim, words + whole * ldb, ldb, c, kLanes);
+  }
+}
+
 // A copy of rows of a block in which the keys that no row of the panel sees are zero: they may hold NaN, and 0 * NaN is
 // NaN. `words` counts per row of v.
 template <class E>

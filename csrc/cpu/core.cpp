@@ -226,22 +226,20 @@ void backward(const Params& p, int threads) {
   space.panels = plan.panels;
   space.delta = {memory + each * size_t(threads), varlen ? 0 : p.heads_q * p.seqlen_q, p.seqlen_q, 1, 0};
   space.dq = memory + each * size_t(threads) + deltas;
-  auto delta = [&](const BackwardJob& job) {
-    const int64_t group = p.heads_q / p.heads_kv;
-    for (int64_t h = job.head_kv * group; h < (job.head_kv + 1) * group; ++h) k.delta(p, space, job.b, h);
-  };
   auto sum = [&](const BackwardJob& job) {
     if (p.dq.data != nullptr) k.sum_dq(p, job, space);
   };
+  const int64_t group = p.heads_kv ? p.heads_q / p.heads_kv : 1;
   if (plan.parts == 1) {  // a job has its heads to itself: one parallel region instead of three
     parallel_for(int64_t(plan.jobs.size()), threads, [&](int64_t i, int thread) {
       const BackwardJob& job = plan.jobs[size_t(i)];
-      delta(job);
+      for (int64_t h = job.head_kv * group; h < (job.head_kv + 1) * group; ++h) k.delta(p, space, job.b, h);
       k.backward(p, job, space, memory + each * size_t(thread));
       sum(job);
     });
   } else {
-    parallel_for(int64_t(plan.sums.size()), threads, [&](int64_t i, int) { delta(plan.sums[size_t(i)]); });
+    parallel_for(sequences(p) * p.heads_q, threads,
+                 [&](int64_t i, int) { k.delta(p, space, i / p.heads_q, i % p.heads_q); });
     parallel_for(int64_t(plan.jobs.size()), threads, [&](int64_t i, int thread) {
       k.backward(p, plan.jobs[size_t(i)], space, memory + each * size_t(thread));
     });

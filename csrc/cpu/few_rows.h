@@ -30,19 +30,21 @@ template <class E, class T>
 struct FewRowsScratch {
   using S = typename E::Scalar;
   using Word = typename E::Word;
-  static constexpr int kWidth = E::Vector::kWidth;
+  static constexpr int kWidth = E::Vector::kWidth, kNumbers = kWidth * E::kPerWord;
   Word* queries;  // [row][words of dim, padded to whole vectors]
-  S* acc;         // [row][dim_v padded to whole vectors]
+  S* acc;         // [row][dim_v padded to whole words of vectors]
   S *scores, *factors;
   Word* probs;
   const T **k, **v, **next_k;  // rows of the block's keys, and of the keys of the block after it
+  T* rest;                     // [key][kNumbers]: the last features of values, where they are not whole vectors,
+  const T** v_rest;            // and where each key's begin
   AddendScratch<typename E::Vector> addend;
   int query_words, dim_v;  // padded
 
   FewRowsScratch(const Params& p, Arena& arena) {
     constexpr int kRows = kFewRows<typename E::Vector>, kLanes = Panel<typename E::Vector>::kLanes;
     query_words = (words_of(int(p.head_dim), E::kPerWord) + kWidth - 1) / kWidth * kWidth;
-    dim_v = int((p.head_dim_v + kWidth - 1) / kWidth * kWidth);
+    dim_v = int((p.head_dim_v + kNumbers - 1) / kNumbers * kNumbers);
     queries = arena.take<Word>(int64_t(kRows) * query_words);
     acc = arena.take<S>(int64_t(kRows) * dim_v);
     scores = arena.take<S>(kBlockKeys * kLanes);
@@ -51,18 +53,13 @@ struct FewRowsScratch {
     k = arena.take<const T*>(kBlockKeys);
     v = arena.take<const T*>(kBlockKeys);
     next_k = arena.take<const T*>(kBlockKeys);
+    const bool whole = p.head_dim_v % kNumbers == 0;
+    rest = arena.take<T>(whole ? 0 : kBlockKeys * kNumbers);
+    v_rest = arena.take<const T*>(whole ? 0 : kBlockKeys);
     addend.values = arena.take<S>(kBlockKeys * kLanes);
     addend.seen = arena.take<uint8_t>(kBlockKeys);
   }
 };
-
-// The first `left` of kSize numbers, and zeros behind them. Out of line, and never called while sums are in registers:
-// they would all be spilled.
-template <class T, int kSize>
-__attribute__((noinline)) const T* copy_part(const T* from, int left, T (&part)[kSize]) {
-  for (int i = 0; i < kSize; ++i) part[i] = i < left ? from[i] : T{};
-  return part;
-}
 
 // How rows become operands. A word holds kPerWord numbers: of a key, neighbours in its row; of values, the same feature
 // of neighbouring keys.
@@ -89,6 +86,7 @@ struct RowOperands<Pairs, bf16> {
   static BF16Pairs key(const bf16* row) { return BF16Pairs::load(reinterpret_cast<const uint32_t*>(row)); }
   template <int kVectors>
   static void values(const bf16* even, const bf16* odd, BF16Pairs (&out)[kVectors]) {
+    static_assert(kVectors % 2 == 0);
     for (int i = 0; i < kVectors; i += 2) interleave(even + i * F32::kWidth, odd + i * F32::kWidth, out[i], out[i + 1]);
   }
 };
@@ -102,7 +100,7 @@ void few_scores_tile(const typename E::Word* queries, int ld, int dim, const T* 
   constexpr int kKeys = V::kWidth / kRows, kNumbers = V::kWidth * E::kPerWord;
   const int whole = dim / kNumbers * kNumbers;
   T rest[kKeys][kNumbers];
-  for (int n = 0; n < kKeys && !kWhole; ++n) copy_part(k[n < keys ? n : 0] + whole, dim - whole, rest[n]);
+  for (int n = 0; n < kKeys && !kWhole; ++n) copy_part(k[n < keys ? n : 0] + whole, dim - whole, kNumbers, rest[n]);
   V acc[V::kWidth];
   for (int i = 0; i < V::kWidth; ++i) acc[i] = V::set(0);
   for (int d = 0; d < dim; d += kNumbers) {
@@ -138,16 +136,13 @@ void few_scores(const typename E::Word* queries, int ld, int dim, const T* const
 }
 
 // acc[row][..] = alpha[row] * acc + sum over keys of probs[key word][row] * v[key][..], for kRows rows and kVectors
-// vectors of features, of which `left` exist. kWhole: all of them. seen: null, or 0 for keys that no row sees and whose
-// memory may hold NaN.
-template <class E, class T, int kRows, int kVectors, bool kWhole>
-void few_outputs_tile(const typename E::Word* probs, const T* const* v, const uint8_t* seen, int keys, int d, int left,
+// vectors of features. seen: null, or 0 for keys that no row sees and whose memory may hold NaN.
+template <class E, class T, int kRows, int kVectors>
+void few_outputs_tile(const typename E::Word* probs, const T* const* v, int d, const uint8_t* seen, int keys,
                       const typename E::Scalar* alpha, typename E::Scalar* acc, int ld, const T* const* ahead,
                       int ahead_keys, int ahead_from, int ahead_dim) {
   using V = typename E::Vector;
-  constexpr int kNumbers = kVectors * V::kWidth;
-  static const T kZeros[kNumbers] = {};
-  T parts[2][kNumbers];
+  static const T kZeros[kVectors * V::kWidth] = {};
   V sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kVectors; ++i) sum[r][i] = V::set(0);
@@ -155,10 +150,8 @@ void few_outputs_tile(const typename E::Word* probs, const T* const* v, const ui
     for (int i = n; i < n + E::kPerWord && i < ahead_keys; ++i) prefetch_row(ahead[i] + ahead_from, ahead_dim);
     if (E::kPerWord == 1 && seen != nullptr && !seen[n]) continue;
     const T* rows[2] = {kZeros, kZeros};
-    for (int i = 0; i < E::kPerWord; ++i) {
-      if (n + i >= keys || (seen != nullptr && !seen[n + i])) continue;
-      rows[i] = kWhole ? v[n + i] + d : copy_part(v[n + i] + d, left, parts[i]);
-    }
+    for (int i = 0; i < E::kPerWord; ++i)
+      if (n + i < keys && (seen == nullptr || seen[n + i])) rows[i] = v[n + i] + d;
     typename E::Operand value[kVectors];
     RowOperands<E, T>::values(rows[0], rows[1], value);
     for (int r = 0; r < kRows; ++r) {
@@ -168,29 +161,29 @@ void few_outputs_tile(const typename E::Word* probs, const T* const* v, const ui
   }
   for (int r = 0; r < kRows; ++r)
     for (int i = 0; i < kVectors; ++i) {
-      if (!kWhole && i * V::kWidth >= left) continue;
-      typename V::Scalar* to = acc + r * ld + d + i * V::kWidth;
+      typename V::Scalar* to = acc + r * ld + i * V::kWidth;
       fma(V::set(alpha[r]), V::load(to), sum[r][i]).store(to);
     }
 }
 
-// ahead: rows of ahead_dim numbers to ask for meanwhile, evenly: what is asked for at once the processor may drop.
+// The outputs of rows r .. r + kRows. next_keys: of the block after this one, whose rows are asked for meanwhile,
+// evenly: what is asked for at once the processor may drop.
 template <class E, class T, int kRows>
-void few_outputs(const typename E::Word* probs, const T* const* v, const uint8_t* seen, int keys, int dim,
-                 const typename E::Scalar* alpha, typename E::Scalar* acc, int ld, const T* const* ahead, int ahead_dim,
-                 int ahead_keys) {
-  constexpr int kWidth = E::Vector::kWidth, kVectors = kWidth >= 8 ? 4 : 2;
+void few_outputs(const FewRowsScratch<E, T>& s, int r, const uint8_t* seen, int keys, int dim_v,
+                 const typename E::Scalar* alpha, int dim, int next_keys) {
+  constexpr int kWidth = E::Vector::kWidth, kLarge = kWidth >= 8 ? 4 : 2;
   int asked = 0;
-  auto tile = [&](auto vectors, auto whole, int d) {
+  auto tile = [&](auto vectors, const T* const* rows, int first, int d) {
     constexpr int kTile = decltype(vectors)::value;
-    const int until = int(smaller(dim, d + kTile * kWidth) * ahead_dim / dim);
-    few_outputs_tile<E, T, kRows, kTile, decltype(whole)::value>(probs, v, seen, keys, d, dim - d, alpha, acc, ld,
-                                                                 ahead, ahead_keys, asked, until - asked);
+    const int until = int(smaller(dim_v, d + kTile * kWidth) * dim / dim_v);
+    few_outputs_tile<E, T, kRows, kTile>(s.probs + r, rows, first, seen, keys, alpha + r, s.acc + r * s.dim_v + d,
+                                         s.dim_v, s.next_k, next_keys, asked, until - asked);
     asked = until;
   };
   int d = 0;
-  for (; d + kVectors * kWidth <= dim; d += kVectors * kWidth) tile(Constant<kVectors>{}, Constant<true>{}, d);
-  for (; d < dim; d += E::kPerWord * kWidth) tile(Constant<E::kPerWord>{}, Constant<false>{}, d);
+  for (; d + kLarge * kWidth <= dim_v; d += kLarge * kWidth) tile(Constant<kLarge>{}, s.v, d, d);
+  for (; d + E::kPerWord * kWidth <= dim_v; d += E::kPerWord * kWidth) tile(Constant<E::kPerWord>{}, s.v, d, d);
+  if (d < dim_v) tile(Constant<E::kPerWord>{}, s.v_rest, 0, d);
 }
 
 // Calls f(count, first) for pieces of 4, 2 and 1 rows; count is a constant.
@@ -221,9 +214,14 @@ void few_rows_block(const Params& p, const Sequence& seq, const Panel<typename E
   if (plain) maximum<V, 1>(s.scores, keys, plain_max);
   softmax_step<E, 1>(p, panel, n0, keys, plain ? plain_max : nullptr, s.scores, s.addend.values, s.factors, s.probs,
                      state);
+  const int whole = dim_v / s.kNumbers * s.kNumbers;
+  for (int n = 0; n < keys && whole < dim_v; ++n) {
+    s.v_rest[n] = s.rest + n * s.kNumbers;
+    const bool seen = !gaps || s.addend.seen[n];
+    copy_part(s.v[n] + whole, seen ? dim_v - whole : 0, s.kNumbers, s.rest + n * s.kNumbers);
+  }
   for_row_pieces<V>(panel.count, [&](auto rows, int r) {
-    few_outputs<E, T, decltype(rows)::value>(s.probs + r, s.v, gaps ? s.addend.seen : nullptr, keys, dim_v,
-                                             state.alpha + r, s.acc + r * s.dim_v, s.dim_v, s.next_k, dim,
+    few_outputs<E, T, decltype(rows)::value>(s, r, gaps ? s.addend.seen : nullptr, keys, dim_v, state.alpha, dim,
                                              r == 0 ? next_keys : 0);
   });
 }
@@ -277,7 +275,7 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
 template <class E>
 size_t few_rows_scratch(const Params& p) {
   Arena arena(nullptr);
-  FewRowsScratch<E, byte> scratch(p, arena);
+  FewRowsScratch<E, typename E::Scalar> scratch(p, arena);
   return arena.used();
 }
 

@@ -29,7 +29,7 @@ struct ForwardScratch {
   using S = typename E::Scalar;
   using Word = typename E::Word;
   S *scores, *factors;
-  Word *probs, *queries, *gapless;
+  Word *probs, *queries, *gapless, *half_word;
   S* acc;
   AddendScratch<typename E::Vector> addend;
   BlockScratch<E> block;
@@ -50,6 +50,7 @@ struct ForwardScratch {
     addend.values = arena.take<S>(kBlockKeys * kLanes);
     addend.seen = arena.take<uint8_t>(kBlockKeys);
     gapless = arena.take<Word>(int64_t(kBlockKeys) * dim_v);
+    half_word = arena.take<Word>(dim_v);
   }
 };
 
@@ -216,8 +217,8 @@ void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::
     v_stride = dim_v;
   }
   // Each block is summed from zero and then added: errors grow with the number of blocks, not of keys.
-  gemm<E, kVectors, Update::kScaleAdd>(dim_v, words_of(keys, E::kPerWord), v, 1, v_stride, scratch.probs, kLanes, acc,
-                                       kLanes, state.alpha);
+  gemm_over_keys<E, kVectors, Update::kScaleAdd>(dim_v, keys, v, v_stride, scratch.probs, kLanes, acc,
+                                                 scratch.half_word, state.alpha);
 }
 
 // The block's keys against one panel, cut where the panel's rows stop seeing the same keys.
@@ -360,8 +361,10 @@ void forward_job(const Params& p, const ForwardJob& job, const Parts& parts, voi
     if (panel.any.first < panel.any.last)
       keys = {smaller(keys.first, panel.any.first), larger(keys.last, panel.any.last)};
   }
-  // Blocks begin and end where no other panel of the job has a say, so that results do not depend on the company.
-  for (int64_t n0 = keys.first / E::kPerWord * E::kPerWord; n0 < keys.last;) {
+  // Blocks begin at whole words and end at multiples of their size, so that a panel's results do not depend on which
+  // others share its job. Without visible keys there is none: `keys` may lie anywhere.
+  if (keys.first < keys.last) keys.first = keys.first / E::kPerWord * E::kPerWord;
+  for (int64_t n0 = keys.first; n0 < keys.last;) {
     const int64_t n1 = smaller(keys.last, (n0 / kBlockKeys + 1) * kBlockKeys);
     const KeyBlock<E> block =
         load_block(E{}, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, int(n1 - n0), scratch.block);

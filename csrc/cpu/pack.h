@@ -9,11 +9,17 @@ namespace FASTATTN_ISA {
 
 inline int words_of(int numbers, int per_word) { return (numbers + per_word - 1) / per_word; }
 
-// The first `left` numbers of a row, and zeros behind them. Out of line, to keep it out of the callers' registers.
+// The first `left` of `size` numbers, and zeros behind them. Out of line, to keep it out of the callers' registers; but
+// a call while sums are in registers spills them all.
+template <class T>
+__attribute__((noinline)) void copy_part(const T* from, int left, int size, T* to) {
+  for (int i = 0; i < size; ++i) to[i] = i < left ? from[i] : T{};
+}
+
 template <class V, class T>
-__attribute__((noinline)) V load_part(const T* from, int left) {
-  T values[V::kWidth] = {};
-  for (int i = 0; i < left; ++i) values[i] = from[i];
+V load_part(const T* from, int left) {
+  T values[V::kWidth];
+  copy_part(from, left, V::kWidth, values);
   return V::load(values);
 }
 

@@ -88,7 +88,7 @@ class Backend(Protocol):
 
 def layout(x: Tensor) -> tuple[object, ...]:
     """All that tells how a tensor's values lie in memory, but for where; hashable."""
-    return x.shape, x.stride(), x.dtype, x.device, x.is_neg()
+    return x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x._is_zerotensor()
 
 
 def empty_out(problem: Problem, q: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ except ImportError as error:  # running from a source tree that was never built
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+_MOST_LAYOUTS = 64  # of output gradients whose calls a prepared kind keeps
 _LARGEST_HEAD_DIM = 2**24  # the kernels count the elements of a few rows in 32 bits
 
 Tensors = dict[str, Tensor]
@@ -47,7 +48,7 @@ class CpuBackend:
         return None
 
     def why_not(self, problem: Problem) -> str | None:
-        """It computes every call on CPU tensors that fit into a memory."""
+        """It computes every call on CPU tensors, up to a head_dim that no memory would hold rows of."""
         if problem.device.type != "cpu":
             return f"its tensors are on {problem.device}, and this backend runs on the CPU."
         for name in ("head_dim", "head_dim_v"):
@@ -57,7 +58,7 @@ class CpuBackend:
 
     def prepare(self, problem: Problem, inputs: Inputs) -> _PreparedCalls | None:
         """See `Backend.prepare`."""
-        if inputs.q.is_neg() or inputs.k.is_neg() or inputs.v.is_neg():
+        if any(x.is_neg() or x._is_zerotensor() for x in inputs[:3]):
             return None
         return _PreparedCalls(problem, inputs)
 
@@ -150,6 +151,8 @@ class _PreparedCalls:
         grads = tuple([allocate(x) if need else None for need, allocate, x in wanted])
         key = (dout.stride(), needs)
         if key not in self._gradients:
+            if len(self._gradients) >= _MOST_LAYOUTS:
+                self._gradients.clear()
             tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
             tensors |= {f"d{name}": grad for name, grad in zip("qkv", grads, strict=True) if grad is not None}
             self._gradients[key] = _call(self._problem, tensors).gradients
