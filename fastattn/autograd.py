@@ -44,7 +44,7 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _all_plain(inputs: Inputs) -> bool:
     """`is_plain` of every tensor of the call; what is no tensor at all will be refused later."""
-    rest = (type(x) in _PLAIN_TYPES for x in inputs[3:] if isinstance(x, Tensor))
+    rest = (type(x) in _PLAIN_TYPES for x in [*inputs][3:] if isinstance(x, Tensor))
     return is_plain(inputs.q, inputs.k, inputs.v) and all(rest)
 
 

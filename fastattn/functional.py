@@ -491,7 +491,7 @@ def _check_attn_mask(attn_mask: Tensor, target: Sequence[int]) -> None:
     if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
         raise TypeError(f"attn_mask must have dtype torch.bool or a floating point dtype, got {attn_mask.dtype}")
     fits = attn_mask.ndim <= len(target) and all(
-        size in (1, want) for size, want in zip(reversed(attn_mask.shape), reversed(target), strict=False)
+        size in (1, want) for size, want in zip(attn_mask.shape, target[len(target) - attn_mask.ndim :], strict=True)
     )
     if not fits:
         raise ValueError(

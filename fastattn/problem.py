@@ -178,7 +178,7 @@ _REQUIRED = ("q", "k", "v")
 
 def check_tensors(kind: str, inputs: Inputs) -> None:
     """Every tensor argument must be a dense tensor; all but q, k and v may be None."""
-    for field, x in zip(inputs._fields, inputs, strict=True):
+    for field, x in zip(Inputs._fields, inputs, strict=True):
         if x is None and field not in _REQUIRED:
             continue
         name = _CACHE_NAMES.get(field, field) if kind == "cache" else field
