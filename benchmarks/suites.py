@@ -113,7 +113,7 @@ def _small() -> list[Case]:
     return [
         dense("small", seqlen=seqlen, dtype=dtype, mode=mode)
         for mode in ("forward", "train")
-        for dtype in ("float32", "bfloat16")
+        for dtype in TRAINING_DTYPES
         for seqlen in (16, 32, 64, 128, 256)
     ]
 
