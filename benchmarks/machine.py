@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fastattn
+from fastattn.backends import cpu as cpu_backend
 
 
 def header(device: torch.device) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def header(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": usable_cores(),
         "cpu_isa": torch.backends.cpu.get_cpu_capability(),
+        "kernels": cpu_backend.instruction_set(),
         "last_level_cache_bytes": last_level_cache(),
         "memory_bytes": memory_field("MemTotal"),
         "gpu": None if gpu is None else gpu.name,

@@ -23,7 +23,7 @@ def header_lines(header: Mapping[str, Any], peaks: Peaks) -> Iterator[str]:
     if header["gpu"] is not None:
         yield f"gpu       {header['gpu']}, memory {_size(header['gpu_memory_bytes'])}, CUDA {header['cuda']}"
     yield f"system    {header['os']}"
-    package = f"fastattn {header['fastattn']} ({commit}{dirty})"
+    package = f"fastattn {header['fastattn']} ({commit}{dirty}), CPU kernels for {header['kernels']}"
     yield f"versions  Python {header['python']}, torch {header['torch']}, {package}"
     load = "unknown" if header["load_average"] is None else f"{header['load_average']:.2f}"
     yield f"run       {header['date']}, {header['device']}, {header['threads']} threads, load average {load}"

@@ -161,6 +161,11 @@ class _PreparedCalls:
         return grads
 
 
+def instruction_set() -> str | None:
+    """The instruction set that the kernels use here (see FASTATTN_CPU_ISA); None without the native module."""
+    return None if _cpu is None else _cpu.instruction_set()
+
+
 def multiply_adds(dtype: torch.dtype, steps: int) -> int:
     """Multiply-adds and nothing else, in the words in which the kernels multiply this dtype, on all threads.
 
