@@ -42,6 +42,14 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def is_batched(*grads: Tensor | None) -> bool:
+    """True for output gradients of torch.autograd.grad(..., is_grads_batched=True), which no mode or stack tells of.
+
+    The operators know what to do with them.
+    """
+    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+
+
 def _all_plain(inputs: Inputs) -> bool:
     """`is_plain` of every tensor of the call; what is no tensor at all will be refused later."""
     rest = (type(x) in _PLAIN_TYPES for x in [*inputs][3:] if isinstance(x, Tensor))
@@ -153,7 +161,7 @@ def gradients(
     """Gradients of q, k, v, bias and sinks, None where not needed; differentiable again if gradients are recorded."""
     args = (dout, dlse, out, lse, *arguments, needs)
     in_transform = _in_transform()
-    if not in_transform and not is_plain(dout, out, arguments[0]):
+    if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, out, arguments[0])):
         grads = torch.ops.fastattn.backward(*args)
     elif in_transform or torch.is_grad_enabled():
         grads = AttentionBackward.apply(*args)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import dispatch, ops
-from .autograd import gradients, is_plain
+from .autograd import gradients, is_batched, is_plain
 from .backends import Prepared, layout
 from .problem import Inputs, Options, describe, split_window
 
@@ -113,7 +113,9 @@ class PreparedAttention(torch.autograd.Function):
             return None, None, None, None
         kind, needs = ctx.kind, ctx.needs_input_grad[1:]
         q, k, v, out, lse = saved = ctx.saved_tensors
-        plain = is_plain(q, k, v) and is_plain(dout, out, lse) and forward_ad._current_level < 0
+        plain = (
+            is_plain(q, k, v) and is_plain(dout, out, lse) and forward_ad._current_level < 0 and not is_batched(dout)
+        )
         # Hooks on saved tensors may have brought them back in another layout.
         if plain and not torch.is_grad_enabled() and kind.prepared.layouts == tuple(map(layout, saved)):
             return (None, *kind.prepared.backward(q, k, v, out, lse, dout, needs))

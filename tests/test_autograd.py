@@ -265,3 +265,33 @@ def test_forward_mode_is_refused_and_not_wrong(qkv: Qkv) -> None:
         for leaf in (dual, dual.requires_grad_()):
             with pytest.raises(NotImplementedError, match="forward mode"):
                 attention(leaf, k, v)
+
+
+def test_batched_output_gradients(backend: str) -> None:
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(5, 5, requires_grad=True)
+
+    def short() -> tuple[torch.Tensor, ...]:
+        return (fastattn.attention(q, k, v, causal=True, backend=backend),)
+
+    def ordinary() -> tuple[torch.Tensor, ...]:
+        return fastattn.attention(q, k, v, bias=bias, return_lse=True, backend=backend)
+
+    for function, sources in ((short, (q, k, v)), (ordinary, (q, k, v, bias))):
+        outputs = function()
+        batches = [torch.randn(3, *out.shape) for out in outputs]
+        found = torch.autograd.grad(outputs, sources, batches, is_grads_batched=True)
+        for i in range(3):
+            expected = torch.autograd.grad(function(), sources, [batch[i] for batch in batches])
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a[i], b)
+
+
+def test_vectorized_jacobian_and_hessian(backend: str) -> None:
+    q, k, v = (torch.randn(1, 1, 3, 4, dtype=torch.float64) for _ in range(3))
+
+    def total(q: torch.Tensor) -> torch.Tensor:
+        return fastattn.attention(q, k, v, backend=backend).square().sum()
+
+    for derivative in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
+        torch.testing.assert_close(derivative(total, q, vectorize=True), derivative(total, q))
