@@ -150,14 +150,16 @@ class _PreparedCalls:
         wanted = zip(needs, self._allocate_grads, (q, k, v), strict=True)
         grads = tuple([allocate(x) if need else None for need, allocate, x in wanted])
         key = (dout.stride(), needs)
-        if key not in self._gradients:
+        run = self._gradients.get(key)  # once: another thread may clear it meanwhile
+        if run is None:
             if len(self._gradients) >= _MOST_LAYOUTS:
                 self._gradients.clear()
             tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
             tensors |= {f"d{name}": grad for name, grad in zip("qkv", grads, strict=True) if grad is not None}
-            self._gradients[key] = _call(self._problem, tensors).gradients
+            made: Callable[..., None] = _call(self._problem, tensors).gradients
+            self._gradients[key] = run = made
         addresses = [0 if x is None else x.data_ptr() for x in (q, k, v, out, lse, dout, *grads)]
-        self._gradients[key](*addresses, torch.get_num_threads())
+        run(*addresses, torch.get_num_threads())
         return grads
 
 
