@@ -8,9 +8,10 @@ from functools import lru_cache
 from .backends import Backend
 from .backends.cpu import CpuBackend
 from .backends.reference import ReferenceBackend
+from .backends.triton import TritonBackend
 from .problem import Problem
 
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), CpuBackend(), ReferenceBackend())
 """In the order in which automatic choice tries them."""
 
 

@@ -10,7 +10,9 @@ import torch
 import fastattn
 
 COMPLETE_BACKENDS = ("reference", "cpu", "triton")
-"""Those that promise every feature: for them a refused call is a failure, for others a skipped test."""
+"""Those that promise every feature: for them a refused call is a failure, for others a skipped test.
+
+But for its dtype: Triton's kernels have no float64, and its interpreter no bfloat16."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,6 +63,6 @@ def skip_if_refused(backend: str, explain: Callable[..., fastattn.Report]) -> No
     try:
         explain(backend=backend)
     except ValueError as refusal:
-        if backend in COMPLETE_BACKENDS:
+        if backend in COMPLETE_BACKENDS and "its dtype is" not in str(refusal):
             raise
         pytest.skip(str(refusal))

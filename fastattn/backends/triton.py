@@ -1,0 +1,443 @@
+"""The Triton kernels (kernels/): every feature, on every GPU that Triton compiles for, and in its interpreter.
+
+Here calls become launches; what the kernels are handed is described in kernels/arguments.py, and how their tiles are
+chosen in kernels/config.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import arguments as args
+from ..kernels import config
+from ..kernels.launch import Launch, run
+from ..problem import Inputs, Problem
+from . import Grads, Needs, empty_grad, empty_lse, empty_out
+
+try:
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from ..kernels import backward as backward_kernels
+    from ..kernels import bias_gradient as bias_kernels
+    from ..kernels import forward as forward_kernels
+except ImportError as error:
+    triton = None
+    _import_error = str(error)
+
+_LARGEST_HEAD_DIM = 512
+_LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
+
+
+class TritonBackend:
+    """Fused kernels, compiled at the first call of a kind for the GPU at hand."""
+
+    name = "triton"
+
+    def why_unavailable(self) -> str | None:
+        """See `Backend.why_unavailable`."""
+        if triton is None:
+            return f"Triton could not be imported ({_import_error}); install it with pip install triton."
+        if not interpreted() and not torch.cuda.is_available():
+            return "there is no GPU here that torch can use, and Triton's interpreter is off (TRITON_INTERPRET=1)."
+        return None
+
+    def why_not(self, problem: Problem) -> str | None:
+        """See `Backend.why_not`."""
+        p = problem
+        if p.device.type == "cpu" and not interpreted():
+            return "its tensors are on the CPU, where Triton runs only in its interpreter (TRITON_INTERPRET=1)."
+        if p.device.type not in ("cuda", "cpu"):
+            return f"its tensors are on {p.device}, and Triton's kernels run on GPUs."
+        if p.dtype == torch.float64:
+            return "its dtype is torch.float64, and these kernels compute in float32."
+        if p.dtype == torch.bfloat16 and interpreted():
+            return "its dtype is torch.bfloat16, which Triton's interpreter does not compute right."
+        for name in ("head_dim", "head_dim_v"):
+            if getattr(p, name) > _LARGEST_HEAD_DIM:
+                return f"{name} is {getattr(p, name)}, and this backend takes at most {_LARGEST_HEAD_DIM}."
+        for name in ("seqlen_q", "seqlen_k"):
+            if getattr(p, name) >= _LONGEST:
+                return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
+        return _why_not_device(architecture(p.device), p.dtype)
+
+    def prepare(self, problem: Problem, inputs: Inputs) -> None:
+        """Triton looks at the arguments of each launch itself."""
+
+    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+        _run(problem, forward_launches(problem, inputs, out, lse))
+        return out, lse
+
+    def backward(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        needs: Needs,
+    ) -> Grads:
+        """See `Backend.backward`."""
+        return _Backward(problem, inputs, out, lse, dout, dlse).gradients(needs)
+
+    def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See `Backend.decode`."""
+        raise AssertionError
+
+
+def interpreted() -> bool:
+    """True if kernels run in Triton's interpreter, which was decided when they were imported."""
+    return not isinstance(forward_kernels.forward, JITFunction)
+
+
+@lru_cache
+def architecture(device: torch.device) -> config.Architecture:
+    """The device, as far as configurations depend on it."""
+    if interpreted():
+        return config.Architecture("interpreter", 0, 2**31, 4)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return config.Architecture("hip", 0, 64 * 1024, properties.multi_processor_count)
+    capability = 10 * properties.major + properties.minor
+    shared = properties.shared_memory_per_block_optin
+    return config.Architecture("cuda", capability, shared, properties.multi_processor_count)
+
+
+def _why_not_device(device: config.Architecture, dtype: torch.dtype) -> str | None:
+    if device.vendor != "cuda":
+        return None
+    number = f"{device.capability // 10}.{device.capability % 10}"
+    if device.capability < 75:
+        return f"the GPU has compute capability {number}, and Triton's kernels need at least 7.5."
+    if device.capability < 80 and dtype == torch.bfloat16:
+        return f"its dtype is torch.bfloat16, which a GPU of compute capability {number} lacks; 8.0 has it."
+    return None
+
+
+def _run(problem: Problem, launches: list[Launch]) -> None:
+    if problem.device.type == "cuda":
+        with torch.cuda.device(problem.device):
+            for launch in launches:
+                run(launch)
+    else:
+        for launch in launches:
+            run(launch)
+
+
+# ------------------------------------------------------------------------------------------------------------ launches
+
+
+def forward_launches(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor) -> list[Launch]:
+    """The kernels of a forward pass; `out` and `lse` are what they write."""
+    p, x = problem, _in_memory(inputs)
+    device = architecture(p.device)
+    packed = p.kind != "varlen" and p.group > 1 and p.seqlen_q * p.group <= config.PACKED_ROWS
+    shape = _shape(p, packed=packed)
+    chosen = config.choose_forward(shape, device)
+    splits = 1 if p.kind == "varlen" else config.choose_splits(shape, chosen, device)
+    tiles = -(-shape.rows // chosen.block_m)
+    grid = tiles * shape.programs * splits
+    if p.kind == "varlen":
+        grid = (p.seqlen_q // chosen.block_m + p.batch + 1) * p.heads_q
+
+    rows = p.batch * p.heads_q * p.seqlen_q
+    target, target_lse, parts = out, lse, None
+    if splits > 1:
+        target = torch.empty((splits, *out.shape), dtype=torch.float32, device=p.device)
+        target_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=p.device)
+        parts = args.Splits(splits, target.stride(0), target_lse.stride(0))
+    values = {
+        **_common(p, x),
+        "out": _array(p, target[0] if splits > 1 else target),
+        "lse": _row_array(p, target_lse[0] if splits > 1 else target_lse),
+        "sinks": x.sinks,
+        "paging": None,
+        "rotation": None,
+        "splits": parts,
+        "VARIANT": _variant(p, x, chosen, device, packed=packed),
+    }
+    launches = [Launch(forward_kernels.forward, grid, values, chosen.num_warps, chosen.num_stages)]
+    if splits > 1:
+        block = 16
+        merged = {
+            "partial_out": target,
+            "partial_lse": target_lse,
+            "out": _array(p, out),
+            "lse": _row_array(p, lse),
+            "sinks": x.sinks,
+            "rows": rows,
+            "number": splits,
+            "stride_out": target.stride(0),
+            "stride_lse": target_lse.stride(0),
+            "heads_q": p.heads_q,
+            "seqlen_q": p.seqlen_q,
+            "BLOCK_M": block,
+            "BLOCK_D": config.padded(p.head_dim_v),
+            "DIM": p.head_dim_v,
+        }
+        launches.append(Launch(forward_kernels.combine, -(-rows // block), merged))
+    return launches
+
+
+class _Backward:
+    """One backward pass."""
+
+    def __init__(
+        self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+    ) -> None:
+        p = self.problem = problem
+        x = self.inputs = _in_memory(inputs)
+        self.device = architecture(p.device)
+        self.lse = _plain(lse)
+        self.dout = _array(p, _plain(dout))
+        self.row_lse, self.delta = (torch.empty(lse.shape, dtype=torch.float32, device=p.device) for _ in range(2))
+        self.shape = _shape(p, packed=False)
+        rows, block = p.batch * p.heads_q * p.seqlen_q if p.kind == "dense" else p.heads_q * p.seqlen_q, 16
+        statistics = {
+            "out": _array(p, _plain(out)),
+            "dout": self.dout,
+            "lse": _row_array(p, self.lse),
+            "dlse": None if dlse is None else _row_array(p, _plain(dlse)),
+            "row_lse": self.row_lse,
+            "delta": self.delta,
+            "rows": rows,
+            "heads_q": p.heads_q,
+            "seqlen_q": p.seqlen_q,
+            "BLOCK_M": block,
+            "BLOCK_D": config.padded(p.head_dim_v),
+            "DIM": p.head_dim_v,
+        }
+        self._statistics = Launch(backward_kernels.statistics, -(-rows // block), statistics)
+        self.values = {
+            **_common(p, x),
+            "dout": self.dout,
+            "row_lse": _row_array(p, self.row_lse),
+            "delta": _row_array(p, self.delta),
+        }
+
+    def gradients(self, needs: Needs) -> Grads:
+        """The gradients that are needed."""
+        p, x = self.problem, self.inputs
+        launches = [self._statistics]
+        dq = empty_grad(x.q) if needs.q else None
+        if dq is not None:
+            launches.append(self._of_queries(dq))
+        dk, dv = (empty_grad(y) if needs.k or needs.v else None for y in (x.k, x.v))
+        if dk is not None and dv is not None:
+            launches.append(self._of_keys(dk, dv))
+        dbias = None
+        if needs.bias and x.bias is not None:
+            launch, dbias = self._of_bias(x.bias)
+            launches.append(launch)
+        _run(p, launches)
+        return Grads(
+            dq,
+            dk if needs.k else None,
+            dv if needs.v else None,
+            None if dbias is None or x.bias is None else self._summed(dbias, x.bias),
+            self._of_sinks(x.sinks) if needs.sinks and x.sinks is not None else None,
+        )
+
+    def _of_queries(self, dq: Tensor) -> Launch:
+        p = self.problem
+        chosen = config.choose_gradient_of_queries(self.shape, self.device)
+        grid = -(-p.seqlen_q // chosen.block_m) * p.batch * p.heads_q
+        if p.kind == "varlen":
+            grid = (p.seqlen_q // chosen.block_m + p.batch + 1) * p.heads_q
+        values = {**self.values, "dq": _array(p, dq), "VARIANT": self._variant(chosen)}
+        return Launch(backward_kernels.gradient_of_queries, grid, values, chosen.num_warps, chosen.num_stages)
+
+    def _of_keys(self, dk: Tensor, dv: Tensor) -> Launch:
+        p = self.problem
+        chosen = config.choose_gradient_of_keys(self.shape, self.device)
+        grid = -(-p.seqlen_k // chosen.block_n) * p.batch * p.heads_kv
+        if p.kind == "varlen":
+            grid = (p.seqlen_k // chosen.block_n + p.batch + 1) * p.heads_kv
+        values = {**self.values, "dk": _array(p, dk), "dv": _array(p, dv), "VARIANT": self._variant(chosen)}
+        return Launch(backward_kernels.gradient_of_keys, grid, values, chosen.num_warps, chosen.num_stages)
+
+    def _of_bias(self, bias: Tensor) -> tuple[Launch, Tensor]:
+        """The launch, and the tensor of partial sums that it fills; `_summed` adds them up.
+
+        A bias with a row for each query and a column for each key is summed over the rest by the kernel, as partial
+        sums would outgrow it. Any other is much smaller than the scores, and gets a partial sum per sequence and head.
+        """
+        p = self.problem
+        chosen = config.choose_gradient_of_queries(self.shape, self.device)
+        batches, heads, rows, columns = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+        full = rows > 1 and columns > 1
+        if not full:
+            batches, heads = p.batch, p.heads_q
+        tiles_m = -(-rows // chosen.block_m) if rows > 1 else 1
+        if rows == columns == 1:
+            tiles_m = -(-p.seqlen_q // chosen.block_m)
+        tiles_n = -(-columns // chosen.block_n) if columns > 1 else 1
+        partial = torch.zeros(
+            (
+                batches,
+                heads,
+                tiles_m * chosen.block_m if rows > 1 else tiles_m,
+                tiles_n * chosen.block_n if columns > 1 else 1,
+            ),
+            dtype=torch.float32,
+            device=p.device,
+        )
+        values = {
+            **self.values,
+            "dbias": args.Array(partial, *partial.stride()),
+            "batches": batches,
+            "heads_out": heads,
+            "tiles_m": tiles_m,
+            "tiles_n": tiles_n,
+            "ALL_BATCHES": batches == 1 and p.batch > 1,
+            "ALL_HEADS": heads == 1 and p.heads_q > 1,
+            "ALL_ROWS": rows == 1 and columns > 1,
+            "SUM_ROWS": rows == 1,
+            "SUM_COLUMNS": columns == 1,
+            "VARIANT": self._variant(chosen),
+        }
+        empty = 0 in (p.batch, p.heads_q, p.seqlen_q, p.seqlen_k)
+        grid = 0 if empty else batches * heads * tiles_m * tiles_n
+        return Launch(bias_kernels.gradient_of_bias, grid, values, chosen.num_warps, chosen.num_stages), partial
+
+    @staticmethod
+    def _summed(partial: Tensor, bias: Tensor) -> Tensor:
+        """The partial sums over what the bias broadcasts, in its shape and dtype."""
+        shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+        over = [d for d, size in enumerate(shape) if size == 1 and partial.shape[d] != 1]
+        total = partial.sum(over, keepdim=True) if over else partial
+        return total[tuple(slice(size) for size in shape)].to(bias.dtype).reshape(bias.shape)
+
+    def _of_sinks(self, sinks: Tensor) -> Tensor:
+        """A sink takes its share of each row, and gives nothing: its gradient is the sum of -share * delta."""
+        heads = (-1, 1)
+        share = torch.exp(sinks.float().view(heads) - self.lse)
+        share = share.masked_fill(self.lse == -torch.inf, 0.0)
+        total = -(share * self.delta).sum(-1)
+        return (total if self.problem.kind == "varlen" else total.sum(0)).to(sinks.dtype)
+
+    def _variant(self, chosen: config.Config) -> args.Variant:
+        return _variant(self.problem, self.inputs, chosen, self.device, packed=False)
+
+
+def _shape(p: Problem, *, packed: bool) -> config.Shape:
+    return config.Shape(
+        element_size=p.dtype.itemsize,
+        head_dim=p.head_dim,
+        head_dim_v=p.head_dim_v,
+        rows=p.seqlen_q * p.group if packed else p.seqlen_q,
+        keys=p.seqlen_k,
+        programs=p.batch * (p.heads_kv if packed else p.heads_q),
+    )
+
+
+def _variant(p: Problem, x: Inputs, chosen: config.Config, device: config.Architecture, *, packed: bool) -> args.Variant:
+    part = config.part(p.head_dim_v)
+    return args.Variant(
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_D=config.padded(p.head_dim),
+        PART=part,
+        PARTS=config.padded(p.head_dim_v) // part,
+        HEAD_DIM=p.head_dim,
+        HEAD_DIM_V=p.head_dim_v,
+        PRECISION=config.precision(device),
+        PLAIN=p.scale > 0 and p.softcap is None and x.bias is None and x.alibi_slopes is None,
+        PERMUTED=bool(p.dropout_p) or x.mask is not None or x.bias is not None,
+        PACKED=packed,
+        PAGED=p.page_size > 0,
+        ROTARY_DIM=p.rotary_dim,
+        INTERLEAVED=p.rotary_interleaved,
+    )
+
+
+def _common(p: Problem, x: Inputs) -> dict[str, Any]:
+    """The arguments that all kernels over queries and keys take; x as `_in_memory` leaves them."""
+    return {
+        "q": _array(p, x.q),
+        "k": _array(p, x.k),
+        "v": _array(p, x.v),
+        "heads": args.Heads(p.heads_q, p.heads_kv, p.group),
+        "sequences": args.Sequences(
+            x.cu_seqlens_q, x.cu_seqlens_k, x.kv_lengths, p.batch, p.seqlen_q, p.seqlen_k, p.seqlen_new
+        ),
+        "window": args.Window(
+            None if p.window_left is None else min(p.window_left, args.OPEN),
+            args.OPEN if p.window_right is None else min(p.window_right, args.OPEN),
+            int(p.bottom_right),
+        ),
+        "scores": args.Scores(p.scale, p.softcap, _slopes(p, x.alibi_slopes), _broadcast(x.bias), _broadcast(x.mask)),
+        "dropout": _dropout(p, x.seed),
+    }
+
+
+def _dropout(p: Problem, seed: Tensor | None) -> args.Dropout | None:
+    if not p.dropout_p or seed is None:
+        return None
+    number = int(seed)
+    return args.Dropout(
+        _signed(number & 0xFFFFFFFF), _signed(number >> 32), _signed(p.dropout_threshold), 1.0 / (1.0 - p.dropout_p)
+    )
+
+
+def _signed(word: int) -> int:
+    """The signed 32-bit number of the same bits: all seeds have one type then, and need one kernel."""
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _in_memory(inputs: Inputs) -> Inputs:
+    """The inputs with their values where their addresses say, index tensors contiguous, masks as bytes."""
+    given = {
+        name: x if x is None or name == "seed" else _plain(x) for name, x in inputs._asdict().items()
+    }
+    for name in ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "sinks"):
+        if given[name] is not None:
+            given[name] = given[name].contiguous()
+    for name in ("cos", "sin"):
+        if given[name] is not None:
+            given[name] = given[name].to(torch.float32).contiguous()
+    if given["mask"] is not None:
+        given["mask"] = given["mask"].view(torch.uint8)
+    return Inputs(**given)
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Not negated on reading, not zero without memory."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()
+
+
+def _array(p: Problem, x: Tensor) -> args.Array:
+    """q, k, v, out or a gradient of theirs."""
+    if p.kind == "varlen":
+        row, head, column = x.stride()
+        return args.Array(x, 0, head, row, column)
+    return args.Array(x, *x.stride())
+
+
+def _row_array(p: Problem, x: Tensor) -> args.Array:
+    """lse or another number per row."""
+    if p.kind == "varlen":
+        return args.Array(x, 0, *x.stride(), 0)
+    return args.Array(x, *x.stride(), 0)
+
+
+def _broadcast(x: Tensor | None) -> args.Array | None:
+    """A mask or bias, with stride 0 where it has one element for all."""
+    if x is None:
+        return None
+    strides = [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
+    return args.Array(x, *[0] * (4 - x.ndim), *strides)
+
+
+def _slopes(p: Problem, x: Tensor | None) -> args.Array | None:
+    if x is None:
+        return None
+    x = x.expand(p.batch, p.heads_q)
+    return args.Array(x, *x.stride(), 0, 0)

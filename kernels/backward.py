@@ -1,0 +1,276 @@
+"""The backward kernels: what each row needs, the gradients of q, and those of k and v.
+
+No atomics: dQ and dK/dV are two passes, each of which owns what it writes, so results are the same from run to run.
+Both recompute the probabilities from lse: 7 products of tiles against the forward's 2, which bounds them.
+Source: Dao, "FlashAttention-2" (2023).
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .query_tile import place, query_tile, visible_to
+from .scores import LOG2E, kept, seen, transform
+from .sequences import (
+    diagonal_offset,
+    keys_of,
+    masked_block,
+    queries_of,
+    query_blocks,
+    tile_of,
+    visible_keys,
+)
+from .tiles import head_of, key_order, load_tile, rows_of, store_tile
+
+
+@triton.jit(do_not_specialize=["rows", "heads_q", "seqlen_q"])
+def statistics(
+    out,
+    dout,
+    lse,
+    dlse,
+    row_lse,
+    delta,
+    rows,
+    heads_q,
+    seqlen_q,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Per row: lse in units of log2 (+inf if it sees nothing, so that its probabilities are 0), and delta.
+
+    delta = rowsum(dout * out) - dlse. Both are contiguous, (batch, heads_q, seqlen_q). Reads dout and out once.
+    """
+    offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ok = offs_r < rows
+    offs_r = tl.minimum(offs_r, rows - 1)
+    offs_m = offs_r % seqlen_q
+    head = offs_r // seqlen_q % heads_q
+    b = offs_r // seqlen_q // heads_q
+    tile_o = load_tile(head_of(out, b, head, offs_m), out.column, ok, True, 0, BLOCK_D, DIM)
+    tile_do = load_tile(head_of(dout, b, head, offs_m), dout.column, ok, True, 0, BLOCK_D, DIM)
+    sums = tl.sum(tile_o.to(tl.float32) * tile_do.to(tl.float32), 1)
+    if dlse is not None:
+        sums -= tl.load(head_of(dlse, b, head, offs_m)).to(tl.float32)
+    given = tl.load(head_of(lse, b, head, offs_m))
+    nothing = given == -float("inf")
+    tl.store(row_lse + offs_r, tl.where(nothing, float("inf"), given * LOG2E), mask=ok)
+    tl.store(delta + offs_r, tl.where(nothing, 0.0, sums), mask=ok)
+
+
+@triton.jit
+def gradient_of_scores(
+    products, dprobs, row_lse, delta, scores, dropout, b, head, row, i, j, n, offset, visible, MASKED: tl.constexpr, VARIANT: tl.constexpr
+):
+    """(probs after dropout, gradient after the softcap, gradient before it) of a tile of scores, either way round.
+
+    The two gradients differ by the softcap's derivative: the former belongs to the bias, the latter to the products.
+    """
+    capped = None
+    if VARIANT.PLAIN:
+        s = products * (scores.scale * LOG2E)
+    else:
+        s, capped = transform(products, scores, b, head, i, j, offset, visible, MASKED)
+    probs = tl.exp2(s - row_lse)
+    if scores.mask is not None:
+        visible = seen(scores, b, head, i, j, visible, MASKED)
+    if MASKED or scores.mask is not None:
+        probs = tl.where(visible, probs, 0.0)
+    dropped = probs
+    if dropout is not None:
+        if i.shape[0] == 1:
+            keep = tl.trans(kept(dropout, tl.trans(i), row, n, VARIANT.BLOCK_N))
+        else:
+            keep = kept(dropout, i, row, n, VARIANT.BLOCK_N)
+        dropped = tl.where(keep, probs, 0.0)
+        dprobs = tl.where(keep, dprobs * dropout.scale, 0.0)
+    dscores = probs * (dprobs - delta)
+    if MASKED or scores.mask is not None:
+        dscores = tl.where(visible, dscores, 0.0)  # what is hidden may be NaN, times 0
+    dproducts = dscores
+    if scores.softcap is not None:
+        dproducts = dscores * (1.0 - capped * capped)
+    return dropped, dscores, dproducts
+
+
+@triton.jit
+def _query_step(dq, tile, tile_do, row_lse, delta, k, v, n, scores, window, dropout, MASKED: tl.constexpr, VARIANT: tl.constexpr):
+    """One block of keys, from n on, for a tile of queries."""
+    cols = key_order(VARIANT.BLOCK_N, VARIANT.PERMUTED)
+    offs_n = n + cols
+    ok = (offs_n >= tile.low) & (offs_n < tile.high)
+    rows_k = rows_of(tile.keys, offs_n, k.row)
+    tile_k = load_tile(rows_k, k.column, ok, MASKED, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
+    tile_v = load_tile(
+        rows_of(tile.values, offs_n, v.row), v.column, ok, MASKED, 0, VARIANT.PART * VARIANT.PARTS, VARIANT.HEAD_DIM_V
+    )
+    products = tl.dot(tile.q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
+    dprobs = tl.dot(tile_do, tl.trans(tile_v), input_precision=VARIANT.PRECISION)
+    visible = visible_to(tile, window, cols, n)
+    _, _, dproducts = gradient_of_scores(
+        products, dprobs, row_lse, delta, scores, dropout, tile.batch, tile.head, tile.row, tile.offs_m,
+        offs_n[None, :], n, tile.offset, visible, MASKED, VARIANT,
+    )
+    if scores.mask is not None:
+        # A key that is hidden from all may be NaN, which a gradient of 0 would not hide.
+        any_sees = tl.max((dproducts != 0).to(tl.int32), 0) != 0
+        tile_k = load_tile(rows_k, k.column, any_sees, True, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
+    return tl.dot(dproducts.to(tile_k.dtype), tile_k, dq, input_precision=VARIANT.PRECISION)
+
+
+@triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout"])
+def gradient_of_queries(q, k, v, dout, row_lse, delta, dq, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr):
+    """dQ of one tile of queries: 3 products of tiles per block of keys."""
+    BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
+    BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
+    BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
+    m_index, _, head, b = place(heads, sequences, None, VARIANT)
+    _, seqlen_q = queries_of(sequences, b)
+    if m_index * BLOCK_M >= seqlen_q:
+        return
+    tile = query_tile(q, k, v, heads, sequences, window, scores, None, m_index, head, b, VARIANT)
+    rows_do = head_of(dout, b, head, tile.tokens)
+    tile_do = load_tile(
+        rows_do, dout.column, tile.rows_ok, True, 0, VARIANT.PART * VARIANT.PARTS, VARIANT.HEAD_DIM_V
+    )
+    tile_lse = tl.load(head_of(row_lse, b, head, tile.tokens))[:, None]
+    tile_delta = tl.load(head_of(delta, b, head, tile.tokens))[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for n in tl.range(tile.whole, tile.cut, BLOCK_N):
+        acc = _query_step(acc, tile, tile_do, tile_lse, tile_delta, k, v, n, scores, window, dropout, False, VARIANT)
+    begin = tile.low // BLOCK_N * BLOCK_N
+    end = (tile.high + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    for index in tl.range(0, (tile.whole - begin + end - tile.cut) // BLOCK_N):
+        n = masked_block(index, begin, tile.whole, tile.cut, BLOCK_N)
+        acc = _query_step(acc, tile, tile_do, tile_lse, tile_delta, k, v, n, scores, window, dropout, True, VARIANT)
+    store_tile(
+        head_of(dq, b, head, tile.tokens), dq.column, acc * scores.scale, tile.rows_ok, 0, BLOCK_D, VARIANT.HEAD_DIM
+    )
+
+
+class KeyTile(NamedTuple):
+    """A tile of keys and values and what sees it; keys past the last of the sequence are zeros."""
+
+    k: Any  # (BLOCK_N, BLOCK_D)
+    v: Any  # (BLOCK_N, padded head_dim_v)
+    cols: Any  # (BLOCK_N,): positions from n on
+    n: Any
+    batch: Any
+    kv_length: Any
+    seqlen_q: Any
+    start_q: Any
+    low: Any  # queries before `low` or from `high` on see none of the keys
+    high: Any
+    whole: Any  # the blocks of queries from `whole` to `cut` need no mask
+    cut: Any
+    offset: Any
+
+
+@triton.jit
+def _key_step(dk, dv, tile, q, dout, row_lse, delta, head, m, heads, scores, window, dropout, MASKED: tl.constexpr, VARIANT: tl.constexpr):
+    """One block of queries, from m on, for a tile of keys. Tiles of scores have keys along their rows here."""
+    BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
+    WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
+    offs_m = m + tl.arange(0, BLOCK_M)
+    ok = (offs_m >= tile.low) & (offs_m < tile.high)
+    tokens = tile.start_q + offs_m
+    rows_lse = head_of(row_lse, tile.batch, head, tokens)
+    rows_delta = head_of(delta, tile.batch, head, tokens)
+    if MASKED:
+        tile_lse = tl.load(rows_lse, mask=ok, other=float("inf"))
+        tile_delta = tl.load(rows_delta, mask=ok, other=0.0)
+    else:
+        tile_lse = tl.load(rows_lse)
+        tile_delta = tl.load(rows_delta)
+    HIDES: tl.constexpr = MASKED or scores.mask is not None
+    if scores.mask is not None:
+        ok = ok & (tile_lse != float("inf"))  # a query that sees nothing may be NaN
+    rows_q = head_of(q, tile.batch, head, tokens)
+    tile_q = load_tile(rows_q, q.column, ok, HIDES, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
+    rows_do = head_of(dout, tile.batch, head, tokens)
+    tile_do = load_tile(rows_do, dout.column, ok, HIDES, 0, WIDTH_V, VARIANT.HEAD_DIM_V)
+    products = tl.dot(tile.k, tl.trans(tile_q), input_precision=VARIANT.PRECISION)
+    dprobs = tl.dot(tile.v, tl.trans(tile_do), input_precision=VARIANT.PRECISION)
+
+    i = tl.minimum(offs_m, tile.seqlen_q - 1)
+    first, last = visible_keys(window, i, tile.offset, tile.kv_length)
+    visible = tile.cols[:, None] <= (last - tile.n)[None, :]
+    if window.left is not None:
+        visible = visible & (tile.cols[:, None] >= (first - tile.n)[None, :])
+    j = tl.minimum(tile.n + tile.cols, tl.maximum(tile.kv_length - 1, 0))
+    probs, _, dproducts = gradient_of_scores(
+        products, dprobs, tile_lse[None, :], tile_delta[None, :], scores, dropout, tile.batch, head,
+        tile.batch * heads.heads_q + head, i[None, :], j[:, None], tile.n, tile.offset, visible, MASKED, VARIANT,
+    )
+    dv = tl.dot(probs.to(tile_do.dtype), tile_do, dv, input_precision=VARIANT.PRECISION)
+    dk = tl.dot(dproducts.to(tile_q.dtype), tile_q, dk, input_precision=VARIANT.PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout"])
+def gradient_of_keys(q, k, v, dout, row_lse, delta, dk, dv, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr):
+    """dK and dV of one tile of keys, summed over the query heads that share it: 4 products of tiles per block."""
+    BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
+    BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
+    BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
+    WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
+    tiles = (sequences.seqlen_k + BLOCK_N - 1) // BLOCK_N
+    if sequences.cu_seqlens_k is not None:
+        tiles = sequences.seqlen_k // BLOCK_N + sequences.batch + 1
+    pid = tl.program_id(0)
+    n_index = pid % tiles
+    head_kv = pid // tiles % heads.heads_kv
+    b = pid // tiles // heads.heads_kv
+    if sequences.cu_seqlens_k is not None:
+        b, n_index = tile_of(n_index, sequences.cu_seqlens_k, sequences.batch, BLOCK_N)
+    start_q, seqlen_q = queries_of(sequences, b)
+    start_k, seqlen_k, kv_length = keys_of(sequences, b)
+    n = n_index * BLOCK_N
+    if n >= seqlen_k:
+        return
+    cols = key_order(BLOCK_N, VARIANT.PERMUTED)
+    exists = n + cols < kv_length
+    offset = diagonal_offset(window, seqlen_q, kv_length)
+    low, high, whole, cut = query_blocks(window, n, n + BLOCK_N - 1, offset, seqlen_q, kv_length, BLOCK_M)
+    rows_k = head_of(k, b, head_kv, start_k + n + cols)
+    rows_v = head_of(v, b, head_kv, start_k + n + cols)
+    tile = KeyTile(
+        k=load_tile(rows_k, k.column, exists, True, 0, BLOCK_D, VARIANT.HEAD_DIM),
+        v=load_tile(rows_v, v.column, exists, True, 0, WIDTH_V, VARIANT.HEAD_DIM_V),
+        cols=cols,
+        n=n,
+        batch=b,
+        kv_length=kv_length,
+        seqlen_q=seqlen_q,
+        start_q=start_q,
+        low=low,
+        high=high,
+        whole=whole,
+        cut=cut,
+        offset=offset,
+    )
+    begin = low // BLOCK_M * BLOCK_M
+    end = (high + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    acc_v = tl.zeros((BLOCK_N, WIDTH_V), tl.float32)
+    for member in tl.range(0, heads.group):
+        head = head_kv * heads.group + member
+        for m in tl.range(whole, cut, BLOCK_M):
+            acc_k, acc_v = _key_step(
+                acc_k, acc_v, tile, q, dout, row_lse, delta, head, m, heads, scores, window, dropout, False, VARIANT
+            )
+        for index in tl.range(0, (whole - begin + end - cut) // BLOCK_M):
+            m = masked_block(index, begin, whole, cut, BLOCK_M)
+            acc_k, acc_v = _key_step(
+                acc_k, acc_v, tile, q, dout, row_lse, delta, head, m, heads, scores, window, dropout, True, VARIANT
+            )
+    if dropout is not None:
+        acc_v = acc_v * dropout.scale
+    # Keys that do not exist have gradients of 0; the zeros they were read as had probabilities.
+    acc_k = tl.where(exists[:, None], acc_k * scores.scale, 0.0)
+    acc_v = tl.where(exists[:, None], acc_v, 0.0)
+    in_memory = n + cols < seqlen_k
+    store_tile(head_of(dk, b, head_kv, start_k + n + cols), dk.column, acc_k, in_memory, 0, BLOCK_D, VARIANT.HEAD_DIM)
+    store_tile(head_of(dv, b, head_kv, start_k + n + cols), dv.column, acc_v, in_memory, 0, WIDTH_V, VARIANT.HEAD_DIM_V)

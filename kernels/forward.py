@@ -1,0 +1,164 @@
+"""The forward kernel: fused attention for dense, varlen and cached calls, and for the splits of a long list of keys.
+
+Reads q once and K, V once per tile of queries, writes out and lse: 4 * D flops per score against 2 exponentials' worth of
+other work, so tensor cores bound it from about 64 queries on, and memory below. No matrix of scores exists anywhere.
+Source: Dao, "FlashAttention-2" (2023); splits of the keys: Dao et al., "Flash-Decoding" (2023).
+"""
+
+import triton
+import triton.language as tl
+
+from .query_tile import place, query_tile, rows_of_keys, rows_per_query, visible_to
+from .scores import kept, seen, transform
+from .sequences import masked_block, queries_of
+from .softmax import add_sink, finish, merge, start, update
+from .tiles import head_of, key_order, load_tile, rows_of, store_tile
+
+
+@triton.jit
+def _step(acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, MASKED: tl.constexpr, VARIANT: tl.constexpr):
+    """One block of keys, from n on: products, scores, probabilities, values."""
+    BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
+    HIDES: tl.constexpr = MASKED or scores.mask is not None
+    cols = key_order(BLOCK_N, VARIANT.PERMUTED)
+    offs_n = n + cols
+    ok = (offs_n >= tile.low) & (offs_n < tile.high)
+    rows = rows_of_keys(k, tile.keys, tile, offs_n, ok, paging, VARIANT)
+    tile_k = load_tile(rows, k.column, ok, MASKED, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
+    s = tl.dot(tile.q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
+
+    visible = visible_to(tile, window, cols, n)
+    if not VARIANT.PLAIN:
+        s, _ = transform(s, scores, tile.batch, tile.head, tile.offs_m, offs_n[None, :], tile.offset, visible, MASKED)
+    if scores.mask is not None:
+        visible = seen(scores, tile.batch, tile.head, tile.offs_m, offs_n[None, :], visible, MASKED)
+        # A value that is hidden from all may be NaN, which a probability of 0 would not hide.
+        ok = tl.max(visible.to(tl.int32), 0) != 0
+    if HIDES:
+        s = tl.where(visible, s, -float("inf"))
+
+    row_max, row_sum, probs, rescale = update(row_max, row_sum, s, tile.factor)
+    if dropout is not None:
+        probs = tl.where(kept(dropout, tile.offs_m, tile.row, n, BLOCK_N), probs, 0.0)
+    rows = rows_of_keys(v, tile.values, tile, offs_n, ok, paging, VARIANT)
+    total = ()
+    for part in tl.static_range(VARIANT.PARTS):
+        tile_v = load_tile(rows, v.column, ok, HIDES, part * VARIANT.PART, VARIANT.PART, VARIANT.HEAD_DIM_V)
+        scaled = acc[part] * rescale[:, None]
+        total = total + (tl.dot(probs.to(tile_v.dtype), tile_v, scaled, input_precision=VARIANT.PRECISION),)
+    return total, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout", "splits"])
+def forward(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    heads,
+    sequences,
+    window,
+    scores,
+    sinks,
+    dropout,
+    paging,
+    rotation,
+    splits,
+    VARIANT: tl.constexpr,
+):
+    """One tile of queries, or one split of its keys. The grid is flat: tiles, splits, heads, sequences.
+
+    With `splits`, out and lse are float32 and hold the result over the split's keys alone, without the sinks.
+    """
+    BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
+    BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
+    PART: tl.constexpr = VARIANT.PART
+    m_index, split, head, b = place(heads, sequences, splits, VARIANT)
+    _, seqlen_q = queries_of(sequences, b)
+    if m_index * BLOCK_M >= seqlen_q * rows_per_query(heads, VARIANT):
+        return
+    tile = query_tile(q, k, v, heads, sequences, window, scores, rotation, m_index, head, b, VARIANT)
+    whole = tile.whole
+    cut = tile.cut
+    begin = tile.low // BLOCK_N * BLOCK_N
+    end = (tile.high + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    if splits is not None:
+        share = ((end - begin) // BLOCK_N + splits.number - 1) // splits.number * BLOCK_N
+        begin = tl.minimum(begin + split * share, end)
+        end = tl.minimum(begin + share, end)
+        whole = tl.minimum(tl.maximum(whole, begin), end)
+        cut = tl.minimum(tl.maximum(cut, begin), end)
+
+    row_max, row_sum = start(tile.factor, BLOCK_M)
+    acc = ()
+    for _ in tl.static_range(VARIANT.PARTS):
+        acc = acc + (tl.zeros((BLOCK_M, PART), tl.float32),)
+    for n in tl.range(whole, cut, BLOCK_N):
+        acc, row_max, row_sum = _step(
+            acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, False, VARIANT
+        )
+    for index in tl.range(0, (whole - begin + end - cut) // BLOCK_N):
+        n = masked_block(index, begin, whole, cut, BLOCK_N)
+        acc, row_max, row_sum = _step(
+            acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, True, VARIANT
+        )
+
+    row_lse, normalizer = finish(row_max, row_sum, tile.factor)
+    rows_out = head_of(out, b, tile.heads, tile.tokens)
+    rows_lse = head_of(lse, b, tile.heads, tile.tokens)
+    if splits is not None:
+        rows_out += split.to(tl.int64) * splits.out
+        rows_lse += split.to(tl.int64) * splits.lse
+    elif sinks is not None:
+        row_lse, share = add_sink(row_lse, tl.load(sinks + tile.heads).to(tl.float32))
+        normalizer *= share
+    if dropout is not None:
+        normalizer *= dropout.scale
+    tl.store(rows_lse, row_lse, mask=tile.rows_ok)
+    for part in tl.static_range(VARIANT.PARTS):
+        store_tile(
+            rows_out, out.column, acc[part] * normalizer[:, None], tile.rows_ok, part * PART, PART, VARIANT.HEAD_DIM_V
+        )
+
+
+@triton.jit(do_not_specialize=["rows", "number", "stride_out", "stride_lse", "heads_q", "seqlen_q"])
+def combine(
+    partial_out,
+    partial_lse,
+    out,
+    lse,
+    sinks,
+    rows,
+    number,
+    stride_out,
+    stride_lse,
+    heads_q,
+    seqlen_q,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Merges the splits, always in the same order. Reads and writes each number once: memory bounds it.
+
+    partial_out: (number, batch, heads_q, seqlen_q, DIM), partial_lse: (number, batch, heads_q, seqlen_q), float32.
+    """
+    offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ok = offs_r < rows
+    offs_m = offs_r % seqlen_q
+    head = offs_r // seqlen_q % heads_q
+    b = offs_r // seqlen_q // heads_q
+    offs_d = tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_M,), tl.float32) - float("inf")
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for split in range(number):
+        part_lse = tl.load(partial_lse + split * stride_lse + offs_r, mask=ok, other=-float("inf"))
+        rows_part = rows_of(partial_out + split * stride_out, offs_r, DIM)
+        part = load_tile(rows_part, 1, ok, True, 0, BLOCK_D, DIM)
+        total, old, new = merge(total, part_lse)
+        acc = acc * old[:, None] + part * new[:, None]
+    if sinks is not None:
+        total, share = add_sink(total, tl.load(sinks + head).to(tl.float32))
+        acc = acc * share[:, None]
+    store_tile(head_of(out, b, head, offs_m), out.column, acc, ok, 0, BLOCK_D, DIM)
+    tl.store(head_of(lse, b, head, offs_m), total, mask=ok)

@@ -1,0 +1,79 @@
+"""From products of queries and keys to scores in units of log2, masks and dropout: shared by forward and backward.
+
+Plain scores stay products; their scale is folded into the exponent. What has a softcap, ALiBi, a bias or a scale that
+is not positive is transformed first. Index arguments i (queries) and j (keys) are columns and rows, either way round.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import head_of
+
+LOG2E: tl.constexpr = 1.4426950408889634
+LN2: tl.constexpr = 0.6931471805599453
+
+
+@triton.jit
+def tanh(x):
+    """By the base-2 exponential, absolute error 2e-7; saturates without overflow."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def at(x, batch, head, i, j):
+    """Addresses of elements (i, j) of an `Array`."""
+    return head_of(x, batch, head, i) + j.to(tl.int64) * x.column
+
+
+@triton.jit
+def transform(products, scores, batch, head, i, j, offset, visible, MASKED: tl.constexpr):
+    """(scores in units of log2, tanh of the softcap or None).
+
+    `visible` says which elements of the bias may be read, if MASKED.
+    """
+    capped = None
+    if scores.softcap is not None:
+        capped = tanh(products * (scores.scale / scores.softcap))
+        s = capped * (scores.softcap * LOG2E)
+    else:
+        s = products * (scores.scale * LOG2E)
+    if scores.slopes is not None:
+        slope = tl.load(head_of(scores.slopes, batch, head, batch * 0)).to(tl.float32) * LOG2E
+        s -= slope * tl.abs(i + offset - j).to(tl.float32)
+    if scores.bias is not None:
+        pointers = at(scores.bias, batch, head, i, j)
+        if MASKED:
+            bias = tl.load(pointers, mask=visible, other=0.0)
+        else:
+            bias = tl.load(pointers)
+        s += bias.to(tl.float32) * LOG2E
+    return s, capped
+
+
+@triton.jit
+def seen(scores, batch, head, i, j, visible, MASKED: tl.constexpr):
+    """Which elements the mask leaves of the visible ones."""
+    pointers = at(scores.mask, batch, head, i, j)
+    if MASKED:
+        return tl.load(pointers, mask=visible, other=0) != 0
+    return tl.load(pointers) != 0
+
+
+@triton.jit
+def kept(dropout, i, row, n, BLOCK_N: tl.constexpr):
+    """Which probabilities of queries i, a column, and the block of keys that begins at n survive; keys permuted.
+
+    row: batch * heads_q + head. Source of the words: Salmon et al., see fastattn/philox.py.
+    """
+    fours = (n // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    zero = (i * 0 + fours * 0).to(tl.uint32)
+    k0 = dropout.seed_low.to(tl.uint32, bitcast=True)
+    k1 = dropout.seed_high.to(tl.uint32, bitcast=True)
+    w0, w1, w2, w3 = tl.philox_impl(
+        zero + fours.to(tl.uint32), zero + i.to(tl.uint32), zero + row.to(tl.uint32), zero, k0, k1
+    )
+    # Column 16 a + 8 b + 2 t + e is key 16 a + 4 t + 2 b + e: word 2 b + e of four number 4 a + t.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    words = tl.reshape(words, (i.shape[0], BLOCK_N // 16, 4, 2, 2))
+    words = tl.reshape(tl.permute(words, (0, 1, 3, 2, 4)), (i.shape[0], BLOCK_N))
+    return words >= dropout.threshold.to(tl.uint32, bitcast=True)
