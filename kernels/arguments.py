@@ -122,6 +122,9 @@ class Variant:
     PRECISION: str  # of products of float32: "ieee" or "tf32x3"
     PLAIN: bool  # scores are the products times a positive scale
     PERMUTED: bool  # see tiles.key_order
+    PASS: int  # see tiles.load_block
+    LAZY: bool  # see softmax.update
+    WIDE: bool  # offsets within a block of rows need 64 bits
     PACKED: bool = False  # the rows of a tile are those of all query heads of a key/value head
     PAGED: bool = False
     ROTARY_DIM: int = 0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .query_tile import place, query_tile, visible_to
+from .query_tile import load_keys, place, query_tile, visible_to
 from .scores import LOG2E, kept, seen, transform
 from .sequences import (
     diagonal_offset,
@@ -21,7 +21,7 @@ from .sequences import (
     tile_of,
     visible_keys,
 )
-from .tiles import head_of, key_order, load_tile, rows_of, store_tile
+from .tiles import key_order, load_block, load_rows, offset_of, store_rows
 
 
 @triton.jit(do_not_specialize=["rows", "heads_q", "seqlen_q"])
@@ -49,12 +49,12 @@ def statistics(
     offs_m = offs_r % seqlen_q
     head = offs_r // seqlen_q % heads_q
     b = offs_r // seqlen_q // heads_q
-    tile_o = load_tile(head_of(out, b, head, offs_m), out.column, ok, True, 0, BLOCK_D, DIM)
-    tile_do = load_tile(head_of(dout, b, head, offs_m), dout.column, ok, True, 0, BLOCK_D, DIM)
+    tile_o = load_rows(out, b, head, offs_m, ok, BLOCK_D, DIM)
+    tile_do = load_rows(dout, b, head, offs_m, ok, BLOCK_D, DIM)
     sums = tl.sum(tile_o.to(tl.float32) * tile_do.to(tl.float32), 1)
     if dlse is not None:
-        sums -= tl.load(head_of(dlse, b, head, offs_m)).to(tl.float32)
-    given = tl.load(head_of(lse, b, head, offs_m))
+        sums -= tl.load(dlse.data + offset_of(dlse, b, head, offs_m)).to(tl.float32)
+    given = tl.load(lse.data + offset_of(lse, b, head, offs_m))
     nothing = given == -float("inf")
     tl.store(row_lse + offs_r, tl.where(nothing, float("inf"), given * LOG2E), mask=ok)
     tl.store(delta + offs_r, tl.where(nothing, 0.0, sums), mask=ok)
@@ -87,11 +87,13 @@ def gradient_of_scores(
         dropped = tl.where(keep, probs, 0.0)
         dprobs = tl.where(keep, dprobs * dropout.scale, 0.0)
     dscores = probs * (dprobs - delta)
-    if MASKED or scores.mask is not None:
-        dscores = tl.where(visible, dscores, 0.0)  # what is hidden may be NaN, times 0
     dproducts = dscores
     if scores.softcap is not None:
         dproducts = dscores * (1.0 - capped * capped)
+    if MASKED or scores.mask is not None:
+        # What is hidden may be NaN, times 0.
+        dscores = tl.where(visible, dscores, 0.0)
+        dproducts = tl.where(visible, dproducts, 0.0)
     return dropped, dscores, dproducts
 
 
@@ -101,11 +103,11 @@ def _query_step(dq, tile, tile_do, row_lse, delta, k, v, n, scores, window, drop
     cols = key_order(VARIANT.BLOCK_N, VARIANT.PERMUTED)
     offs_n = n + cols
     ok = (offs_n >= tile.low) & (offs_n < tile.high)
-    rows_k = rows_of(tile.keys, offs_n, k.row)
-    tile_k = load_tile(rows_k, k.column, ok, MASKED, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
-    tile_v = load_tile(
-        rows_of(tile.values, offs_n, v.row), v.column, ok, MASKED, 0, VARIANT.PART * VARIANT.PARTS, VARIANT.HEAD_DIM_V
+    WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
+    tile_k = load_keys(
+        k, tile.base_k, tile.batch, n, cols, ok, None, MASKED, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM, VARIANT
     )
+    tile_v = load_keys(v, tile.base_v, tile.batch, n, cols, ok, None, MASKED, 0, WIDTH_V, VARIANT.HEAD_DIM_V, VARIANT)
     products = tl.dot(tile.q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
     dprobs = tl.dot(tile_do, tl.trans(tile_v), input_precision=VARIANT.PRECISION)
     visible = visible_to(tile, window, cols, n)
@@ -116,7 +118,9 @@ def _query_step(dq, tile, tile_do, row_lse, delta, k, v, n, scores, window, drop
     if scores.mask is not None:
         # A key that is hidden from all may be NaN, which a gradient of 0 would not hide.
         any_sees = tl.max((dproducts != 0).to(tl.int32), 0) != 0
-        tile_k = load_tile(rows_k, k.column, any_sees, True, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
+        tile_k = load_keys(
+            k, tile.base_k, tile.batch, n, cols, any_sees, None, True, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM, VARIANT
+        )
     return tl.dot(dproducts.to(tile_k.dtype), tile_k, dq, input_precision=VARIANT.PRECISION)
 
 
@@ -131,23 +135,22 @@ def gradient_of_queries(q, k, v, dout, row_lse, delta, dq, heads, sequences, win
     if m_index * BLOCK_M >= seqlen_q:
         return
     tile = query_tile(q, k, v, heads, sequences, window, scores, None, m_index, head, b, VARIANT)
-    rows_do = head_of(dout, b, head, tile.tokens)
-    tile_do = load_tile(
-        rows_do, dout.column, tile.rows_ok, True, 0, VARIANT.PART * VARIANT.PARTS, VARIANT.HEAD_DIM_V
-    )
-    tile_lse = tl.load(head_of(row_lse, b, head, tile.tokens))[:, None]
-    tile_delta = tl.load(head_of(delta, b, head, tile.tokens))[:, None]
+    WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
+    tile_do = load_rows(dout, b, head, tile.tokens, tile.rows_ok, WIDTH_V, VARIANT.HEAD_DIM_V)
+    rows_lse = row_lse.data + offset_of(row_lse, b, head, tile.tokens)
+    rows_delta = delta.data + offset_of(delta, b, head, tile.tokens)
+    tile_lse = tl.load(rows_lse, mask=tile.rows_ok, other=float("inf"))[:, None]
+    tile_delta = tl.load(rows_delta, mask=tile.rows_ok, other=0.0)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for n in tl.range(tile.whole, tile.cut, BLOCK_N):
+    for index in tl.range(0, (tile.cut - tile.whole) // BLOCK_N):
+        n = tile.whole + index * BLOCK_N
         acc = _query_step(acc, tile, tile_do, tile_lse, tile_delta, k, v, n, scores, window, dropout, False, VARIANT)
     begin = tile.low // BLOCK_N * BLOCK_N
     end = (tile.high + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     for index in tl.range(0, (tile.whole - begin + end - tile.cut) // BLOCK_N):
         n = masked_block(index, begin, tile.whole, tile.cut, BLOCK_N)
         acc = _query_step(acc, tile, tile_do, tile_lse, tile_delta, k, v, n, scores, window, dropout, True, VARIANT)
-    store_tile(
-        head_of(dq, b, head, tile.tokens), dq.column, acc * scores.scale, tile.rows_ok, 0, BLOCK_D, VARIANT.HEAD_DIM
-    )
+    store_rows(dq, b, head, tile.tokens, tile.rows_ok, acc * scores.scale, 0, BLOCK_D, VARIANT.HEAD_DIM)
 
 
 class KeyTile(NamedTuple):
@@ -173,11 +176,12 @@ def _key_step(dk, dv, tile, q, dout, row_lse, delta, head, m, heads, scores, win
     """One block of queries, from m on, for a tile of keys. Tiles of scores have keys along their rows here."""
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
-    offs_m = m + tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
+    offs_m = m + rows
     ok = (offs_m >= tile.low) & (offs_m < tile.high)
-    tokens = tile.start_q + offs_m
-    rows_lse = head_of(row_lse, tile.batch, head, tokens)
-    rows_delta = head_of(delta, tile.batch, head, tokens)
+    start = tile.start_q + m
+    rows_lse = row_lse.data + offset_of(row_lse, tile.batch, head, start) + rows
+    rows_delta = delta.data + offset_of(delta, tile.batch, head, start) + rows
     if MASKED:
         tile_lse = tl.load(rows_lse, mask=ok, other=float("inf"))
         tile_delta = tl.load(rows_delta, mask=ok, other=0.0)
@@ -187,10 +191,10 @@ def _key_step(dk, dv, tile, q, dout, row_lse, delta, head, m, heads, scores, win
     HIDES: tl.constexpr = MASKED or scores.mask is not None
     if scores.mask is not None:
         ok = ok & (tile_lse != float("inf"))  # a query that sees nothing may be NaN
-    rows_q = head_of(q, tile.batch, head, tokens)
-    tile_q = load_tile(rows_q, q.column, ok, HIDES, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
-    rows_do = head_of(dout, tile.batch, head, tokens)
-    tile_do = load_tile(rows_do, dout.column, ok, HIDES, 0, WIDTH_V, VARIANT.HEAD_DIM_V)
+    base_q = q.data + offset_of(q, tile.batch, head, start)
+    base_do = dout.data + offset_of(dout, tile.batch, head, start)
+    tile_q = load_block(q, base_q, rows, ok, HIDES, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM, VARIANT)
+    tile_do = load_block(dout, base_do, rows, ok, HIDES, 0, WIDTH_V, VARIANT.HEAD_DIM_V, VARIANT)
     products = tl.dot(tile.k, tl.trans(tile_q), input_precision=VARIANT.PRECISION)
     dprobs = tl.dot(tile.v, tl.trans(tile_do), input_precision=VARIANT.PRECISION)
 
@@ -234,11 +238,10 @@ def gradient_of_keys(q, k, v, dout, row_lse, delta, dk, dv, heads, sequences, wi
     exists = n + cols < kv_length
     offset = diagonal_offset(window, seqlen_q, kv_length)
     low, high, whole, cut = query_blocks(window, n, n + BLOCK_N - 1, offset, seqlen_q, kv_length, BLOCK_M)
-    rows_k = head_of(k, b, head_kv, start_k + n + cols)
-    rows_v = head_of(v, b, head_kv, start_k + n + cols)
+    tokens = start_k + n + cols
     tile = KeyTile(
-        k=load_tile(rows_k, k.column, exists, True, 0, BLOCK_D, VARIANT.HEAD_DIM),
-        v=load_tile(rows_v, v.column, exists, True, 0, WIDTH_V, VARIANT.HEAD_DIM_V),
+        k=load_rows(k, b, head_kv, tokens, exists, BLOCK_D, VARIANT.HEAD_DIM),
+        v=load_rows(v, b, head_kv, tokens, exists, WIDTH_V, VARIANT.HEAD_DIM_V),
         cols=cols,
         n=n,
         batch=b,
@@ -257,7 +260,8 @@ def gradient_of_keys(q, k, v, dout, row_lse, delta, dk, dv, heads, sequences, wi
     acc_v = tl.zeros((BLOCK_N, WIDTH_V), tl.float32)
     for member in tl.range(0, heads.group):
         head = head_kv * heads.group + member
-        for m in tl.range(whole, cut, BLOCK_M):
+        for index in tl.range(0, (cut - whole) // BLOCK_M):
+            m = whole + index * BLOCK_M
             acc_k, acc_v = _key_step(
                 acc_k, acc_v, tile, q, dout, row_lse, delta, head, m, heads, scores, window, dropout, False, VARIANT
             )
@@ -272,5 +276,5 @@ def gradient_of_keys(q, k, v, dout, row_lse, delta, dk, dv, heads, sequences, wi
     acc_k = tl.where(exists[:, None], acc_k * scores.scale, 0.0)
     acc_v = tl.where(exists[:, None], acc_v, 0.0)
     in_memory = n + cols < seqlen_k
-    store_tile(head_of(dk, b, head_kv, start_k + n + cols), dk.column, acc_k, in_memory, 0, BLOCK_D, VARIANT.HEAD_DIM)
-    store_tile(head_of(dv, b, head_kv, start_k + n + cols), dv.column, acc_v, in_memory, 0, WIDTH_V, VARIANT.HEAD_DIM_V)
+    store_rows(dk, b, head_kv, tokens, in_memory, acc_k, 0, BLOCK_D, VARIANT.HEAD_DIM)
+    store_rows(dv, b, head_kv, tokens, in_memory, acc_v, 0, WIDTH_V, VARIANT.HEAD_DIM_V)

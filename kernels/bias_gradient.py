@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .backward import gradient_of_scores
 from .sequences import diagonal_offset, key_blocks, keys_of, queries_of, visible_keys
-from .tiles import head_of, key_order, load_tile
+from .tiles import key_order, load_rows, offset_of
 
 
 @triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout", "batches", "tiles_m", "tiles_n"])
@@ -78,18 +78,15 @@ def gradient_of_bias(
                 head = head_out + head_index
                 head_kv = head // heads.group
                 tokens = start_q + i
-                tile_q = load_tile(head_of(q, b, head, tokens), q.column, rows_ok, True, 0, BLOCK_D, VARIANT.HEAD_DIM)
-                rows_do = head_of(dout, b, head, tokens)
-                tile_do = load_tile(rows_do, dout.column, rows_ok, True, 0, WIDTH_V, VARIANT.HEAD_DIM_V)
-                tile_lse = tl.load(head_of(row_lse, b, head, tokens))[:, None]
-                tile_delta = tl.load(head_of(delta, b, head, tokens))[:, None]
+                tile_q = load_rows(q, b, head, tokens, rows_ok, BLOCK_D, VARIANT.HEAD_DIM)
+                tile_do = load_rows(dout, b, head, tokens, rows_ok, WIDTH_V, VARIANT.HEAD_DIM_V)
+                tile_lse = tl.load(row_lse.data + offset_of(row_lse, b, head, tokens))[:, None]
+                tile_delta = tl.load(delta.data + offset_of(delta, b, head, tokens))[:, None]
                 for n in tl.range(n_begin, n_end, BLOCK_N):
                     offs_n = n + cols
                     ok = (offs_n >= low) & (offs_n < high)
-                    rows_k = head_of(k, b, head_kv, start_k + offs_n)
-                    rows_v = head_of(v, b, head_kv, start_k + offs_n)
-                    tile_k = load_tile(rows_k, k.column, ok, True, 0, BLOCK_D, VARIANT.HEAD_DIM)
-                    tile_v = load_tile(rows_v, v.column, ok, True, 0, WIDTH_V, VARIANT.HEAD_DIM_V)
+                    tile_k = load_rows(k, b, head_kv, start_k + offs_n, ok, BLOCK_D, VARIANT.HEAD_DIM)
+                    tile_v = load_rows(v, b, head_kv, start_k + offs_n, ok, WIDTH_V, VARIANT.HEAD_DIM_V)
                     products = tl.dot(tile_q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
                     dprobs = tl.dot(tile_do, tl.trans(tile_v), input_precision=VARIANT.PRECISION)
                     visible = (cols[None, :] <= (last - n)[:, None]) & (cols[None, :] >= (first - n)[:, None])
@@ -116,14 +113,14 @@ def gradient_of_bias(
     if SUM_COLUMNS:
         sums = tl.sum(acc, 1)
         if SUM_ROWS:
-            tl.store(head_of(dbias, b_out, head_out, m_index), tl.sum(sums, 0))
+            tl.store(dbias.data + offset_of(dbias, b_out, head_out, m_index), tl.sum(sums, 0))
         else:
             rows = m_index * BLOCK_M + tl.arange(0, BLOCK_M)
-            tl.store(head_of(dbias, b_out, head_out, rows), sums)
+            tl.store(dbias.data + offset_of(dbias, b_out, head_out, rows), sums)
     else:
         columns = (n_index * BLOCK_N + cols).to(tl.int64) * dbias.column
         if SUM_ROWS:
-            tl.store(head_of(dbias, b_out, head_out, m_index) + columns, tl.sum(acc, 0))
+            tl.store(dbias.data + offset_of(dbias, b_out, head_out, m_index) + columns, tl.sum(acc, 0))
         else:
-            rows = head_of(dbias, b_out, head_out, m_index * BLOCK_M + tl.arange(0, BLOCK_M))
+            rows = dbias.data + offset_of(dbias, b_out, head_out, m_index * BLOCK_M + tl.arange(0, BLOCK_M))
             tl.store(rows[:, None] + columns[None, :], acc)

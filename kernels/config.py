@@ -43,7 +43,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-INTERPRETED = Config(32, 32, 4, 1)
+INTERPRETED = Config(64, 32, 4, 1)
 """For the interpreter, which takes as long for a small tile as for a large one: large enough, yet several of them."""
 
 MOST_SPLITS = 64
@@ -66,6 +66,16 @@ def precision(architecture: Architecture) -> str:
     return "tf32x3" if architecture.vendor == "cuda" and architecture.capability >= 80 else "ieee"
 
 
+def lazy(architecture: Architecture) -> bool:
+    """Whether to rescale only when it is due. Where wgmma leaves few accumulators to a thread, it does not pay."""
+    return not (architecture.vendor == "cuda" and 90 <= architecture.capability < 120)
+
+
+def rows_at_once(config: Config, shape: Shape) -> int:
+    """Rows of keys that all threads of a program load with one instruction each, of 16 bytes."""
+    return max(1, config.num_warps * 32 * 16 // (padded(shape.head_dim) * shape.element_size))
+
+
 def choose_forward(shape: Shape, architecture: Architecture) -> Config:
     """The configuration of the forward kernel."""
     if architecture.vendor == "interpreter":
@@ -83,6 +93,11 @@ def choose_forward(shape: Shape, architecture: Architecture) -> Config:
     if shape.element_size == 4:
         config = config._replace(block_m=min(config.block_m, 64), block_n=32, num_warps=4)
     return fitted(config, shape, architecture, forward_memory)
+
+
+def choose_append(shape: Shape, architecture: Architecture) -> Config:
+    """The configuration of the kernel that writes new keys into a cache: it only copies."""
+    return INTERPRETED if architecture.vendor == "interpreter" else Config(16, 16, 4, 1)
 
 
 def choose_gradient_of_queries(shape: Shape, architecture: Architecture) -> Config:

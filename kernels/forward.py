@@ -8,23 +8,27 @@ Source: Dao, "FlashAttention-2" (2023); splits of the keys: Dao et al., "Flash-D
 import triton
 import triton.language as tl
 
-from .query_tile import place, query_tile, rows_of_keys, rows_per_query, visible_to
+from .arguments import Array
+from .query_tile import load_keys, place, query_tile, rows_per_query, visible_to
 from .scores import kept, seen, transform
 from .sequences import masked_block, queries_of
 from .softmax import add_sink, finish, merge, start, update
-from .tiles import head_of, key_order, load_tile, rows_of, store_tile
+from .tiles import key_order, load_tile, offset_of, store_rows
 
 
 @triton.jit
 def _step(acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, MASKED: tl.constexpr, VARIANT: tl.constexpr):
     """One block of keys, from n on: products, scores, probabilities, values."""
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
+    PART: tl.constexpr = VARIANT.PART
+    PARTS: tl.constexpr = VARIANT.PARTS
     HIDES: tl.constexpr = MASKED or scores.mask is not None
     cols = key_order(BLOCK_N, VARIANT.PERMUTED)
     offs_n = n + cols
     ok = (offs_n >= tile.low) & (offs_n < tile.high)
-    rows = rows_of_keys(k, tile.keys, tile, offs_n, ok, paging, VARIANT)
-    tile_k = load_tile(rows, k.column, ok, MASKED, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
+    tile_k = load_keys(
+        k, tile.base_k, tile.batch, n, cols, ok, paging, MASKED, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM, VARIANT
+    )
     s = tl.dot(tile.q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
 
     visible = visible_to(tile, window, cols, n)
@@ -37,15 +41,15 @@ def _step(acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging,
     if HIDES:
         s = tl.where(visible, s, -float("inf"))
 
-    row_max, row_sum, probs, rescale = update(row_max, row_sum, s, tile.factor)
+    row_max, row_sum, acc, probs = update(row_max, row_sum, acc, s, tile.factor, PARTS, VARIANT.LAZY)
     if dropout is not None:
         probs = tl.where(kept(dropout, tile.offs_m, tile.row, n, BLOCK_N), probs, 0.0)
-    rows = rows_of_keys(v, tile.values, tile, offs_n, ok, paging, VARIANT)
     total = ()
-    for part in tl.static_range(VARIANT.PARTS):
-        tile_v = load_tile(rows, v.column, ok, HIDES, part * VARIANT.PART, VARIANT.PART, VARIANT.HEAD_DIM_V)
-        scaled = acc[part] * rescale[:, None]
-        total = total + (tl.dot(probs.to(tile_v.dtype), tile_v, scaled, input_precision=VARIANT.PRECISION),)
+    for part in tl.static_range(PARTS):
+        tile_v = load_keys(
+            v, tile.base_v, tile.batch, n, cols, ok, paging, HIDES, part * PART, PART, VARIANT.HEAD_DIM_V, VARIANT
+        )
+        total = total + (tl.dot(probs.to(tile_v.dtype), tile_v, acc[part], input_precision=VARIANT.PRECISION),)
     return total, row_max, row_sum
 
 
@@ -74,6 +78,7 @@ def forward(
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     PART: tl.constexpr = VARIANT.PART
+    PARTS: tl.constexpr = VARIANT.PARTS
     m_index, split, head, b = place(heads, sequences, splits, VARIANT)
     _, seqlen_q = queries_of(sequences, b)
     if m_index * BLOCK_M >= seqlen_q * rows_per_query(heads, VARIANT):
@@ -92,9 +97,10 @@ def forward(
 
     row_max, row_sum = start(tile.factor, BLOCK_M)
     acc = ()
-    for _ in tl.static_range(VARIANT.PARTS):
+    for _ in tl.static_range(PARTS):
         acc = acc + (tl.zeros((BLOCK_M, PART), tl.float32),)
-    for n in tl.range(whole, cut, BLOCK_N):
+    for index in tl.range(0, (cut - whole) // BLOCK_N):
+        n = whole + index * BLOCK_N
         acc, row_max, row_sum = _step(
             acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, False, VARIANT
         )
@@ -105,20 +111,28 @@ def forward(
         )
 
     row_lse, normalizer = finish(row_max, row_sum, tile.factor)
-    rows_out = head_of(out, b, tile.heads, tile.tokens)
-    rows_lse = head_of(lse, b, tile.heads, tile.tokens)
+    lse_rows = lse.data + offset_of(lse, b, tile.heads, tile.tokens)
+    out_data = out.data
     if splits is not None:
-        rows_out += split.to(tl.int64) * splits.out
-        rows_lse += split.to(tl.int64) * splits.lse
+        lse_rows += split.to(tl.int64) * splits.lse
+        out_data += split.to(tl.int64) * splits.out
     elif sinks is not None:
         row_lse, share = add_sink(row_lse, tl.load(sinks + tile.heads).to(tl.float32))
         normalizer *= share
     if dropout is not None:
         normalizer *= dropout.scale
-    tl.store(rows_lse, row_lse, mask=tile.rows_ok)
-    for part in tl.static_range(VARIANT.PARTS):
-        store_tile(
-            rows_out, out.column, acc[part] * normalizer[:, None], tile.rows_ok, part * PART, PART, VARIANT.HEAD_DIM_V
+    tl.store(lse_rows, row_lse, mask=tile.rows_ok)
+    for part in tl.static_range(PARTS):
+        store_rows(
+            Array(out_data, out.batch, out.head, out.row, out.column),
+            b,
+            tile.heads,
+            tile.tokens,
+            tile.rows_ok,
+            acc[part] * normalizer[:, None],
+            part * PART,
+            PART,
+            VARIANT.HEAD_DIM_V,
         )
 
 
@@ -153,12 +167,11 @@ def combine(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for split in range(number):
         part_lse = tl.load(partial_lse + split * stride_lse + offs_r, mask=ok, other=-float("inf"))
-        rows_part = rows_of(partial_out + split * stride_out, offs_r, DIM)
-        part = load_tile(rows_part, 1, ok, True, 0, BLOCK_D, DIM)
+        part = load_tile(partial_out + split * stride_out, offs_r.to(tl.int64) * DIM, 1, ok, True, 0, BLOCK_D, DIM)
         total, old, new = merge(total, part_lse)
         acc = acc * old[:, None] + part * new[:, None]
     if sinks is not None:
         total, share = add_sink(total, tl.load(sinks + head).to(tl.float32))
         acc = acc * share[:, None]
-    store_tile(head_of(out, b, head, offs_m), out.column, acc, ok, 0, BLOCK_D, DIM)
-    tl.store(head_of(lse, b, head, offs_m), total, mask=ok)
+    store_rows(out, b, head, offs_m, ok, acc, 0, BLOCK_D, DIM)
+    tl.store(lse.data + offset_of(lse, b, head, offs_m), total, mask=ok)

@@ -8,22 +8,22 @@ import triton.language as tl
 from .rotary import load_rotated
 from .scores import LOG2E
 from .sequences import diagonal_offset, key_blocks, keys_of, queries_of, tile_of, visible_keys
-from .tiles import head_of, load_tile, rows_of
+from .tiles import load_block, load_rows, load_tile, offset_of
 
 
 class QueryTile(NamedTuple):
-    """Rows past the last query of a sequence repeat it, and are never stored."""
+    """Rows past the last query of a sequence are zeros, and never stored."""
 
     q: Any  # (BLOCK_M, BLOCK_D)
     rows_ok: Any  # (BLOCK_M,)
     tokens: Any  # (BLOCK_M,): positions in the tensors
-    offs_m: Any  # (BLOCK_M, 1): positions in the sequence
+    offs_m: Any  # (BLOCK_M, 1): positions in the sequence; past its end, of the last query
     batch: Any
     heads: Any  # of each row, (BLOCK_M,), or of all
     head: Any  # the same for use beside a tile of scores: (BLOCK_M, 1), or a number
     row: Any  # batch * heads_q + head
-    keys: Any  # addresses of the first key and value of its sequence and head
-    values: Any
+    base_k: Any  # addresses of the first key and value of its sequence and head
+    base_v: Any
     first: Any  # (BLOCK_M,): the first and last key that each query sees
     last: Any
     low: Any  # no query of the tile sees keys before `low` or from `high` on
@@ -72,7 +72,6 @@ def query_tile(q, k, v, heads, sequences, window, scores, rotation, m_index, hea
     rows = seqlen_q * per_query
     offs_r = m_index * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_ok = offs_r < rows
-    offs_r = tl.minimum(offs_r, rows - 1)
     offs_m = offs_r // per_query
     head_kv = head if VARIANT.PACKED else head // heads.group
     head_m = head * per_query + offs_r % per_query if VARIANT.PACKED else head
@@ -85,23 +84,23 @@ def query_tile(q, k, v, heads, sequences, window, scores, rotation, m_index, hea
     low, high, whole, cut = key_blocks(window, first_m, last_m, offset, kv_length, VARIANT.BLOCK_N)
 
     tokens = start_q + offs_m
-    rows_q = head_of(q, b, head_m, tokens)
     if VARIANT.ROTARY_DIM > 0:
-        tile_q = load_rotated(rows_q, q.column, rows_ok, offs_m + offset, rotation, VARIANT)
+        offsets = offset_of(q, b, head_m, tokens)
+        tile_q = load_rotated(q, offsets, rows_ok, offs_m + offset, rotation, VARIANT)
     else:
-        tile_q = load_tile(rows_q, q.column, rows_ok, True, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
+        tile_q = load_rows(q, b, head_m, tokens, rows_ok, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
     kv_batch = b * 0 if VARIANT.PAGED else b
     return QueryTile(
         q=tile_q,
         rows_ok=rows_ok,
         tokens=tokens,
-        offs_m=offs_m[:, None],
+        offs_m=tl.minimum(offs_m, last_m)[:, None],
         batch=b,
         heads=head_m,
         head=beside,
         row=b * heads.heads_q + beside,
-        keys=head_of(k, kv_batch, head_kv, start_k),
-        values=head_of(v, kv_batch, head_kv, start_k),
+        base_k=k.data + offset_of(k, kv_batch, head_kv, start_k),
+        base_v=v.data + offset_of(v, kv_batch, head_kv, start_k),
         first=first,
         last=last,
         low=low,
@@ -126,13 +125,20 @@ def visible_to(tile, window, cols, n):
 
 
 @triton.jit
-def rows_of_keys(x, base, tile, offs_n, ok, paging, VARIANT: tl.constexpr):
-    """Addresses of rows of the keys or values."""
+def load_keys(x, base, batch, n, cols, ok, paging, MASK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, VARIANT: tl.constexpr):
+    """Rows n + cols of the keys or values of a head, from a contiguous or a paged cache."""
     if VARIANT.PAGED:
-        entry = paging.table + tile.batch.to(tl.int64) * paging.stride + offs_n // paging.page_size
-        page = tl.load(entry, mask=ok, other=0)
-        page = tl.minimum(tl.maximum(page, 0), paging.pages - 1)
-        rows = base + (page.to(tl.int64) * x.batch + (offs_n % paging.page_size).to(tl.int64) * x.row)
+        page, slot = page_and_slot(batch, n + cols, ok, paging)
+        offsets = offset_of(x, page, batch * 0, slot)
+        tile = load_tile(base, offsets, x.column, ok, MASK, FIRST, WIDTH, DIM)
     else:
-        rows = rows_of(base, offs_n, x.row)
-    return rows
+        tile = load_block(x, base + n.to(tl.int64) * x.row, cols, ok, MASK, FIRST, WIDTH, DIM, VARIANT)
+    return tile
+
+
+@triton.jit
+def page_and_slot(batch, positions, ok, paging):
+    """Where positions of a sequence lie in a paged cache. A wrong entry of the table must not lead out of it."""
+    entry = paging.table + (batch.to(tl.int64) * paging.stride + positions // paging.page_size)
+    page = tl.load(entry, mask=ok, other=0)
+    return tl.minimum(tl.maximum(page, 0), paging.pages - 1), positions % paging.page_size

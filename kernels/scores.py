@@ -7,10 +7,10 @@ is not positive is transformed first. Index arguments i (queries) and j (keys) a
 import triton
 import triton.language as tl
 
-from .tiles import head_of
+from .tiles import offset_of
 
-LOG2E: tl.constexpr = 1.4426950408889634
-LN2: tl.constexpr = 0.6931471805599453
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def tanh(x):
 @triton.jit
 def at(x, batch, head, i, j):
     """Addresses of elements (i, j) of an `Array`."""
-    return head_of(x, batch, head, i) + j.to(tl.int64) * x.column
+    return x.data + (offset_of(x, batch, head, i) + j.to(tl.int64) * x.column)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def transform(products, scores, batch, head, i, j, offset, visible, MASKED: tl.c
     else:
         s = products * (scores.scale * LOG2E)
     if scores.slopes is not None:
-        slope = tl.load(head_of(scores.slopes, batch, head, batch * 0)).to(tl.float32) * LOG2E
+        slope = tl.load(scores.slopes.data + offset_of(scores.slopes, batch, head, batch * 0)).to(tl.float32) * LOG2E
         s -= slope * tl.abs(i + offset - j).to(tl.float32)
     if scores.bias is not None:
         pointers = at(scores.bias, batch, head, i, j)

@@ -11,29 +11,54 @@ import triton.language as tl
 from .scores import LN2, LOG2E
 
 
+LAZIEST = tl.constexpr(8.0)
+PARTIAL_SUMS = tl.constexpr(8)
+"""Sums per row, of every eighth column: a thread adds up what it holds, and threads meet once, at the end."""
+
+
 @triton.jit
 def start(factor, ROWS: tl.constexpr):
     """(row_max, row_sum) before any score. The maximum is finite, so rows that see nothing need no care."""
     lowest = -3e38 / tl.maximum(factor, 1.0)
-    return tl.zeros((ROWS,), tl.float32) + lowest, tl.zeros((ROWS,), tl.float32)
+    return tl.zeros((ROWS,), tl.float32) + lowest, tl.zeros((ROWS, PARTIAL_SUMS), tl.float32)
 
 
 @triton.jit
-def update(row_max, row_sum, scores, factor):
-    """(row_max, row_sum, probs, rescale): what was summed before must be multiplied with `rescale`."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+def _rescaled(row_max, row_sum, acc, new_max, factor, PARTS: tl.constexpr):
+    """Everything summed so far, relative to a new maximum."""
     # The difference first: rounding row_max * factor by itself would leave a residue between equal maxima.
     rescale = tl.exp2((row_max - new_max) * factor)
-    probs = tl.exp2(scores * factor - (new_max * factor)[:, None])
-    return new_max, row_sum * rescale + tl.sum(probs, 1), probs, rescale
+    scaled = ()
+    for part in tl.static_range(PARTS):
+        scaled = scaled + (acc[part] * rescale[:, None],)
+    return new_max, row_sum * rescale[:, None], scaled
+
+
+@triton.jit
+def update(row_max, row_sum, acc, scores, factor, PARTS: tl.constexpr, LAZY: tl.constexpr):
+    """(row_max, row_sum, acc, probs) with a block of scores; acc still lacks the block's values.
+
+    LAZY: the maximum stays as it is until some row's grew to more than 2^LAZIEST times it, as any number will do that
+    keeps exponentials in range. Most blocks then need no multiplication of acc.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    if LAZY:
+        if tl.max((new_max - row_max) * factor, 0) > LAZIEST:
+            row_max, row_sum, acc = _rescaled(row_max, row_sum, acc, new_max, factor, PARTS)
+    else:
+        row_max, row_sum, acc = _rescaled(row_max, row_sum, acc, new_max, factor, PARTS)
+    probs = tl.exp2(scores * factor - (row_max * factor)[:, None])
+    parts = tl.reshape(probs, (probs.shape[0], probs.shape[1] // PARTIAL_SUMS, PARTIAL_SUMS))
+    return row_max, row_sum + tl.sum(parts, 1), acc, probs
 
 
 @triton.jit
 def finish(row_max, row_sum, factor):
     """(lse, what the accumulated values are multiplied with); lse in natural units, as callers get it."""
-    nothing = row_sum == 0.0
-    lse = tl.where(nothing, -float("inf"), row_max * factor * LN2 + tl.log(row_sum))
-    return lse, tl.where(nothing, 0.0, 1.0 / row_sum)
+    total = tl.sum(row_sum, 1)
+    nothing = total == 0.0
+    lse = tl.where(nothing, -float("inf"), row_max * factor * LN2 + tl.log(total))
+    return lse, tl.where(nothing, 0.0, 1.0 / total)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Tiles of matrices in memory: where their rows lie, loading and storing them.
 
-All offsets are computed in 64 bits, so tensors may span more than 2^31 elements. A head_dim that is no power of two is
+Offsets are computed in 64 bits, but for those within a block of keys, so tensors may span more than 2^31 elements. A head_dim that is no power of two is
 padded with zeros by masks, which cost nothing where there is no padding.
 """
 
@@ -9,23 +9,19 @@ import triton.language as tl
 
 
 @triton.jit
-def head_of(x, batch, head, start):
-    """Address of row `start` of a head of an `Array`; batch, head and start may be tensors."""
-    rows = start.to(tl.int64) * x.row
-    return x.data + (batch.to(tl.int64) * x.batch + head.to(tl.int64) * x.head + rows)
+def offset_of(x, batch, head, row):
+    """Where a row of an `Array` begins, in elements; each of batch, head and row may be a tensor."""
+    return batch.to(tl.int64) * x.batch + head.to(tl.int64) * x.head + row.to(tl.int64) * x.row
 
 
 @triton.jit
-def rows_of(base, offs, stride):
-    """Addresses of rows, from that of the first."""
-    return base + offs.to(tl.int64) * stride
+def load_tile(base, offsets, stride, rows_ok, MASK_ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Columns FIRST to FIRST + WIDTH of rows at these offsets; zeros past DIM and, if asked, where not `rows_ok`.
 
-
-@triton.jit
-def load_tile(rows, stride, rows_ok, MASK_ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Columns FIRST to FIRST + WIDTH of rows at these addresses; zeros past DIM and, if asked, where not `rows_ok`."""
+    base: one address, or one per row, as a column.
+    """
     offs_d = FIRST + tl.arange(0, WIDTH)
-    pointers = rows[:, None] + offs_d[None, :] * stride
+    pointers = base + (offsets[:, None] + (offs_d.to(offsets.dtype) * stride)[None, :])
     if FIRST + WIDTH <= DIM:
         if MASK_ROWS:
             tile = tl.load(pointers, mask=rows_ok[:, None], other=0.0)
@@ -40,13 +36,33 @@ def load_tile(rows, stride, rows_ok, MASK_ROWS: tl.constexpr, FIRST: tl.constexp
 
 
 @triton.jit
-def store_tile(rows, stride, tile, rows_ok, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """The opposite of `load_tile`, rounding to the type in memory."""
+def load_block(x, base, rows, rows_ok, MASK_ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, VARIANT: tl.constexpr):
+    """Rows of an `Array` counted from address `base`, where a block begins, inside a loop over blocks.
+
+    A thread loads every PASS-th row or so. Told apart, the rows it starts from and the steps between them, which are
+    the same for all threads, take a fifth of the registers and instructions.
+    """
+    if VARIANT.WIDE:
+        rows = rows.to(tl.int64)
+    steps = base + rows // VARIANT.PASS * (VARIANT.PASS * x.row)
+    return load_tile(steps[:, None], rows % VARIANT.PASS * x.row, x.column, rows_ok, MASK_ROWS, FIRST, WIDTH, DIM)
+
+
+@triton.jit
+def load_rows(x, batch, head, rows, rows_ok, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Whole rows of an `Array`, where `rows_ok`; zeros elsewhere."""
+    return load_tile(x.data, offset_of(x, batch, head, rows), x.column, rows_ok, True, 0, WIDTH, DIM)
+
+
+@triton.jit
+def store_rows(x, batch, head, rows, rows_ok, tile, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Stores columns FIRST to FIRST + WIDTH of rows, rounding to the type in memory."""
     offs_d = FIRST + tl.arange(0, WIDTH)
     ok = rows_ok[:, None]
     if FIRST + WIDTH > DIM:
         ok = ok & (offs_d[None, :] < DIM)
-    tl.store(rows[:, None] + offs_d[None, :] * stride, tile.to(rows.dtype.element_ty), mask=ok)
+    pointers = x.data + (offset_of(x, batch, head, rows)[:, None] + (offs_d.to(tl.int64) * x.column)[None, :])
+    tl.store(pointers, tile.to(x.data.dtype.element_ty), mask=ok)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ try:
     import triton
     from triton.runtime.jit import JITFunction
 
+    from ..kernels import append as append_kernels
     from ..kernels import backward as backward_kernels
     from ..kernels import bias_gradient as bias_kernels
     from ..kernels import forward as forward_kernels
@@ -71,7 +72,7 @@ class TritonBackend:
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        _run(problem, forward_launches(problem, inputs, out, lse))
+        _run(problem, forward_launches(problem, _in_memory(inputs), out, lse))
         return out, lse
 
     def backward(
@@ -85,11 +86,22 @@ class TritonBackend:
         needs: Needs,
     ) -> Grads:
         """See `Backend.backward`."""
-        return _Backward(problem, inputs, out, lse, dout, dlse).gradients(needs)
+        return _Backward(problem, _in_memory(inputs), out, lse, dout, dlse).gradients(needs)
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
-        raise AssertionError
+        p, x = problem, _in_memory(inputs)
+        out, lse = empty_out(p, x.q), empty_lse(p)
+        if x.k_new is None:
+            _run(p, forward_launches(p, x, out, lse))
+            return out, lse
+        _run(p, [append_launch(p, x), *forward_launches(p, x, out, lse)])
+        for cache, used in ((inputs.k, x.k), (inputs.v, x.v)):
+            if used is not cache:  # a copy was written
+                cache.copy_(used)
+            elif not cache.is_inference():
+                torch.autograd.graph.increment_version(cache)
+        return out, lse
 
 
 def interpreted() -> bool:
@@ -135,8 +147,8 @@ def _run(problem: Problem, launches: list[Launch]) -> None:
 
 
 def forward_launches(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor) -> list[Launch]:
-    """The kernels of a forward pass; `out` and `lse` are what they write."""
-    p, x = problem, _in_memory(inputs)
+    """The kernels of a forward pass over inputs from `_in_memory`; `out` and `lse` are what they write."""
+    p, x = problem, inputs
     device = architecture(p.device)
     packed = p.kind != "varlen" and p.group > 1 and p.seqlen_q * p.group <= config.PACKED_ROWS
     shape = _shape(p, packed=packed)
@@ -158,8 +170,8 @@ def forward_launches(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor)
         "out": _array(p, target[0] if splits > 1 else target),
         "lse": _row_array(p, target_lse[0] if splits > 1 else target_lse),
         "sinks": x.sinks,
-        "paging": None,
-        "rotation": None,
+        "paging": _paging(p, x),
+        "rotation": _rotation(x),
         "splits": parts,
         "VARIANT": _variant(p, x, chosen, device, packed=packed),
     }
@@ -186,6 +198,25 @@ def forward_launches(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor)
     return launches
 
 
+def append_launch(problem: Problem, inputs: Inputs) -> Launch:
+    """The kernel that writes the new keys and values into the cache."""
+    p, x = problem, inputs
+    assert x.k_new is not None
+    assert x.v_new is not None
+    chosen = config.choose_append(_shape(p, packed=False), architecture(p.device))
+    common = _common(p, x)
+    values = {
+        "k_new": _array(p, x.k_new),
+        "v_new": _array(p, x.v_new),
+        **{name: common[name] for name in ("k", "v", "heads", "sequences")},
+        "paging": _paging(p, x),
+        "rotation": _rotation(x),
+        "VARIANT": _variant(p, x, chosen, architecture(p.device), packed=False),
+    }
+    grid = -(-p.seqlen_new // chosen.block_n) * p.batch * p.heads_kv
+    return Launch(append_kernels.append, grid, values, chosen.num_warps, chosen.num_stages)
+
+
 class _Backward:
     """One backward pass."""
 
@@ -193,7 +224,7 @@ class _Backward:
         self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
     ) -> None:
         p = self.problem = problem
-        x = self.inputs = _in_memory(inputs)
+        x = self.inputs = inputs
         self.device = architecture(p.device)
         self.lse = _plain(lse)
         self.dout = _array(p, _plain(dout))
@@ -324,7 +355,7 @@ class _Backward:
         return (total if self.problem.kind == "varlen" else total.sum(0)).to(sinks.dtype)
 
     def _variant(self, chosen: config.Config) -> args.Variant:
-        return _variant(self.problem, self.inputs, chosen, self.device, packed=False)
+        return _variant(self.problem, self.inputs, chosen, self.device, self.dout.data, packed=False)
 
 
 def _shape(p: Problem, *, packed: bool) -> config.Shape:
@@ -338,7 +369,9 @@ def _shape(p: Problem, *, packed: bool) -> config.Shape:
     )
 
 
-def _variant(p: Problem, x: Inputs, chosen: config.Config, device: config.Architecture, *, packed: bool) -> args.Variant:
+def _variant(
+    p: Problem, x: Inputs, chosen: config.Config, device: config.Architecture, *more: Tensor, packed: bool
+) -> args.Variant:
     part = config.part(p.head_dim_v)
     return args.Variant(
         BLOCK_M=chosen.block_m,
@@ -351,11 +384,20 @@ def _variant(p: Problem, x: Inputs, chosen: config.Config, device: config.Archit
         PRECISION=config.precision(device),
         PLAIN=p.scale > 0 and p.softcap is None and x.bias is None and x.alibi_slopes is None,
         PERMUTED=bool(p.dropout_p) or x.mask is not None or x.bias is not None,
+        PASS=config.rows_at_once(chosen, _shape(p, packed=packed)),
+        LAZY=config.lazy(device),
+        WIDE=_wide(chosen, *(y for y in (x.q, x.k, x.v, *more) if y is not None)),
         PACKED=packed,
         PAGED=p.page_size > 0,
         ROTARY_DIM=p.rotary_dim,
         INTERLEAVED=p.rotary_interleaved,
     )
+
+
+def _wide(chosen: config.Config, *tensors: Tensor) -> bool:
+    """True if a block of rows of one of them spans more than 32 bits can count."""
+    rows = max(chosen.block_m, chosen.block_n)
+    return any(x.stride(-2) * rows + x.stride(-1) * x.shape[-1] >= 2**31 or x.stride(0) * rows >= 2**31 and x.ndim == 3 for x in tensors)
 
 
 def _common(p: Problem, x: Inputs) -> dict[str, Any]:
@@ -434,6 +476,15 @@ def _broadcast(x: Tensor | None) -> args.Array | None:
         return None
     strides = [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
     return args.Array(x, *[0] * (4 - x.ndim), *strides)
+
+
+def _paging(p: Problem, x: Inputs) -> args.Paging | None:
+    table = x.block_table
+    return None if table is None else args.Paging(table, table.shape[1], p.page_size, x.k.shape[0])
+
+
+def _rotation(x: Inputs) -> args.Rotation | None:
+    return None if x.cos is None else args.Rotation(x.cos, x.sin, x.cos.shape[0])
 
 
 def _slopes(p: Problem, x: Tensor | None) -> args.Array | None:
