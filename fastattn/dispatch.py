@@ -9,9 +9,10 @@ from .backends import Backend
 from .backends.cpu import CpuBackend
 from .backends.reference import ReferenceBackend
 from .backends.triton import TritonBackend
+from .kernels.machine import machine
 from .problem import Problem
 
-BACKENDS: tuple[Backend, ...] = (TritonBackend(), CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (TritonBackend(machine()), CpuBackend(), ReferenceBackend())
 """In the order in which automatic choice tries them."""
 
 

@@ -68,7 +68,7 @@ def gradient_of_scores(
 
     The two gradients differ by the softcap's derivative: the former belongs to the bias, the latter to the products.
     """
-    capped = None
+    capped = products
     if VARIANT.PLAIN:
         s = products * (scores.scale * LOG2E)
     else:
@@ -111,7 +111,7 @@ def _query_step(dq, tile, tile_do, row_lse, delta, k, v, n, scores, window, drop
     products = tl.dot(tile.q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
     dprobs = tl.dot(tile_do, tl.trans(tile_v), input_precision=VARIANT.PRECISION)
     visible = visible_to(tile, window, cols, n)
-    _, _, dproducts = gradient_of_scores(
+    probs, dscores, dproducts = gradient_of_scores(
         products, dprobs, row_lse, delta, scores, dropout, tile.batch, tile.head, tile.row, tile.offs_m,
         offs_n[None, :], n, tile.offset, visible, MASKED, VARIANT,
     )
@@ -204,7 +204,7 @@ def _key_step(dk, dv, tile, q, dout, row_lse, delta, head, m, heads, scores, win
     if window.left is not None:
         visible = visible & (tile.cols[:, None] >= (first - tile.n)[None, :])
     j = tl.minimum(tile.n + tile.cols, tl.maximum(tile.kv_length - 1, 0))
-    probs, _, dproducts = gradient_of_scores(
+    probs, dscores, dproducts = gradient_of_scores(
         products, dprobs, tile_lse[None, :], tile_delta[None, :], scores, dropout, tile.batch, head,
         tile.batch * heads.heads_q + head, i[None, :], j[:, None], tile.n, tile.offset, visible, MASKED, VARIANT,
     )

@@ -55,7 +55,7 @@ def gradient_of_bias(
     for b_index in tl.range(0, b_count):
         b = b_out + b_index
         start_q, seqlen_q = queries_of(sequences, b)
-        start_k, _, kv_length = keys_of(sequences, b)
+        start_k, seqlen_k, kv_length = keys_of(sequences, b)
         offset = diagonal_offset(window, seqlen_q, kv_length)
         m_begin = m_index * BLOCK_M
         m_end = tl.minimum(seqlen_q, m_begin + BLOCK_M)
@@ -68,7 +68,7 @@ def gradient_of_bias(
             i = tl.minimum(offs_m, last_m)
             first, last = visible_keys(window, i, offset, kv_length)
             last = tl.where(rows_ok, last, -1)
-            low, high, _, _ = key_blocks(window, m, last_m, offset, kv_length, BLOCK_N)
+            low, high, whole, cut = key_blocks(window, m, last_m, offset, kv_length, BLOCK_N)
             n_begin = low // BLOCK_N * BLOCK_N
             n_end = high
             if not SUM_COLUMNS:
@@ -91,7 +91,7 @@ def gradient_of_bias(
                     dprobs = tl.dot(tile_do, tl.trans(tile_v), input_precision=VARIANT.PRECISION)
                     visible = (cols[None, :] <= (last - n)[:, None]) & (cols[None, :] >= (first - n)[:, None])
                     row = b * heads.heads_q + head
-                    _, dscores, _ = gradient_of_scores(
+                    probs, dscores, dproducts = gradient_of_scores(
                         products,
                         dprobs,
                         tile_lse,

@@ -1,4 +1,4 @@
-"""One launch of a kernel, as data: run here, or compiled ahead for another device."""
+"""One launch of a kernel, as data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Launch(NamedTuple):
 
 
 def run(launch: Launch) -> None:
-    """Runs it on the current device."""
+    """Runs it on the current device, or in Triton's interpreter."""
     if launch.grid > 0:
         launch.kernel[(launch.grid,)](
             **launch.arguments,

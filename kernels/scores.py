@@ -27,11 +27,11 @@ def at(x, batch, head, i, j):
 
 @triton.jit
 def transform(products, scores, batch, head, i, j, offset, visible, MASKED: tl.constexpr):
-    """(scores in units of log2, tanh of the softcap or None).
+    """(scores in units of log2, tanh of the softcap if there is one).
 
     `visible` says which elements of the bias may be read, if MASKED.
     """
-    capped = None
+    capped = products
     if scores.softcap is not None:
         capped = tanh(products * (scores.scale / scores.softcap))
         s = capped * (scores.softcap * LOG2E)

@@ -6,7 +6,6 @@ chosen in kernels/config.py.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,20 +13,18 @@ from torch import Tensor
 
 from ..kernels import arguments as args
 from ..kernels import config
-from ..kernels.launch import Launch, run
+from ..kernels.launch import Launch
+from ..kernels.machine import Machine
 from ..problem import Inputs, Problem
 from . import Grads, Needs, empty_grad, empty_lse, empty_out
 
+_import_error: str | None = None
 try:
-    import triton
-    from triton.runtime.jit import JITFunction
-
     from ..kernels import append as append_kernels
     from ..kernels import backward as backward_kernels
     from ..kernels import bias_gradient as bias_kernels
     from ..kernels import forward as forward_kernels
 except ImportError as error:
-    triton = None
     _import_error = str(error)
 
 _LARGEST_HEAD_DIM = 512
@@ -39,32 +36,27 @@ class TritonBackend:
 
     name = "triton"
 
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
     def why_unavailable(self) -> str | None:
         """See `Backend.why_unavailable`."""
-        if triton is None:
+        if _import_error is not None:
             return f"Triton could not be imported ({_import_error}); install it with pip install triton."
-        if not interpreted() and not torch.cuda.is_available():
-            return "there is no GPU here that torch can use, and Triton's interpreter is off (TRITON_INTERPRET=1)."
-        return None
+        return self._machine.why_unavailable()
 
     def why_not(self, problem: Problem) -> str | None:
         """See `Backend.why_not`."""
         p = problem
-        if p.device.type == "cpu" and not interpreted():
-            return "its tensors are on the CPU, where Triton runs only in its interpreter (TRITON_INTERPRET=1)."
-        if p.device.type not in ("cuda", "cpu"):
-            return f"its tensors are on {p.device}, and Triton's kernels run on GPUs."
         if p.dtype == torch.float64:
             return "its dtype is torch.float64, and these kernels compute in float32."
-        if p.dtype == torch.bfloat16 and interpreted():
-            return "its dtype is torch.bfloat16, which Triton's interpreter does not compute right."
         for name in ("head_dim", "head_dim_v"):
             if getattr(p, name) > _LARGEST_HEAD_DIM:
                 return f"{name} is {getattr(p, name)}, and this backend takes at most {_LARGEST_HEAD_DIM}."
         for name in ("seqlen_q", "seqlen_k"):
             if getattr(p, name) >= _LONGEST:
                 return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
-        return _why_not_device(architecture(p.device), p.dtype)
+        return self._machine.why_not(p.device, p.dtype)
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """Triton looks at the arguments of each launch itself."""
@@ -72,7 +64,8 @@ class TritonBackend:
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        _run(problem, forward_launches(problem, _in_memory(inputs), out, lse))
+        device = self._machine.architecture(problem.device)
+        self._machine.run(problem.device, forward_launches(problem, _in_memory(inputs), device, out, lse))
         return out, lse
 
     def backward(
@@ -86,16 +79,21 @@ class TritonBackend:
         needs: Needs,
     ) -> Grads:
         """See `Backend.backward`."""
-        return _Backward(problem, _in_memory(inputs), out, lse, dout, dlse).gradients(needs)
+        device = self._machine.architecture(problem.device)
+        work = Gradients(problem, _in_memory(inputs), device, out, lse, dout, dlse, needs)
+        self._machine.run(problem.device, work.launches)
+        return work.results()
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
         p, x = problem, _in_memory(inputs)
         out, lse = empty_out(p, x.q), empty_lse(p)
+        device = self._machine.architecture(p.device)
+        launches = forward_launches(p, x, device, out, lse)
         if x.k_new is None:
-            _run(p, forward_launches(p, x, out, lse))
+            self._machine.run(p.device, launches)
             return out, lse
-        _run(p, [append_launch(p, x), *forward_launches(p, x, out, lse)])
+        self._machine.run(p.device, [append_launch(p, x, device), *launches])
         for cache, used in ((inputs.k, x.k), (inputs.v, x.v)):
             if used is not cache:  # a copy was written
                 cache.copy_(used)
@@ -104,52 +102,14 @@ class TritonBackend:
         return out, lse
 
 
-def interpreted() -> bool:
-    """True if kernels run in Triton's interpreter, which was decided when they were imported."""
-    return not isinstance(forward_kernels.forward, JITFunction)
-
-
-@lru_cache
-def architecture(device: torch.device) -> config.Architecture:
-    """The device, as far as configurations depend on it."""
-    if interpreted():
-        return config.Architecture("interpreter", 0, 2**31, 4)
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return config.Architecture("hip", 0, 64 * 1024, properties.multi_processor_count)
-    capability = 10 * properties.major + properties.minor
-    shared = properties.shared_memory_per_block_optin
-    return config.Architecture("cuda", capability, shared, properties.multi_processor_count)
-
-
-def _why_not_device(device: config.Architecture, dtype: torch.dtype) -> str | None:
-    if device.vendor != "cuda":
-        return None
-    number = f"{device.capability // 10}.{device.capability % 10}"
-    if device.capability < 75:
-        return f"the GPU has compute capability {number}, and Triton's kernels need at least 7.5."
-    if device.capability < 80 and dtype == torch.bfloat16:
-        return f"its dtype is torch.bfloat16, which a GPU of compute capability {number} lacks; 8.0 has it."
-    return None
-
-
-def _run(problem: Problem, launches: list[Launch]) -> None:
-    if problem.device.type == "cuda":
-        with torch.cuda.device(problem.device):
-            for launch in launches:
-                run(launch)
-    else:
-        for launch in launches:
-            run(launch)
-
-
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
-def forward_launches(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor) -> list[Launch]:
+def forward_launches(
+    problem: Problem, inputs: Inputs, device: config.Architecture, out: Tensor, lse: Tensor
+) -> list[Launch]:
     """The kernels of a forward pass over inputs from `_in_memory`; `out` and `lse` are what they write."""
     p, x = problem, inputs
-    device = architecture(p.device)
     packed = p.kind != "varlen" and p.group > 1 and p.seqlen_q * p.group <= config.PACKED_ROWS
     shape = _shape(p, packed=packed)
     chosen = config.choose_forward(shape, device)
@@ -198,12 +158,12 @@ def forward_launches(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor)
     return launches
 
 
-def append_launch(problem: Problem, inputs: Inputs) -> Launch:
+def append_launch(problem: Problem, inputs: Inputs, device: config.Architecture) -> Launch:
     """The kernel that writes the new keys and values into the cache."""
     p, x = problem, inputs
     assert x.k_new is not None
     assert x.v_new is not None
-    chosen = config.choose_append(_shape(p, packed=False), architecture(p.device))
+    chosen = config.choose_append(_shape(p, packed=False), device)
     common = _common(p, x)
     values = {
         "k_new": _array(p, x.k_new),
@@ -211,31 +171,68 @@ def append_launch(problem: Problem, inputs: Inputs) -> Launch:
         **{name: common[name] for name in ("k", "v", "heads", "sequences")},
         "paging": _paging(p, x),
         "rotation": _rotation(x),
-        "VARIANT": _variant(p, x, chosen, architecture(p.device), packed=False),
+        "VARIANT": _variant(p, x, chosen, device, packed=False),
     }
     grid = -(-p.seqlen_new // chosen.block_n) * p.batch * p.heads_kv
     return Launch(append_kernels.append, grid, values, chosen.num_warps, chosen.num_stages)
 
 
-class _Backward:
-    """One backward pass."""
+class Gradients:
+    """One backward pass: the launches that fill its results."""
 
     def __init__(
-        self, problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        device: config.Architecture,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        needs: Needs,
     ) -> None:
-        p = self.problem = problem
-        x = self.inputs = inputs
-        self.device = architecture(p.device)
-        self.lse = _plain(lse)
-        self.dout = _array(p, _plain(dout))
-        self.row_lse, self.delta = (torch.empty(lse.shape, dtype=torch.float32, device=p.device) for _ in range(2))
+        p, x = problem, inputs
+        self.problem, self.inputs, self.device, self.needs = p, x, device, needs
         self.shape = _shape(p, packed=False)
-        rows, block = p.batch * p.heads_q * p.seqlen_q if p.kind == "dense" else p.heads_q * p.seqlen_q, 16
-        statistics = {
-            "out": _array(p, _plain(out)),
-            "dout": self.dout,
+        self.lse, self.dout = _plain(lse), _plain(dout)
+        self.row_lse, self.delta = (torch.empty(lse.shape, dtype=torch.float32, device=p.device) for _ in range(2))
+        self.values = {
+            **_common(p, x),
+            "dout": _array(p, self.dout),
+            "row_lse": _row_array(p, self.row_lse),
+            "delta": _row_array(p, self.delta),
+        }
+        self.launches = [self._statistics(_plain(out), None if dlse is None else _plain(dlse))]
+        self.dq = self.dk = self.dv = self.dbias = None
+        if needs.q:
+            self.dq = empty_grad(x.q)
+            self.launches.append(self._of_queries(self.dq))
+        if needs.k or needs.v:
+            self.dk, self.dv = empty_grad(x.k), empty_grad(x.v)
+            self.launches.append(self._of_keys(self.dk, self.dv))
+        if needs.bias and x.bias is not None:
+            launch, self.dbias = self._of_bias(x.bias)
+            self.launches.append(launch)
+
+    def results(self) -> Grads:
+        """The gradients, after the launches ran."""
+        x, needs = self.inputs, self.needs
+        return Grads(
+            self.dq,
+            self.dk if needs.k else None,
+            self.dv if needs.v else None,
+            None if self.dbias is None or x.bias is None else self._summed(self.dbias, x.bias),
+            self._of_sinks(x.sinks) if needs.sinks and x.sinks is not None else None,
+        )
+
+    def _statistics(self, out: Tensor, dlse: Tensor | None) -> Launch:
+        p, block = self.problem, 16
+        rows = self.lse.numel()
+        values = {
+            "out": _array(p, out),
+            "dout": self.values["dout"],
             "lse": _row_array(p, self.lse),
-            "dlse": None if dlse is None else _row_array(p, _plain(dlse)),
+            "dlse": None if dlse is None else _row_array(p, dlse),
             "row_lse": self.row_lse,
             "delta": self.delta,
             "rows": rows,
@@ -245,36 +242,7 @@ class _Backward:
             "BLOCK_D": config.padded(p.head_dim_v),
             "DIM": p.head_dim_v,
         }
-        self._statistics = Launch(backward_kernels.statistics, -(-rows // block), statistics)
-        self.values = {
-            **_common(p, x),
-            "dout": self.dout,
-            "row_lse": _row_array(p, self.row_lse),
-            "delta": _row_array(p, self.delta),
-        }
-
-    def gradients(self, needs: Needs) -> Grads:
-        """The gradients that are needed."""
-        p, x = self.problem, self.inputs
-        launches = [self._statistics]
-        dq = empty_grad(x.q) if needs.q else None
-        if dq is not None:
-            launches.append(self._of_queries(dq))
-        dk, dv = (empty_grad(y) if needs.k or needs.v else None for y in (x.k, x.v))
-        if dk is not None and dv is not None:
-            launches.append(self._of_keys(dk, dv))
-        dbias = None
-        if needs.bias and x.bias is not None:
-            launch, dbias = self._of_bias(x.bias)
-            launches.append(launch)
-        _run(p, launches)
-        return Grads(
-            dq,
-            dk if needs.k else None,
-            dv if needs.v else None,
-            None if dbias is None or x.bias is None else self._summed(dbias, x.bias),
-            self._of_sinks(x.sinks) if needs.sinks and x.sinks is not None else None,
-        )
+        return Launch(backward_kernels.statistics, -(-rows // block), values)
 
     def _of_queries(self, dq: Tensor) -> Launch:
         p = self.problem
@@ -355,7 +323,7 @@ class _Backward:
         return (total if self.problem.kind == "varlen" else total.sum(0)).to(sinks.dtype)
 
     def _variant(self, chosen: config.Config) -> args.Variant:
-        return _variant(self.problem, self.inputs, chosen, self.device, self.dout.data, packed=False)
+        return _variant(self.problem, self.inputs, chosen, self.device, self.dout, packed=False)
 
 
 def _shape(p: Problem, *, packed: bool) -> config.Shape:

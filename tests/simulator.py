@@ -1,0 +1,89 @@
+"""Runs the Triton backend's kernels as compiled for a GPU, on CPU tensors, in a simulator of PTX."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastattn.kernels.ahead import compile_ahead, leaves, target
+from fastattn.kernels.config import Architecture
+from fastattn.kernels.launch import Launch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "shared"))
+
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB that one program can have, by compute capability. Source: CUDA C++ Programming Guide, compute capabilities."""
+
+
+def ptxsim() -> Any:
+    """The simulator. Raises ImportError where there is none."""
+    import ptxsim
+
+    return ptxsim
+
+
+class Simulator:
+    """See `fastattn.kernels.machine.Machine`. `findings` collects races, reads of what nobody wrote and the like."""
+
+    def __init__(self, capability: int, multiprocessors: int = 4) -> None:
+        self.capability, self.multiprocessors = capability, multiprocessors
+        self.findings: list[Any] = []
+        self.kernels: list[str] = []
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None if device.type == "cpu" else f"its tensors are on {device}, not on the CPU."
+
+    def architecture(self, device: torch.device) -> Architecture:
+        return Architecture("cuda", self.capability, SHARED_MEMORY[self.capability] * 1024, self.multiprocessors)
+
+    def run(self, device: torch.device, launches: Iterable[Launch]) -> None:
+        for launch in launches:
+            if launch.grid > 0:
+                self._run(launch)
+
+    def _run(self, launch: Launch) -> Any:
+        sim = ptxsim()
+        compiled = compile_ahead(launch, target("cuda", self.capability))
+        module = sim.load_ptx(compiled.asm["ptx"])
+        name = module.find(compiled.metadata.name)
+        memory: dict[int, np.ndarray] = {}
+        arguments = [_argument(sim, value, memory) for value in leaves(launch)]
+        hidden = len(module.params(name)) - len(arguments)
+        scratch = [np.zeros(16, "u1") for _ in range(hidden)]
+        counters = module.launch(
+            name,
+            (launch.grid,),
+            32 * launch.num_warps,
+            [*arguments, *scratch],
+            shared_bytes=compiled.metadata.shared,
+        )
+        self.kernels.append(launch.kernel.__name__)
+        self.findings += [f for f in counters.findings if not f[0].startswith("note:")]
+        return counters
+
+
+def _argument(sim: Any, value: Any, memory: dict[int, np.ndarray]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _pointer(sim, value, memory)
+    if isinstance(value, float):
+        return np.float32(value)
+    return np.int32(value) if -(2**31) <= value < 2**31 else np.int64(value)
+
+
+def _pointer(sim: Any, x: torch.Tensor, memory: dict[int, np.ndarray]) -> Any:
+    """Where a tensor's values begin in its storage, of which every view is one array."""
+    storage = x.untyped_storage()
+    address = storage.data_ptr()
+    if address == 0 or storage.nbytes() == 0:
+        return sim.Ptr(memory.setdefault(0, np.zeros(16, "u1")), 0)
+    if address not in memory:
+        memory[address] = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+    return sim.Ptr(memory[address], x.storage_offset() * x.element_size())
