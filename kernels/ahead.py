@@ -1,4 +1,4 @@
-"""Compiles a launch for any GPU with none present: what `benchmarks.compile_report` and the simulator's tests rest on."""
+"""Compiles a launch for any GPU with none present: `benchmarks.compile_report` and the simulator's tests need it."""
 
 from __future__ import annotations
 

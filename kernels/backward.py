@@ -62,7 +62,22 @@ def statistics(
 
 @triton.jit
 def gradient_of_scores(
-    products, dprobs, row_lse, delta, scores, dropout, b, head, row, i, j, n, offset, visible, MASKED: tl.constexpr, VARIANT: tl.constexpr
+    products,
+    dprobs,
+    row_lse,
+    delta,
+    scores,
+    dropout,
+    b,
+    head,
+    row,
+    i,
+    j,
+    n,
+    offset,
+    visible,
+    MASKED: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):
     """(probs after dropout, gradient after the softcap, gradient before it) of a tile of scores, either way round.
 
@@ -98,7 +113,9 @@ def gradient_of_scores(
 
 
 @triton.jit
-def _query_step(dq, tile, tile_do, row_lse, delta, k, v, n, scores, window, dropout, MASKED: tl.constexpr, VARIANT: tl.constexpr):
+def _query_step(
+    dq, tile, tile_do, row_lse, delta, k, v, n, scores, window, dropout, MASKED: tl.constexpr, VARIANT: tl.constexpr
+):
     """One block of keys, from n on, for a tile of queries."""
     cols = key_order(VARIANT.BLOCK_N, VARIANT.PERMUTED)
     offs_n = n + cols
@@ -112,8 +129,22 @@ def _query_step(dq, tile, tile_do, row_lse, delta, k, v, n, scores, window, drop
     dprobs = tl.dot(tile_do, tl.trans(tile_v), input_precision=VARIANT.PRECISION)
     visible = visible_to(tile, window, cols, n)
     probs, dscores, dproducts = gradient_of_scores(
-        products, dprobs, row_lse, delta, scores, dropout, tile.batch, tile.head, tile.row, tile.offs_m,
-        offs_n[None, :], n, tile.offset, visible, MASKED, VARIANT,
+        products,
+        dprobs,
+        row_lse,
+        delta,
+        scores,
+        dropout,
+        tile.batch,
+        tile.head,
+        tile.row,
+        tile.offs_m,
+        offs_n[None, :],
+        n,
+        tile.offset,
+        visible,
+        MASKED,
+        VARIANT,
     )
     if scores.mask is not None:
         # A key that is hidden from all may be NaN, which a gradient of 0 would not hide.
@@ -125,7 +156,9 @@ def _query_step(dq, tile, tile_do, row_lse, delta, k, v, n, scores, window, drop
 
 
 @triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout"])
-def gradient_of_queries(q, k, v, dout, row_lse, delta, dq, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr):
+def gradient_of_queries(
+    q, k, v, dout, row_lse, delta, dq, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr
+):
     """dQ of one tile of queries: 3 products of tiles per block of keys."""
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
@@ -172,7 +205,23 @@ class KeyTile(NamedTuple):
 
 
 @triton.jit
-def _key_step(dk, dv, tile, q, dout, row_lse, delta, head, m, heads, scores, window, dropout, MASKED: tl.constexpr, VARIANT: tl.constexpr):
+def _key_step(
+    dk,
+    dv,
+    tile,
+    q,
+    dout,
+    row_lse,
+    delta,
+    head,
+    m,
+    heads,
+    scores,
+    window,
+    dropout,
+    MASKED: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
     """One block of queries, from m on, for a tile of keys. Tiles of scores have keys along their rows here."""
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
@@ -205,8 +254,22 @@ def _key_step(dk, dv, tile, q, dout, row_lse, delta, head, m, heads, scores, win
         visible = visible & (tile.cols[:, None] >= (first - tile.n)[None, :])
     j = tl.minimum(tile.n + tile.cols, tl.maximum(tile.kv_length - 1, 0))
     probs, dscores, dproducts = gradient_of_scores(
-        products, dprobs, tile_lse[None, :], tile_delta[None, :], scores, dropout, tile.batch, head,
-        tile.batch * heads.heads_q + head, i[None, :], j[:, None], tile.n, tile.offset, visible, MASKED, VARIANT,
+        products,
+        dprobs,
+        tile_lse[None, :],
+        tile_delta[None, :],
+        scores,
+        dropout,
+        tile.batch,
+        head,
+        tile.batch * heads.heads_q + head,
+        i[None, :],
+        j[:, None],
+        tile.n,
+        tile.offset,
+        visible,
+        MASKED,
+        VARIANT,
     )
     dv = tl.dot(probs.to(tile_do.dtype), tile_do, dv, input_precision=VARIANT.PRECISION)
     dk = tl.dot(dproducts.to(tile_q.dtype), tile_q, dk, input_precision=VARIANT.PRECISION)
@@ -214,7 +277,9 @@ def _key_step(dk, dv, tile, q, dout, row_lse, delta, head, m, heads, scores, win
 
 
 @triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout"])
-def gradient_of_keys(q, k, v, dout, row_lse, delta, dk, dv, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr):
+def gradient_of_keys(
+    q, k, v, dout, row_lse, delta, dk, dv, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr
+):
     """dK and dV of one tile of keys, summed over the query heads that share it: 4 products of tiles per block."""
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N

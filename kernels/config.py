@@ -129,9 +129,7 @@ def choose_gradient_of_keys(shape: Shape, architecture: Architecture) -> Config:
     return fitted(config, shape, architecture, backward_memory)
 
 
-def fitted(
-    config: Config, shape: Shape, architecture: Architecture, memory: Callable[[Config, Shape], int]
-) -> Config:
+def fitted(config: Config, shape: Shape, architecture: Architecture, memory: Callable[[Config, Shape], int]) -> Config:
     """The same with fewer stages, or smaller tiles, as far as shared memory demands."""
     while memory(config, shape) > architecture.shared_memory:
         if config.num_stages > 1:

@@ -1,7 +1,8 @@
 """The forward kernel: fused attention for dense, varlen and cached calls, and for the splits of a long list of keys.
 
-Reads q once and K, V once per tile of queries, writes out and lse: 4 * D flops per score against 2 exponentials' worth of
-other work, so tensor cores bound it from about 64 queries on, and memory below. No matrix of scores exists anywhere.
+Reads q once and K, V once per tile of queries, writes out and lse. A score costs 4 * D flops and one exponential, so
+tensor cores (at head_dim 64 together with the exponentials) bound it, and memory where there are few queries. No matrix
+of scores exists anywhere.
 Source: Dao, "FlashAttention-2" (2023); splits of the keys: Dao et al., "Flash-Decoding" (2023).
 """
 
@@ -17,7 +18,9 @@ from .tiles import key_order, load_tile, offset_of, store_rows
 
 
 @triton.jit
-def _step(acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, MASKED: tl.constexpr, VARIANT: tl.constexpr):
+def _step(
+    acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, MASKED: tl.constexpr, VARIANT: tl.constexpr
+):
     """One block of keys, from n on: products, scores, probabilities, values."""
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     PART: tl.constexpr = VARIANT.PART
@@ -162,7 +165,6 @@ def combine(
     offs_m = offs_r % seqlen_q
     head = offs_r // seqlen_q % heads_q
     b = offs_r // seqlen_q // heads_q
-    offs_d = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_M,), tl.float32) - float("inf")
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for split in range(number):

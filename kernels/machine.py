@@ -98,9 +98,8 @@ def _architecture(device: torch.device) -> Architecture:
     if torch.version.hip is not None:
         return Architecture("hip", 0, 64 * 1024, properties.multi_processor_count)
     capability = 10 * properties.major + properties.minor
-    return Architecture(
-        "cuda", capability, properties.shared_memory_per_block_optin, properties.multi_processor_count
-    )
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    return Architecture("cuda", capability, shared_memory, properties.multi_processor_count)
 
 
 def why_not_architecture(architecture: Architecture, dtype: torch.dtype) -> str | None:

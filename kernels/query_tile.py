@@ -125,7 +125,20 @@ def visible_to(tile, window, cols, n):
 
 
 @triton.jit
-def load_keys(x, base, batch, n, cols, ok, paging, MASK: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, VARIANT: tl.constexpr):
+def load_keys(
+    x,
+    base,
+    batch,
+    n,
+    cols,
+    ok,
+    paging,
+    MASK: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
     """Rows n + cols of the keys or values of a head, from a contiguous or a paged cache."""
     if VARIANT.PAGED:
         page, slot = page_and_slot(batch, n + cols, ok, paging)

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .scores import LN2, LOG2E
 
-
 LAZIEST = tl.constexpr(8.0)
 PARTIAL_SUMS = tl.constexpr(8)
 """Sums per row, of every eighth column: a thread adds up what it holds, and threads meet once, at the end."""

@@ -1,7 +1,7 @@
 """Tiles of matrices in memory: where their rows lie, loading and storing them.
 
-Offsets are computed in 64 bits, but for those within a block of keys, so tensors may span more than 2^31 elements. A head_dim that is no power of two is
-padded with zeros by masks, which cost nothing where there is no padding.
+Offsets are computed in 64 bits, but for those within a block, so tensors may span more than 2^31 elements. A head_dim
+that is no power of two is padded with zeros by masks, which cost nothing where there is no padding.
 """
 
 import triton
@@ -15,7 +15,9 @@ def offset_of(x, batch, head, row):
 
 
 @triton.jit
-def load_tile(base, offsets, stride, rows_ok, MASK_ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+def load_tile(
+    base, offsets, stride, rows_ok, MASK_ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):
     """Columns FIRST to FIRST + WIDTH of rows at these offsets; zeros past DIM and, if asked, where not `rows_ok`.
 
     base: one address, or one per row, as a column.
@@ -36,7 +38,17 @@ def load_tile(base, offsets, stride, rows_ok, MASK_ROWS: tl.constexpr, FIRST: tl
 
 
 @triton.jit
-def load_block(x, base, rows, rows_ok, MASK_ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, VARIANT: tl.constexpr):
+def load_block(
+    x,
+    base,
+    rows,
+    rows_ok,
+    MASK_ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
     """Rows of an `Array` counted from address `base`, where a block begins, inside a loop over blocks.
 
     A thread loads every PASS-th row or so. Told apart, the rows it starts from and the steps between them, which are

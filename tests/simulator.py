@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from fastattn.kernels.ahead import compile_ahead, leaves, target
 from fastattn.kernels.config import Architecture
 from fastattn.kernels.launch import Launch

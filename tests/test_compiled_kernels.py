@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
+from fastattn.kernels.machine import interpreting
 
 from fastattn import dispatch
-from fastattn.kernels.machine import interpreting
 
 from . import cache_cases, cases
 from .cache_cases import CacheCase
@@ -37,9 +36,7 @@ except ImportError as error:
 
 pytestmark = [
     pytest.mark.skipif(_without is not None, reason=f"needs the PTX simulator ptxsim, which is not here: {_without}"),
-    pytest.mark.skipif(
-        interpreting(), reason="kernels are not compiled in the interpreter"
-    ),
+    pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
@@ -120,7 +117,11 @@ CACHES: tuple[Run, ...] = (
     (CacheCase("paged decode", seqlen_new=1, page_size=16, **_CACHE), BF16, 80),
     (CacheCase("paged decode", seqlen_new=1, page_size=16, **_CACHE), BF16, 90),
     (CacheCase("decode, rotary", seqlen_new=1, rotary_dim=64, **_CACHE), BF16, 80),
-    (CacheCase("chunk, interleaved rotary", seqlen_q=5, seqlen_new=5, rotary_dim=32, interleaved=True, **_CACHE), BF16, 80),
+    (
+        CacheCase("chunk, interleaved rotary", seqlen_q=5, seqlen_new=5, rotary_dim=32, interleaved=True, **_CACHE),
+        BF16,
+        80,
+    ),
     (CacheCase("prefill", lengths=(0, 0), seqlen_q=70, seqlen_new=70, capacity=80), BF16, 80),
     (replace(cache_cases.CONTIGUOUS[-1], name="everything"), FP32, 80),
     (replace(cache_cases.PAGED[-1], name="paged, everything"), BF16, 80),

@@ -365,7 +365,7 @@ def _variant(
 def _wide(chosen: config.Config, *tensors: Tensor) -> bool:
     """True if a block of rows of one of them spans more than 32 bits can count."""
     rows = max(chosen.block_m, chosen.block_n)
-    return any(x.stride(-2) * rows + x.stride(-1) * x.shape[-1] >= 2**31 or x.stride(0) * rows >= 2**31 and x.ndim == 3 for x in tensors)
+    return any(x.stride(0 if x.ndim == 3 else 2) * rows + x.stride(-1) * x.shape[-1] >= 2**31 for x in tensors)
 
 
 def _common(p: Problem, x: Inputs) -> dict[str, Any]:
@@ -404,9 +404,7 @@ def _signed(word: int) -> int:
 
 def _in_memory(inputs: Inputs) -> Inputs:
     """The inputs with their values where their addresses say, index tensors contiguous, masks as bytes."""
-    given = {
-        name: x if x is None or name == "seed" else _plain(x) for name, x in inputs._asdict().items()
-    }
+    given = {name: x if x is None or name == "seed" else _plain(x) for name, x in inputs._asdict().items()}
     for name in ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "sinks"):
         if given[name] is not None:
             given[name] = given[name].contiguous()
