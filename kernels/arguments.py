@@ -124,6 +124,7 @@ class Variant:
     PERMUTED: bool  # see tiles.key_order
     PASS: int  # see tiles.load_block
     LAZY: bool  # see softmax.update
+    SUMS: int  # see softmax.start
     WIDE: bool  # offsets within a block of rows need 64 bits
     PACKED: bool = False  # the rows of a tile are those of all query heads of a key/value head
     PAGED: bool = False

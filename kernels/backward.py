@@ -21,7 +21,7 @@ from .sequences import (
     tile_of,
     visible_keys,
 )
-from .tiles import key_order, load_block, load_rows, offset_of, store_rows
+from .tiles import any_nan, key_order, load_block, load_rows, offset_of, store_rows
 
 
 @triton.jit(do_not_specialize=["rows", "heads_q", "seqlen_q"])
@@ -114,7 +114,20 @@ def gradient_of_scores(
 
 @triton.jit
 def _query_step(
-    dq, tile, tile_do, row_lse, delta, k, v, n, scores, window, dropout, MASKED: tl.constexpr, VARIANT: tl.constexpr
+    dq,
+    tile,
+    tile_do,
+    row_lse,
+    delta,
+    k,
+    v,
+    n,
+    scores,
+    window,
+    dropout,
+    MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):
     """One block of keys, from n on, for a tile of queries."""
     cols = key_order(VARIANT.BLOCK_N, VARIANT.PERMUTED)
@@ -146,13 +159,42 @@ def _query_step(
         MASKED,
         VARIANT,
     )
-    if scores.mask is not None:
-        # A key that is hidden from all may be NaN, which a gradient of 0 would not hide.
+    if CAREFUL:
         any_sees = tl.max((dproducts != 0).to(tl.int32), 0) != 0
         tile_k = load_keys(
             k, tile.base_k, tile.batch, n, cols, any_sees, None, True, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM, VARIANT
         )
     return tl.dot(dproducts.to(tile_k.dtype), tile_k, dq, input_precision=VARIANT.PRECISION)
+
+
+@triton.jit
+def _over_keys(
+    tile,
+    tile_do,
+    row_lse,
+    delta,
+    k,
+    v,
+    scores,
+    window,
+    dropout,
+    CAREFUL: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
+    """dQ of a tile but for the scale. CAREFUL: keys that the mask hides from all are not read, as they may be NaN."""
+    BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
+    BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
+    BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for index in tl.range(0, (tile.cut - tile.whole) // BLOCK_N):
+        n = tile.whole + index * BLOCK_N
+        acc = _query_step(acc, tile, tile_do, row_lse, delta, k, v, n, scores, window, dropout, False, CAREFUL, VARIANT)
+    begin = tile.low // BLOCK_N * BLOCK_N
+    end = (tile.high + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    for index in tl.range(0, (tile.whole - begin + end - tile.cut) // BLOCK_N):
+        n = masked_block(index, begin, tile.whole, tile.cut, BLOCK_N)
+        acc = _query_step(acc, tile, tile_do, row_lse, delta, k, v, n, scores, window, dropout, True, CAREFUL, VARIANT)
+    return acc
 
 
 @triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout"])
@@ -161,7 +203,6 @@ def gradient_of_queries(
 ):
     """dQ of one tile of queries: 3 products of tiles per block of keys."""
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
-    BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
     m_index, _, head, b = place(heads, sequences, None, VARIANT)
     _, seqlen_q = queries_of(sequences, b)
@@ -174,15 +215,10 @@ def gradient_of_queries(
     rows_delta = delta.data + offset_of(delta, b, head, tile.tokens)
     tile_lse = tl.load(rows_lse, mask=tile.rows_ok, other=float("inf"))[:, None]
     tile_delta = tl.load(rows_delta, mask=tile.rows_ok, other=0.0)[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for index in tl.range(0, (tile.cut - tile.whole) // BLOCK_N):
-        n = tile.whole + index * BLOCK_N
-        acc = _query_step(acc, tile, tile_do, tile_lse, tile_delta, k, v, n, scores, window, dropout, False, VARIANT)
-    begin = tile.low // BLOCK_N * BLOCK_N
-    end = (tile.high + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    for index in tl.range(0, (tile.whole - begin + end - tile.cut) // BLOCK_N):
-        n = masked_block(index, begin, tile.whole, tile.cut, BLOCK_N)
-        acc = _query_step(acc, tile, tile_do, tile_lse, tile_delta, k, v, n, scores, window, dropout, True, VARIANT)
+    acc = _over_keys(tile, tile_do, tile_lse, tile_delta, k, v, scores, window, dropout, False, VARIANT)
+    if scores.mask is not None:
+        if any_nan(acc):
+            acc = _over_keys(tile, tile_do, tile_lse, tile_delta, k, v, scores, window, dropout, True, VARIANT)
     store_rows(dq, b, head, tile.tokens, tile.rows_ok, acc * scores.scale, 0, BLOCK_D, VARIANT.HEAD_DIM)
 
 
@@ -220,6 +256,7 @@ def _key_step(
     window,
     dropout,
     MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
     VARIANT: tl.constexpr,
 ):
     """One block of queries, from m on, for a tile of keys. Tiles of scores have keys along their rows here."""
@@ -237,13 +274,12 @@ def _key_step(
     else:
         tile_lse = tl.load(rows_lse)
         tile_delta = tl.load(rows_delta)
-    HIDES: tl.constexpr = MASKED or scores.mask is not None
-    if scores.mask is not None:
-        ok = ok & (tile_lse != float("inf"))  # a query that sees nothing may be NaN
+    if CAREFUL:
+        ok = ok & (tile_lse != float("inf"))
     base_q = q.data + offset_of(q, tile.batch, head, start)
     base_do = dout.data + offset_of(dout, tile.batch, head, start)
-    tile_q = load_block(q, base_q, rows, ok, HIDES, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM, VARIANT)
-    tile_do = load_block(dout, base_do, rows, ok, HIDES, 0, WIDTH_V, VARIANT.HEAD_DIM_V, VARIANT)
+    tile_q = load_block(q, base_q, rows, ok, MASKED or CAREFUL, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM, VARIANT)
+    tile_do = load_block(dout, base_do, rows, ok, MASKED or CAREFUL, 0, WIDTH_V, VARIANT.HEAD_DIM_V, VARIANT)
     products = tl.dot(tile.k, tl.trans(tile_q), input_precision=VARIANT.PRECISION)
     dprobs = tl.dot(tile.v, tl.trans(tile_do), input_precision=VARIANT.PRECISION)
 
@@ -273,6 +309,45 @@ def _key_step(
     )
     dv = tl.dot(probs.to(tile_do.dtype), tile_do, dv, input_precision=VARIANT.PRECISION)
     dk = tl.dot(dproducts.to(tile_q.dtype), tile_q, dk, input_precision=VARIANT.PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _over_queries(
+    tile,
+    q,
+    dout,
+    row_lse,
+    delta,
+    head_kv,
+    heads,
+    scores,
+    window,
+    dropout,
+    CAREFUL: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
+    """(dK but for the scale, dV) of a tile. CAREFUL: queries that see nothing are not read, as they may be NaN."""
+    BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
+    BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
+    BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
+    WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
+    begin = tile.low // BLOCK_M * BLOCK_M
+    end = (tile.high + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, WIDTH_V), tl.float32)
+    for member in tl.range(0, heads.group):
+        head = head_kv * heads.group + member
+        for index in tl.range(0, (tile.cut - tile.whole) // BLOCK_M):
+            m = tile.whole + index * BLOCK_M
+            dk, dv = _key_step(
+                dk, dv, tile, q, dout, row_lse, delta, head, m, heads, scores, window, dropout, False, CAREFUL, VARIANT
+            )
+        for index in tl.range(0, (tile.whole - begin + end - tile.cut) // BLOCK_M):
+            m = masked_block(index, begin, tile.whole, tile.cut, BLOCK_M)
+            dk, dv = _key_step(
+                dk, dv, tile, q, dout, row_lse, delta, head, m, heads, scores, window, dropout, True, CAREFUL, VARIANT
+            )
     return dk, dv
 
 
@@ -319,21 +394,11 @@ def gradient_of_keys(
         cut=cut,
         offset=offset,
     )
-    begin = low // BLOCK_M * BLOCK_M
-    end = (high + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    acc_v = tl.zeros((BLOCK_N, WIDTH_V), tl.float32)
-    for member in tl.range(0, heads.group):
-        head = head_kv * heads.group + member
-        for index in tl.range(0, (cut - whole) // BLOCK_M):
-            m = whole + index * BLOCK_M
-            acc_k, acc_v = _key_step(
-                acc_k, acc_v, tile, q, dout, row_lse, delta, head, m, heads, scores, window, dropout, False, VARIANT
-            )
-        for index in tl.range(0, (whole - begin + end - cut) // BLOCK_M):
-            m = masked_block(index, begin, whole, cut, BLOCK_M)
-            acc_k, acc_v = _key_step(
-                acc_k, acc_v, tile, q, dout, row_lse, delta, head, m, heads, scores, window, dropout, True, VARIANT
+    acc_k, acc_v = _over_queries(tile, q, dout, row_lse, delta, head_kv, heads, scores, window, dropout, False, VARIANT)
+    if scores.mask is not None:
+        if any_nan(acc_k) | any_nan(acc_v):
+            acc_k, acc_v = _over_queries(
+                tile, q, dout, row_lse, delta, head_kv, heads, scores, window, dropout, True, VARIANT
             )
     if dropout is not None:
         acc_v = acc_v * dropout.scale

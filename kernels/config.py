@@ -32,6 +32,9 @@ class Shape(NamedTuple):
     rows: int  # of queries of one program's heads: seqlen_q, or seqlen_q * group if packed
     keys: int
     programs: int  # heads times sequences
+    loads_scores: bool  # a mask or bias is read beside each score
+    masks: bool  # a mask
+    drops: bool  # dropout
 
 
 class Config(NamedTuple):
@@ -68,7 +71,12 @@ def precision(architecture: Architecture) -> str:
 
 def lazy(architecture: Architecture) -> bool:
     """Whether to rescale only when it is due. Where wgmma leaves few accumulators to a thread, it does not pay."""
-    return not (architecture.vendor == "cuda" and 90 <= architecture.capability < 120)
+    return not has_wgmma(architecture)
+
+
+def sums(shape: Shape) -> int:
+    """Sums per row in the softmax. Beside a mask, Triton 3.9 would compute exponentials twice to take them apart."""
+    return 1 if shape.masks else 8
 
 
 def rows_at_once(config: Config, shape: Shape) -> int:
@@ -78,21 +86,36 @@ def rows_at_once(config: Config, shape: Shape) -> int:
 
 def choose_forward(shape: Shape, architecture: Architecture) -> Config:
     """The configuration of the forward kernel."""
+    width = max(padded(shape.head_dim), padded(shape.head_dim_v))
     if architecture.vendor == "interpreter":
         return INTERPRETED
-    width = max(padded(shape.head_dim), padded(shape.head_dim_v))
-    if shape.rows <= 32:
+    if without_tensor_cores(architecture):
+        config = _small(width)
+    elif shape.rows <= 32:
         # Decoding: memory bounds it, so many small blocks in flight.
-        config = Config(16 if shape.rows <= 16 else 32, 64, 4, 3)
+        config = Config(16 if shape.rows <= 16 else 32, 64, 4, 1 if architecture.vendor == "hip" else 3)
     elif architecture.vendor == "hip":
         config = Config(128, 64 if width <= 64 else 32, 8 if width > 128 else 4, 1)
-    elif architecture.capability >= 90 and architecture.capability < 120:
-        config = Config(128, 128 if width <= 128 else 64, 8, 2)
+    elif has_wgmma(architecture):
+        config = Config(128, 64 if width > 128 or shape.loads_scores else 128, 8, 2)
     else:
         config = Config(128, 64, 8 if width > 128 else 4, 2)
     if shape.element_size == 4:
         config = config._replace(block_m=min(config.block_m, 64), block_n=32, num_warps=4)
     return fitted(config, shape, architecture, forward_memory)
+
+
+def without_tensor_cores(architecture: Architecture) -> bool:
+    """Turing: Triton 3.9 multiplies there without tensor cores, in float32, and larger tiles drown in spills."""
+    return architecture.vendor == "cuda" and architecture.capability < 80
+
+
+def _small(width: int) -> Config:
+    return Config(32, 32 if width <= 128 else 16, 4 if width <= 64 else 8, 1)
+
+
+def _small_backward(width: int) -> Config:
+    return Config(32, 32, 8, 1) if width <= 128 else Config(16, 16, 8, 1)
 
 
 def choose_append(shape: Shape, architecture: Architecture) -> Config:
@@ -101,38 +124,72 @@ def choose_append(shape: Shape, architecture: Architecture) -> Config:
 
 
 def choose_gradient_of_queries(shape: Shape, architecture: Architecture) -> Config:
-    """The configuration of the kernels for dQ and for the gradient of a bias."""
+    """The configuration of the kernel for dQ."""
+    width = max(padded(shape.head_dim), padded(shape.head_dim_v))
     if architecture.vendor == "interpreter":
         return INTERPRETED
-    width = max(padded(shape.head_dim), padded(shape.head_dim_v))
-    wide = architecture.vendor == "cuda" and 90 <= architecture.capability < 120
-    if width <= 64:
-        config = Config(128, 128 if wide else 32, 8 if wide else 4, 2)
+    if without_tensor_cores(architecture):
+        config = _small_backward(width)
+    elif architecture.vendor == "hip":
+        config = Config(64 if width <= 128 else 32, 64 if width <= 64 else 32, 8 if width > 128 else 4, 1)
+    elif has_wgmma(architecture):
+        narrow = width > 64 or shape.loads_scores or shape.drops
+        config = Config(128 if width <= 128 else 64, 64 if narrow else 128, 8, 2)
+    elif width <= 64:
+        config = Config(64, 64, 4, 2) if shape.loads_scores else Config(128, 32, 4, 2)
     else:
-        config = Config(128 if wide else 64, 64 if width <= 128 else 32, 8 if wide or width > 128 else 4, 2)
+        config = Config(64, 64 if width <= 128 else 32, 8 if width > 128 else 4, 2)
     if shape.element_size == 4:
-        config = Config(32, 32, 4, 1)
-    return fitted(config, shape, architecture, backward_memory)
+        config = Config(32, 32, 4, 2)
+    return fitted(config, shape, architecture, memory_for_queries)
 
 
 def choose_gradient_of_keys(shape: Shape, architecture: Architecture) -> Config:
     """The configuration of the kernel for dK and dV."""
+    width = max(padded(shape.head_dim), padded(shape.head_dim_v))
     if architecture.vendor == "interpreter":
         return INTERPRETED
-    width = max(padded(shape.head_dim), padded(shape.head_dim_v))
-    if width <= 64:
-        config = Config(64, 128, 8, 2)
+    if without_tensor_cores(architecture):
+        config = _small_backward(width)
+    elif architecture.vendor == "hip":
+        small = width > 64 or shape.drops or shape.loads_scores
+        config = Config(32 if small else 64, 64 if width <= 128 else 32, 8 if width > 128 else 4, 1)
+    elif width <= 64 and shape.drops:
+        config = Config(32, 64, 4, 2)
+    elif width <= 64:
+        config = Config(64, 64, 4, 2) if shape.loads_scores else Config(64, 128, 8, 2)
+        if architecture.capability // 10 == 10 and shape.loads_scores:
+            config = Config(32, 64, 4, 2)  # accumulators in tensor memory come at the price of registers
+    elif width <= 128:
+        config = Config(64, 128 if has_wgmma(architecture) and not shape.loads_scores else 64, 8, 2)
     else:
-        config = Config(64 if width <= 128 else 32, 64, 8, 2)
+        config = Config(32, 64, 8, 2)
     if shape.element_size == 4:
-        config = Config(32, 32, 4, 1)
-    return fitted(config, shape, architecture, backward_memory)
+        config = Config(32, 32, 4, 2)
+    return fitted(config, shape, architecture, memory_for_keys)
 
 
-def fitted(config: Config, shape: Shape, architecture: Architecture, memory: Callable[[Config, Shape], int]) -> Config:
+def choose_gradient_of_bias(shape: Shape, architecture: Architecture) -> Config:
+    """The configuration of the kernel for the gradient of a bias, which keeps a tile of scores in registers."""
+    width = max(padded(shape.head_dim), padded(shape.head_dim_v))
+    if architecture.vendor == "interpreter":
+        return INTERPRETED
+    if without_tensor_cores(architecture):
+        config = _small_backward(width)
+    else:
+        stages = 1 if architecture.vendor == "hip" else 2
+        config = Config(64, 64 if width <= 128 else 32, 4, stages)
+    if shape.element_size == 4:
+        config = Config(32, 32, 4, 2)
+    return fitted(config, shape, architecture, memory_for_queries)
+
+
+def fitted(
+    config: Config, shape: Shape, architecture: Architecture, memory: Callable[[Config, Shape, Architecture], int]
+) -> Config:
     """The same with fewer stages, or smaller tiles, as far as shared memory demands."""
-    while memory(config, shape) > architecture.shared_memory:
-        if config.num_stages > 1:
+    while memory(config, shape, architecture) > architecture.shared_memory:
+        if config.num_stages > 2:
             config = config._replace(num_stages=config.num_stages - 1)
         elif config.block_n > 16:
             config = config._replace(block_n=config.block_n // 2)
@@ -143,19 +200,35 @@ def fitted(config: Config, shape: Shape, architecture: Architecture, memory: Cal
     return config
 
 
-def forward_memory(config: Config, shape: Shape) -> int:
-    """Bytes of shared memory that the forward kernel takes at most."""
-    rows = config.block_m * padded(shape.head_dim)
+def buffers(config: Config, architecture: Architecture) -> int:
+    """Copies of a pipelined tile in shared memory; wgmma reads one while another is being filled."""
+    return max(1, config.num_stages if has_wgmma(architecture) else config.num_stages - 1)
+
+
+def has_wgmma(architecture: Architecture) -> bool:
+    """Whether tensor cores take their operands from shared memory: Hopper and its successors for data centres."""
+    return architecture.vendor == "cuda" and 90 <= architecture.capability < 120
+
+
+def forward_memory(config: Config, shape: Shape, architecture: Architecture) -> int:
+    """Bytes of shared memory that the forward kernel takes at most; AMD's keep queries in registers."""
+    rows = config.block_m * padded(shape.head_dim) if architecture.vendor != "hip" else 0
     keys = config.block_n * (padded(shape.head_dim) + padded(shape.head_dim_v))
-    return shape.element_size * (rows + max(config.num_stages, 1) * keys)
+    return shape.element_size * (rows + buffers(config, architecture) * keys) + 2048
 
 
-def backward_memory(config: Config, shape: Shape) -> int:
-    """Bytes of shared memory that a backward kernel takes at most: one side stays, the other is pipelined."""
+def memory_for_queries(config: Config, shape: Shape, architecture: Architecture) -> int:
+    """Bytes of shared memory that the kernel for dQ takes at most: queries stay, keys are pipelined."""
     columns = padded(shape.head_dim) + padded(shape.head_dim_v)
-    tiles = config.block_m + config.block_n
-    scores = config.block_m * config.block_n
-    return shape.element_size * (columns * tiles * max(config.num_stages, 1) + scores)
+    rows = config.block_m + config.block_n * buffers(config, architecture)
+    return shape.element_size * (columns * rows + config.block_m * config.block_n) + 2048
+
+
+def memory_for_keys(config: Config, shape: Shape, architecture: Architecture) -> int:
+    """Bytes of shared memory that the kernel for dK and dV takes at most: keys stay, queries are pipelined."""
+    columns = padded(shape.head_dim) + padded(shape.head_dim_v)
+    rows = config.block_n + config.block_m * buffers(config, architecture)
+    return shape.element_size * (columns * rows + 2 * config.block_m * config.block_n) + 2048
 
 
 def choose_splits(shape: Shape, config: Config, architecture: Architecture) -> int:

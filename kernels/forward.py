@@ -14,18 +14,29 @@ from .query_tile import load_keys, place, query_tile, rows_per_query, visible_to
 from .scores import kept, seen, transform
 from .sequences import masked_block, queries_of
 from .softmax import add_sink, finish, merge, start, update
-from .tiles import key_order, load_tile, offset_of, store_rows
+from .tiles import any_nan, key_order, load_tile, offset_of, store_rows
 
 
 @triton.jit
 def _step(
-    acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, MASKED: tl.constexpr, VARIANT: tl.constexpr
+    state,
+    tile,
+    k,
+    v,
+    n,
+    scores,
+    window,
+    dropout,
+    paging,
+    MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):
     """One block of keys, from n on: products, scores, probabilities, values."""
+    acc, row_max, row_sum = state
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     PART: tl.constexpr = VARIANT.PART
     PARTS: tl.constexpr = VARIANT.PARTS
-    HIDES: tl.constexpr = MASKED or scores.mask is not None
     cols = key_order(BLOCK_N, VARIANT.PERMUTED)
     offs_n = n + cols
     ok = (offs_n >= tile.low) & (offs_n < tile.high)
@@ -39,21 +50,71 @@ def _step(
         s, _ = transform(s, scores, tile.batch, tile.head, tile.offs_m, offs_n[None, :], tile.offset, visible, MASKED)
     if scores.mask is not None:
         visible = seen(scores, tile.batch, tile.head, tile.offs_m, offs_n[None, :], visible, MASKED)
-        # A value that is hidden from all may be NaN, which a probability of 0 would not hide.
-        ok = tl.max(visible.to(tl.int32), 0) != 0
-    if HIDES:
+        if CAREFUL:
+            ok = tl.max(visible.to(tl.int32), 0) != 0
+    if MASKED or scores.mask is not None:
         s = tl.where(visible, s, -float("inf"))
 
-    row_max, row_sum, acc, probs = update(row_max, row_sum, acc, s, tile.factor, PARTS, VARIANT.LAZY)
+    row_max, row_sum, acc, probs = update(row_max, row_sum, acc, s, tile.factor, PARTS, VARIANT.LAZY, VARIANT.SUMS)
     if dropout is not None:
         probs = tl.where(kept(dropout, tile.offs_m, tile.row, n, BLOCK_N), probs, 0.0)
     total = ()
     for part in tl.static_range(PARTS):
         tile_v = load_keys(
-            v, tile.base_v, tile.batch, n, cols, ok, paging, HIDES, part * PART, PART, VARIANT.HEAD_DIM_V, VARIANT
+            v,
+            tile.base_v,
+            tile.batch,
+            n,
+            cols,
+            ok,
+            paging,
+            MASKED or CAREFUL,
+            part * PART,
+            PART,
+            VARIANT.HEAD_DIM_V,
+            VARIANT,
         )
         total = total + (tl.dot(probs.to(tile_v.dtype), tile_v, acc[part], input_precision=VARIANT.PRECISION),)
     return total, row_max, row_sum
+
+
+@triton.jit
+def _attend(
+    tile,
+    k,
+    v,
+    begin,
+    end,
+    whole,
+    cut,
+    scores,
+    window,
+    dropout,
+    paging,
+    CAREFUL: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
+    """(acc, row_max, row_sum) over the keys from begin to end: blocks that need no mask first, then the others.
+
+    CAREFUL: values that the mask hides from all are not read, as a probability of 0 would not hide a NaN.
+    """
+    BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
+    BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
+    PART: tl.constexpr = VARIANT.PART
+    PARTS: tl.constexpr = VARIANT.PARTS
+    SUMS: tl.constexpr = VARIANT.SUMS
+    row_max, row_sum = start(tile.factor, BLOCK_M, SUMS)
+    acc = ()
+    for _ in tl.static_range(PARTS):
+        acc = acc + (tl.zeros((BLOCK_M, PART), tl.float32),)
+    state = (acc, row_max, row_sum)
+    for index in tl.range(0, (cut - whole) // BLOCK_N):
+        n = whole + index * BLOCK_N
+        state = _step(state, tile, k, v, n, scores, window, dropout, paging, False, CAREFUL, VARIANT)
+    for index in tl.range(0, (whole - begin + end - cut) // BLOCK_N):
+        n = masked_block(index, begin, whole, cut, BLOCK_N)
+        state = _step(state, tile, k, v, n, scores, window, dropout, paging, True, CAREFUL, VARIANT)
+    return state
 
 
 @triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout", "splits"])
@@ -98,21 +159,16 @@ def forward(
         whole = tl.minimum(tl.maximum(whole, begin), end)
         cut = tl.minimum(tl.maximum(cut, begin), end)
 
-    row_max, row_sum = start(tile.factor, BLOCK_M)
-    acc = ()
-    for _ in tl.static_range(PARTS):
-        acc = acc + (tl.zeros((BLOCK_M, PART), tl.float32),)
-    for index in tl.range(0, (cut - whole) // BLOCK_N):
-        n = whole + index * BLOCK_N
-        acc, row_max, row_sum = _step(
-            acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, False, VARIANT
-        )
-    for index in tl.range(0, (whole - begin + end - cut) // BLOCK_N):
-        n = masked_block(index, begin, whole, cut, BLOCK_N)
-        acc, row_max, row_sum = _step(
-            acc, row_max, row_sum, tile, k, v, n, scores, window, dropout, paging, True, VARIANT
-        )
-
+    acc, row_max, row_sum = _attend(tile, k, v, begin, end, whole, cut, scores, window, dropout, paging, False, VARIANT)
+    if scores.mask is not None:
+        # Only a NaN that may have come from what the mask hides makes the care worth its price.
+        bad = any_nan(acc[0])
+        for part in tl.static_range(1, PARTS):
+            bad = bad | any_nan(acc[part])
+        if bad:
+            acc, row_max, row_sum = _attend(
+                tile, k, v, begin, end, whole, cut, scores, window, dropout, paging, True, VARIANT
+            )
     row_lse, normalizer = finish(row_max, row_sum, tile.factor)
     lse_rows = lse.data + offset_of(lse, b, tile.heads, tile.tokens)
     out_data = out.data

@@ -11,15 +11,16 @@ import triton.language as tl
 from .scores import LN2, LOG2E
 
 LAZIEST = tl.constexpr(8.0)
-PARTIAL_SUMS = tl.constexpr(8)
-"""Sums per row, of every eighth column: a thread adds up what it holds, and threads meet once, at the end."""
 
 
 @triton.jit
-def start(factor, ROWS: tl.constexpr):
-    """(row_max, row_sum) before any score. The maximum is finite, so rows that see nothing need no care."""
+def start(factor, ROWS: tl.constexpr, SUMS: tl.constexpr):
+    """(row_max, row_sum) before any score. The maximum is finite, so rows that see nothing need no care.
+
+    SUMS: sums per row. With 8, of every eighth column, a thread adds up what it holds, and threads meet at the end.
+    """
     lowest = -3e38 / tl.maximum(factor, 1.0)
-    return tl.zeros((ROWS,), tl.float32) + lowest, tl.zeros((ROWS, PARTIAL_SUMS), tl.float32)
+    return tl.zeros((ROWS,), tl.float32) + lowest, tl.zeros((ROWS, SUMS), tl.float32)
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _rescaled(row_max, row_sum, acc, new_max, factor, PARTS: tl.constexpr):
 
 
 @triton.jit
-def update(row_max, row_sum, acc, scores, factor, PARTS: tl.constexpr, LAZY: tl.constexpr):
+def update(row_max, row_sum, acc, scores, factor, PARTS: tl.constexpr, LAZY: tl.constexpr, SUMS: tl.constexpr):
     """(row_max, row_sum, acc, probs) with a block of scores; acc still lacks the block's values.
 
     LAZY: the maximum stays as it is until some row's grew to more than 2^LAZIEST times it, as any number will do that
@@ -47,8 +48,11 @@ def update(row_max, row_sum, acc, scores, factor, PARTS: tl.constexpr, LAZY: tl.
     else:
         row_max, row_sum, acc = _rescaled(row_max, row_sum, acc, new_max, factor, PARTS)
     probs = tl.exp2(scores * factor - (row_max * factor)[:, None])
-    parts = tl.reshape(probs, (probs.shape[0], probs.shape[1] // PARTIAL_SUMS, PARTIAL_SUMS))
-    return row_max, row_sum + tl.sum(parts, 1), acc, probs
+    if SUMS == 1:
+        sums = tl.sum(probs, 1)[:, None]
+    else:
+        sums = tl.sum(tl.reshape(probs, (probs.shape[0], probs.shape[1] // SUMS, SUMS)), 1)
+    return row_max, row_sum + sums, acc, probs
 
 
 @triton.jit

@@ -88,3 +88,9 @@ def key_order(BLOCK_N: tl.constexpr, PERMUTED: tl.constexpr):
     if PERMUTED:
         c = (c // 16) * 16 + (c & 6) * 2 + (c & 8) // 4 + (c & 1)
     return c
+
+
+@triton.jit
+def any_nan(tile):
+    """Whether a number of the tile is NaN."""
+    return tl.max(tl.max((tile != tile).to(tl.int32), 1), 0) != 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from fastattn.kernels.machine import interpreting
 
 import fastattn
 
@@ -36,12 +37,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what a backend refuses for its dtype alone; that it does, and says so, is a test of its own."""
+    """Leaves out what a backend refuses for its dtype alone, and what takes an interpreter minutes.
+
+    That the backend refuses those dtypes, and says so, is a test of its own.
+    """
     kept, left_out = [], []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        refused = parameters.get("dtype") in REFUSED_DTYPES.get(parameters.get("backend", ""), ())
-        (left_out if refused else kept).append(item)
+        backend = parameters.get("backend", "")
+        dtypes = [parameters.get("dtype"), *(mark.args[0] for mark in item.iter_markers("needs_dtype"))]
+        refused = any(dtype in REFUSED_DTYPES.get(backend, ()) for dtype in dtypes)
+        slow = backend == "triton" and interpreting() and item.get_closest_marker("many_programs")
+        (left_out if refused or slow else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
 

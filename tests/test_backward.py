@@ -53,11 +53,13 @@ def test_sizes(case: Case, dtype: torch.dtype, backend: str, device: str) -> Non
 # ------------------------------------------------------------------------------------------------- parts of the whole
 
 EVERYTHING = cases.COMBINATIONS[1]
+LONG_VARLEN = pytest.param(cases.VARLEN[-1], marks=pytest.mark.many_programs)
 LONG = Case("long", seqlen_q=257, seqlen_k=300, head_dim=64, head_dim_v=64, causal=True, bias="11qk", heads_q=4)
 
 
 @pytest.mark.parametrize("case", [EVERYTHING, cases.VARLEN[-1]], ids=str)
 @pytest.mark.parametrize("through", ["out", "lse"])
+@pytest.mark.needs_dtype(torch.float64)
 def test_through_one_output_alone(case: Case, through: str, backend: str, device: str) -> None:
     """The gradient through both outputs is the sum of those through each."""
     call = build(case, torch.float64, device)
@@ -80,7 +82,7 @@ def test_through_one_output_alone(case: Case, through: str, backend: str, device
         torch.testing.assert_close(total, a + b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", [EVERYTHING, cases.VARLEN[-1]], ids=str)
+@pytest.mark.parametrize("case", [EVERYTHING, LONG_VARLEN], ids=str)
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "sinks", "q k", "bias sinks", "k v bias"])
 def test_subsets_of_gradients(case: Case, wanted: str, backend: str, device: str) -> None:
     """Asking for some gradients gives the same bits as asking for all, and computes no others."""
@@ -118,6 +120,7 @@ def test_rows_that_see_nothing_stop_every_gradient(backend: str, device: str) ->
     assert found[3][hidden].abs().max() == 0
 
 
+@pytest.mark.needs_dtype(torch.float64)
 def test_one_tensor_as_query_key_and_value(backend: str, device: str) -> None:
     x = torch.randn(2, 3, 7, 8, dtype=torch.float64, device=device, requires_grad=True)
     parts = [x.detach().clone().requires_grad_() for _ in range(3)]
@@ -126,7 +129,9 @@ def test_one_tensor_as_query_key_and_value(backend: str, device: str) -> None:
     torch.testing.assert_close(x.grad, sum(part.grad for part in parts))
 
 
-@pytest.mark.parametrize("case", [EVERYTHING, cases.VARLEN[-1], LONG], ids=str)
+@pytest.mark.parametrize(
+    "case", [EVERYTHING, LONG_VARLEN, pytest.param(LONG, marks=pytest.mark.many_programs)], ids=str
+)
 def test_bitwise_reproducible(case: Case, backend: str, device: str) -> None:
     """The same bits from run to run, and for any number of threads."""
 
@@ -175,18 +180,21 @@ def as_function(case: Case, backend: str | None, device: str) -> tuple[Callable[
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
+@pytest.mark.needs_dtype(torch.float64)
 def test_gradcheck(case: Case, backend: str, device: str) -> None:
     skip_if_refused(backend, build(case, torch.float64, device).explain)
     assert gradcheck(*as_function(case, backend, device))
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
+@pytest.mark.needs_dtype(torch.float64)
 def test_gradgradcheck(case: Case, backend: str, device: str) -> None:
     skip_if_refused(backend, build(case, torch.float64, device).explain)
     assert gradgradcheck(*as_function(case, backend, device))
 
 
 @pytest.mark.parametrize("through", [0, 1])
+@pytest.mark.needs_dtype(torch.float64)
 def test_gradgradcheck_through_one_output(through: int, backend: str, device: str) -> None:
     function, leaves = as_function(_TINY_DENSE, backend, device)
     # lse does not depend on v, which gradgradcheck must know.
@@ -203,6 +211,7 @@ def test_gradgradcheck_through_one_output(through: int, backend: str, device: st
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "sinks"])
+@pytest.mark.needs_dtype(torch.float64)
 def test_gradgradcheck_of_one_input(wanted: str, backend: str, device: str) -> None:
     call = build(_TINY_DENSE, torch.float64, device)
     function, leaves = as_function(_TINY_DENSE, backend, device)
@@ -216,6 +225,7 @@ def test_gradgradcheck_of_one_input(wanted: str, backend: str, device: str) -> N
     assert gradgradcheck(one, leaves[position])
 
 
+@pytest.mark.needs_dtype(torch.float64)
 def test_gradgradcheck_of_inputs_made_from_one_another(backend: str, device: str) -> None:
     """Second derivatives follow each argument by itself, whatever the others were computed from."""
     x = torch.randn(1, 2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
@@ -232,6 +242,7 @@ def test_gradgradcheck_of_inputs_made_from_one_another(backend: str, device: str
     assert gradgradcheck(chained, x)
 
 
+@pytest.mark.needs_dtype(torch.float64)
 def test_third_derivative(backend: str, device: str) -> None:
     q, k, v = torch.randn(3, 1, 1, 2, 3, dtype=torch.float64, device=device).requires_grad_().unbind()
 

@@ -147,6 +147,7 @@ def test_neighbours_are_independent(dim: int, backend: str, device: str) -> None
     assert abs(products.mean()) < 5 / products.numel() ** 0.5
 
 
+@pytest.mark.many_programs
 def test_expectation_is_attention(backend: str, device: str) -> None:
     q, k, v = torch.randn(3, 1, 2, 6, 8, device=device).unbind()
     plain = fastattn.attention(q, k, v, backend=backend)

@@ -122,6 +122,7 @@ def test_enormous_bias(bias: float, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.many_programs
 def test_one_key_gives_its_value(dim: int, backend: str, device: str) -> None:
     """Also for more sequences, or heads, than some machines have room for in one dimension of a launch."""
     q, v = (torch.randn(70_000, 1, 1, size, device=device).transpose(0, dim) for size in (2, 3))

@@ -304,6 +304,7 @@ def test_nan_next_to_the_last_key_of_some_rows(dtype: torch.dtype, backend: str)
 
 
 @pytest.mark.parametrize("left", range(12))
+@pytest.mark.needs_dtype(torch.bfloat16)
 def test_rows_that_stand_far_behind_the_last_key(left: int, backend: str) -> None:
     """Their windows begin past the keys that exist, at odd places among others."""
     q = torch.randn(1, 1, 300, 32).bfloat16()

@@ -65,7 +65,7 @@ class TritonBackend:
         """See `Backend.forward`."""
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
         device = self._machine.architecture(problem.device)
-        self._machine.run(problem.device, forward_launches(problem, _in_memory(inputs), device, out, lse))
+        self._machine.run(problem.device, forward_launches(problem, in_memory(inputs), device, out, lse))
         return out, lse
 
     def backward(
@@ -80,13 +80,13 @@ class TritonBackend:
     ) -> Grads:
         """See `Backend.backward`."""
         device = self._machine.architecture(problem.device)
-        work = Gradients(problem, _in_memory(inputs), device, out, lse, dout, dlse, needs)
+        work = Gradients(problem, in_memory(inputs), device, out, lse, dout, dlse, needs)
         self._machine.run(problem.device, work.launches)
         return work.results()
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
-        p, x = problem, _in_memory(inputs)
+        p, x = problem, in_memory(inputs)
         out, lse = empty_out(p, x.q), empty_lse(p)
         device = self._machine.architecture(p.device)
         launches = forward_launches(p, x, device, out, lse)
@@ -108,7 +108,7 @@ class TritonBackend:
 def forward_launches(
     problem: Problem, inputs: Inputs, device: config.Architecture, out: Tensor, lse: Tensor
 ) -> list[Launch]:
-    """The kernels of a forward pass over inputs from `_in_memory`; `out` and `lse` are what they write."""
+    """The kernels of a forward pass over inputs from `in_memory`; `out` and `lse` are what they write."""
     p, x = problem, inputs
     packed = p.kind != "varlen" and p.group > 1 and p.seqlen_q * p.group <= config.PACKED_ROWS
     shape = _shape(p, packed=packed)
@@ -269,7 +269,7 @@ class Gradients:
         sums would outgrow it. Any other is much smaller than the scores, and gets a partial sum per sequence and head.
         """
         p = self.problem
-        chosen = config.choose_gradient_of_queries(self.shape, self.device)
+        chosen = config.choose_gradient_of_bias(self.shape, self.device)
         batches, heads, rows, columns = (1,) * (4 - bias.ndim) + tuple(bias.shape)
         full = rows > 1 and columns > 1
         if not full:
@@ -334,6 +334,9 @@ def _shape(p: Problem, *, packed: bool) -> config.Shape:
         rows=p.seqlen_q * p.group if packed else p.seqlen_q,
         keys=p.seqlen_k,
         programs=p.batch * (p.heads_kv if packed else p.heads_q),
+        loads_scores=bool({"mask", "bias"} & p.features),
+        masks="mask" in p.features,
+        drops="dropout" in p.features,
     )
 
 
@@ -354,6 +357,7 @@ def _variant(
         PERMUTED=bool(p.dropout_p) or x.mask is not None or x.bias is not None,
         PASS=config.rows_at_once(chosen, _shape(p, packed=packed)),
         LAZY=config.lazy(device),
+        SUMS=config.sums(_shape(p, packed=packed)),
         WIDE=_wide(chosen, *(y for y in (x.q, x.k, x.v, *more) if y is not None)),
         PACKED=packed,
         PAGED=p.page_size > 0,
@@ -369,7 +373,7 @@ def _wide(chosen: config.Config, *tensors: Tensor) -> bool:
 
 
 def _common(p: Problem, x: Inputs) -> dict[str, Any]:
-    """The arguments that all kernels over queries and keys take; x as `_in_memory` leaves them."""
+    """The arguments that all kernels over queries and keys take; x as `in_memory` leaves them."""
     return {
         "q": _array(p, x.q),
         "k": _array(p, x.k),
@@ -402,7 +406,7 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
-def _in_memory(inputs: Inputs) -> Inputs:
+def in_memory(inputs: Inputs) -> Inputs:
     """The inputs with their values where their addresses say, index tensors contiguous, masks as bytes."""
     given = {name: x if x is None or name == "seed" else _plain(x) for name, x in inputs._asdict().items()}
     for name in ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "sinks"):

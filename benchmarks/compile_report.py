@@ -1,0 +1,236 @@
+"""Compiles every Triton kernel for GPUs that need not be here, and reports what the compiler made of it.
+
+python -m benchmarks.compile_report --arch sm_80,sm_90
+
+Columns: the tile (queries x keys x warps, stages), registers per thread, bytes of stack (spilled registers), shared
+memory in KiB; for the loop without masks, and in brackets the one with: instructions per m16n8k16 of tensor-core work
+and warp, instructions and exponentials per 32 scores, and loads and stores of spilled registers.
+
+Exits with 1 if a kernel does not compile, takes more stack than ALLOWED_STACK, spills more than ALLOWED_SPILLS in its
+main loop, or takes more shared memory than there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.backends import Needs, empty_lse, empty_out
+from fastattn.backends import triton as backend
+from fastattn.problem import Inputs, Options, Problem, describe
+
+from .sass import Code, Loop, inspect, inspect_amd
+
+try:
+    import triton
+    from fastattn.kernels.ahead import compile_ahead, target
+    from fastattn.kernels.config import Architecture
+    from fastattn.kernels.launch import Launch
+except ImportError as error:
+    sys.exit(f"the compile report needs Triton ({error}); install it with pip install triton")
+
+ARCHITECTURES = {
+    "sm_75": Architecture("cuda", 75, 64 * 1024, 40),
+    "sm_80": Architecture("cuda", 80, 163 * 1024, 108),
+    "sm_86": Architecture("cuda", 86, 99 * 1024, 84),
+    "sm_89": Architecture("cuda", 89, 99 * 1024, 128),
+    "sm_90": Architecture("cuda", 90, 227 * 1024, 132),
+    "sm_100": Architecture("cuda", 100, 227 * 1024, 148),
+    "sm_120": Architecture("cuda", 120, 99 * 1024, 170),
+    "gfx942": Architecture("hip", 0, 64 * 1024, 304),
+}
+"""Shared memory that one program can have, and multiprocessors. Source: the makers' programming guides."""
+
+Build = Callable[[torch.dtype], tuple[Problem, Inputs]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A call whose kernels are compiled: those of the forward pass, or of the backward pass."""
+
+    name: str
+    build: Build
+    backward: bool = False
+
+
+def _dense(head_dim: int, seqlen_q: int = 1024, heads: tuple[int, int] = (8, 8), **given: Any) -> Build:
+    def build(dtype: torch.dtype) -> tuple[Problem, Inputs]:
+        q = torch.zeros(1, heads[0], seqlen_q, head_dim, dtype=dtype)
+        k = torch.zeros(1, heads[1], 1024 if seqlen_q > 1 else 65536, head_dim, dtype=dtype)
+        return _described("dense", q, k, given)
+
+    return build
+
+
+def _cache(head_dim: int, page_size: int = 0) -> Build:
+    def build(dtype: torch.dtype) -> tuple[Problem, Inputs]:
+        q, new = (torch.zeros(4, heads, 1, head_dim, dtype=dtype) for heads in (32, 8))
+        pages, slots = (4096 // page_size * 4, page_size) if page_size else (4, 4096)
+        cache = torch.zeros(pages, 8, slots, head_dim, dtype=dtype)
+        given = {"k_new": new, "v_new": new, "kv_lengths": torch.zeros(4, dtype=torch.int32)}
+        if page_size:
+            given["block_table"] = torch.zeros(4, 4096 // page_size, dtype=torch.int32)
+        return _described("cache", q, cache, {**given, "causal": True})
+
+    return build
+
+
+def _described(kind: str, q: Tensor, k: Tensor, given: dict[str, Any]) -> tuple[Problem, Inputs]:
+    options = Options(**{name: value for name, value in given.items() if name in Options._fields})
+    tensors = {name: value for name, value in given.items() if name in Inputs._fields}
+    inputs = Inputs(q, k, k, **tensors)
+    return describe(kind, inputs, options), inputs
+
+
+_SEED = torch.zeros((), dtype=torch.int64)
+_SCORES = torch.zeros(1024, 1024)
+
+SHORT = (
+    Workload("head_dim 64", _dense(64, causal=True)),
+    Workload("head_dim 128", _dense(128, causal=True)),
+    Workload("head_dim 64", _dense(64, causal=True), backward=True),
+    Workload("decode", _dense(128, seqlen_q=1, heads=(32, 8))),
+)
+ALL = (
+    *SHORT,
+    Workload("head_dim 256", _dense(256, causal=True)),
+    Workload("head_dim 96", _dense(96, causal=True)),
+    Workload("head_dim 128", _dense(128, causal=True), backward=True),
+    Workload("head_dim 256", _dense(256, causal=True), backward=True),
+    Workload("window", _dense(64, window_left=256, causal=True)),
+    Workload("softcap", _dense(64, softcap=30.0)),
+    Workload("alibi", _dense(64, alibi_slopes=torch.zeros(8))),
+    Workload("bias", _dense(64, bias=_SCORES)),
+    Workload("mask", _dense(64, mask=_SCORES.bool())),
+    Workload("dropout", _dense(64, dropout_p=0.1, seed=_SEED)),
+    Workload("bias and its gradient", _dense(64, bias=_SCORES), backward=True),
+    Workload("dropout", _dense(64, dropout_p=0.1, seed=_SEED), backward=True),
+    Workload("cache", _cache(128)),
+    Workload("paged cache", _cache(128, page_size=16)),
+)
+
+ALLOWED_STACK = {64: 512, 96: 640, 128: 640, 256: 1024}
+"""Bytes of stack per thread by head_dim: what is put aside before the main loop. Where the compiler despairs of a tile,
+it takes thousands."""
+
+ALLOWED_SPILLS = {64: 8, 96: 80, 128: 64, 256: 64}
+"""Loads and stores of spilled registers in the main loop by head_dim; none at 64 for calls without other features."""
+
+
+def launches(workload: Workload, architecture: Architecture, dtype: torch.dtype) -> list[Launch]:
+    """The launches of a workload, as the backend would make them on such a device."""
+    problem, given = workload.build(dtype)
+    inputs = backend.in_memory(given)
+    out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+    if workload.backward:
+        needs = Needs(True, True, True, inputs.bias is not None, False)
+        return backend.Gradients(problem, inputs, architecture, out, lse, out, None, needs).launches
+    found = backend.forward_launches(problem, inputs, architecture, out, lse)
+    return [backend.append_launch(problem, inputs, architecture), *found] if problem.kind == "cache" else found
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of one kernel."""
+
+    workload: Workload
+    launch: Launch
+    shared_memory: int
+    code: Code
+    seconds: float
+
+    def per_loop(self, loop: Loop) -> tuple[float, float, float]:
+        """Instructions per m16n8k16, and instructions and exponentials per 32 scores, of one warp."""
+        variant = self.launch.arguments["VARIANT"]
+        scores = variant.BLOCK_M * variant.BLOCK_N / self.launch.num_warps
+        products = {"forward": (1, 1), "gradient_of_queries": (2, 1), "gradient_of_keys": (2, 2)}
+        of_k, of_v = products.get(self.launch.kernel.__name__, (1, 1))
+        width = of_k * variant.BLOCK_D + of_v * variant.PART * variant.PARTS
+        return (
+            loop.total / (scores * width / (16 * 8 * 16)),
+            loop.total / (scores / 32),
+            loop.instructions["MUFU"] / (scores / 32),
+        )
+
+    def __str__(self) -> str:
+        variant = self.launch.arguments.get("VARIANT")
+        tile = "" if variant is None else f"{variant.BLOCK_M}x{variant.BLOCK_N}x{self.launch.num_warps}, "
+        text = (
+            f"{self.workload.name:22} {self.launch.kernel.__name__:20} {tile + str(self.launch.num_stages):14} "
+            f"{self.code.registers:4} {self.code.stack:6} {self.shared_memory / 1024:7.1f}"
+        )
+        if variant is not None and self.code.loops:
+            plain, masked = self.code.loops[0], self.code.loops[-1]
+            pairs = [*zip(self.per_loop(plain), self.per_loop(masked), strict=True), (plain.spills, masked.spills)]
+            text += "".join(f"  {a:6.2f} ({b:6.2f})" for a, b in pairs[:3]) + f"  {pairs[3][0]:3} ({pairs[3][1]:3})"
+        return text + f"  {self.seconds:4.1f} s"
+
+
+def compiled(workload: Workload, name: str) -> Iterator[Line]:
+    """Compiles the kernels of a workload for an architecture."""
+    architecture = ARCHITECTURES[name]
+    dtype = torch.float16 if name == "sm_75" else torch.bfloat16
+    for launch in launches(workload, architecture, dtype):
+        start = time.perf_counter()
+        kernel = compile_ahead(launch, target(architecture.vendor, architecture.capability))
+        if architecture.vendor == "cuda":
+            code = inspect(kernel.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+        else:
+            code = inspect_amd(kernel.asm["amdgcn"])
+        yield Line(workload, launch, kernel.metadata.shared, code, time.perf_counter() - start)
+
+
+def complaints(line: Line, name: str) -> Iterator[str]:
+    """What is not as it must be."""
+    head_dim = line.launch.arguments["VARIANT"].HEAD_DIM if "VARIANT" in line.launch.arguments else 64
+    allowed = ALLOWED_STACK[head_dim]
+    spills = 0 if line.workload.name == "head_dim 64" else ALLOWED_SPILLS[head_dim]
+    limit = ARCHITECTURES[name].shared_memory
+    if line.code.loops and line.code.loops[0].spills > spills:
+        yield f"{line.code.loops[0].spills} spills in the main loop, of which {spills} are allowed"
+    if line.code.stack > allowed:
+        yield f"{line.code.stack} bytes of stack, of which {allowed} are allowed"
+    if line.shared_memory > limit:
+        yield f"{line.shared_memory} bytes of shared memory, of which there are {limit}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the report; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="sm_80,sm_90", help=f"separated by commas, of {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--short", action="store_true", help="only the most important kernels")
+    given = parser.parse_args(arguments)
+    names = given.arch.split(",")
+    for name in names:
+        if name not in ARCHITECTURES:
+            parser.error(f"--arch must name some of {', '.join(ARCHITECTURES)}, got {name!r}")
+    failed = 0
+    for name in names:
+        print(f"{name}, Triton {triton.__version__}")
+        print(f"{'call':22} {'kernel':20} {'tile':14} {'regs':>4} {'stack':>6} {'shared':>7}", end="")
+        print("  " + "  ".join(f"{title:15}" for title in ("instr/mma", "instr/32 sc.", "MUFU/score")) + "  spills")
+        for workload in SHORT if given.short else ALL:
+            try:
+                for line in compiled(workload, name):
+                    print(line)
+                    for complaint in complaints(line, name):
+                        failed += 1
+                        print(f"  WRONG: {complaint}")
+            except Exception as error:  # whatever a compiler throws is a result here
+                failed += 1
+                print(f"{workload.name}\n  WRONG: does not compile: {type(error).__name__}: {error}")
+        print()
+    print("all as it must be" if failed == 0 else f"{failed} wrong")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What the machine code of a compiled kernel holds: registers, spills, and the instructions of its main loops.
+
+For NVIDIA with the disassembler that Triton brings, for AMD from the assembler text.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+_TENSOR = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "IMMA", "DMMA")
+_LOCAL = ("LDL", "STL")
+
+
+class Loop(NamedTuple):
+    """A loop that holds tensor-core instructions and no other such loop: its instructions by name, without suffixes."""
+
+    instructions: Counter[str]
+
+    @property
+    def total(self) -> int:
+        """All instructions."""
+        return sum(self.instructions.values())
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of spilled registers."""
+        return sum(self.instructions[name] for name in _LOCAL)
+
+
+class Code(NamedTuple):
+    """registers: per thread. stack: bytes per thread, which spills take. loops: the shortest first."""
+
+    registers: int
+    stack: int
+    loops: list[Loop]
+
+
+def inspect(cubin: bytes, tools: Path) -> Code:
+    """Disassembles a kernel for NVIDIA; `tools` is the folder of nvdisasm and cuobjdump."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        text = _output(tools / "nvdisasm", "-c", file.name)
+    registers, stack = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
+    return Code(registers, stack, loops(text))
+
+
+def inspect_amd(assembly: str) -> Code:
+    """The same of AMD's assembler text, without loops."""
+    return Code(
+        _number(r"\.vgpr_count:\s+(\d+)", assembly), _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly), []
+    )
+
+
+def loops(text: str) -> list[Loop]:
+    """Innermost loops with tensor-core instructions in the output of nvdisasm."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    spans: list[tuple[int, int]] = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(names)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
+            name = instruction[1].split(".")[0]
+            target = re.search(r"`\((\.L_\w+)\)", instruction[2])
+            if name == "BRA" and target and target[1] in labels:
+                spans.append((labels[target[1]], len(names)))
+            names.append(name)
+    with_tensor = [(a, b) for a, b in spans if any(name in _TENSOR for name in names[a : b + 1])]
+    inner = [(a, b) for a, b in with_tensor if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in with_tensor)]
+    return sorted((Loop(Counter(names[a : b + 1])) for a, b in inner), key=lambda loop: loop.total)
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
