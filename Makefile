@@ -1,8 +1,12 @@
 # `make demo` and `make test` need nothing but Python >= 3.10, a C++17 compiler and make.
+# The oldest Triton that the kernels support is unpacked beside the environment, for its compiler alone.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+OLDEST_TRITON := build/triton-3.6.0
+# What the interpreter runs on the CPU, program by program: the meaning of the Triton kernels.
+KERNEL_TESTS := $(addprefix tests/test_,forward.py backward.py varlen.py kv_cache.py nonfinite.py dropout.py)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/simd/*.h)
 CPP    := $(NATIVE) $(wildcard tests/native/*.cpp)
 
@@ -11,8 +15,11 @@ CPP    := $(NATIVE) $(wildcard tests/native/*.cpp)
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
-test: $(STAMP)
+test: $(STAMP) $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --backend triton $(KERNEL_TESTS)
+	$(BIN)/python -m benchmarks.compile_report --short --arch sm_80,sm_90
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benchmarks.compile_report --short --arch sm_80,sm_90
 
 bench: $(STAMP)
 	$(BIN)/python -m fastattn bench --plot benchmark.png --json benchmark.json
@@ -35,6 +42,10 @@ $(STAMP): requirements-dev.txt pyproject.toml setup.py native_build.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(OLDEST_TRITON): $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0
 	touch $@
 
 clean:

@@ -15,12 +15,14 @@ class Architecture(NamedTuple):
 
     vendor: "cuda", "hip" or "interpreter". capability: 10 * major + minor of a CUDA device, 0 for others.
     shared_memory: bytes that one program can have. multiprocessors: how many programs run side by side, at least.
+    compiler: Triton's version, (major, minor).
     """
 
     vendor: str
     capability: int
     shared_memory: int
     multiprocessors: int
+    compiler: tuple[int, int]
 
 
 class Shape(NamedTuple):
@@ -100,6 +102,8 @@ def choose_forward(shape: Shape, architecture: Architecture) -> Config:
         config = Config(128, 64 if width > 128 or shape.loads_scores else 128, 8, 2)
     else:
         config = Config(128, 64, 8 if width > 128 else 4, 2)
+        if 64 < width <= 128 and architecture.compiler < (3, 8):
+            config = config._replace(block_n=32)  # of 64 keys ptxas of Triton 3.6 makes 3300 spills
     if shape.element_size == 4:
         config = config._replace(block_m=min(config.block_m, 64), block_n=32, num_warps=4)
     return fitted(config, shape, architecture, forward_memory)

@@ -1,4 +1,4 @@
-"""Where kernels run: on a GPU, or in Triton's interpreter on the CPU. Importing this needs no Triton."""
+"""Where kernels run: on a GPU, or in Triton's interpreter on the CPU. Importing this does not need Triton."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from functools import lru_cache
 from typing import Protocol
 
 import torch
+
+try:
+    import triton
+except ImportError:  # the backend says so
+    triton = None
 
 from .config import Architecture
 from .launch import Launch, run
@@ -37,6 +42,12 @@ def machine() -> Machine:
 def interpreting() -> bool:
     """True if TRITON_INTERPRET is set, which decides for the whole process how kernels run."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def compiler() -> tuple[int, int]:
+    """Triton's version."""
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 class Gpu:
@@ -84,7 +95,7 @@ class Interpreter:
 
     def architecture(self, device: torch.device) -> Architecture:
         """See `Machine`."""
-        return Architecture("interpreter", 0, 2**31, 4)
+        return Architecture("interpreter", 0, 2**31, 4, compiler())
 
     def run(self, device: torch.device, launches: Iterable[Launch]) -> None:
         """See `Machine`."""
@@ -96,10 +107,10 @@ class Interpreter:
 def _architecture(device: torch.device) -> Architecture:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
-        return Architecture("hip", 0, 64 * 1024, properties.multi_processor_count)
+        return Architecture("hip", 0, 64 * 1024, properties.multi_processor_count, compiler())
     capability = 10 * properties.major + properties.minor
     shared_memory = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return Architecture("cuda", capability, shared_memory, properties.multi_processor_count)
+    return Architecture("cuda", capability, shared_memory, properties.multi_processor_count, compiler())
 
 
 def why_not_architecture(architecture: Architecture, dtype: torch.dtype) -> str | None:

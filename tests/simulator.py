@@ -12,6 +12,7 @@ import torch
 from fastattn.kernels.ahead import compile_ahead, leaves, target
 from fastattn.kernels.config import Architecture
 from fastattn.kernels.launch import Launch
+from fastattn.kernels.machine import compiler
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "shared"))
 
@@ -41,7 +42,9 @@ class Simulator:
         return None if device.type == "cpu" else f"its tensors are on {device}, not on the CPU."
 
     def architecture(self, device: torch.device) -> Architecture:
-        return Architecture("cuda", self.capability, SHARED_MEMORY[self.capability] * 1024, self.multiprocessors)
+        return Architecture(
+            "cuda", self.capability, SHARED_MEMORY[self.capability] * 1024, self.multiprocessors, compiler()
+        )
 
     def run(self, device: torch.device, launches: Iterable[Launch]) -> None:
         for launch in launches:

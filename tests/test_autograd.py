@@ -267,9 +267,9 @@ def test_forward_mode_is_refused_and_not_wrong(qkv: Qkv) -> None:
                 attention(leaf, k, v)
 
 
-def test_batched_output_gradients(backend: str) -> None:
-    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
-    bias = torch.randn(5, 5, requires_grad=True)
+def test_batched_output_gradients(backend: str, device: str) -> None:
+    q, k, v = (torch.randn(1, 2, 5, 8, device=device, requires_grad=True) for _ in range(3))
+    bias = torch.randn(5, 5, device=device, requires_grad=True)
 
     def short() -> tuple[torch.Tensor, ...]:
         return (fastattn.attention(q, k, v, causal=True, backend=backend),)
@@ -279,7 +279,7 @@ def test_batched_output_gradients(backend: str) -> None:
 
     for function, sources in ((short, (q, k, v)), (ordinary, (q, k, v, bias))):
         outputs = function()
-        batches = [torch.randn(3, *out.shape) for out in outputs]
+        batches = [torch.randn(3, *out.shape, device=device) for out in outputs]
         found = torch.autograd.grad(outputs, sources, batches, is_grads_batched=True)
         for i in range(3):
             expected = torch.autograd.grad(function(), sources, [batch[i] for batch in batches])
@@ -287,8 +287,9 @@ def test_batched_output_gradients(backend: str) -> None:
                 torch.testing.assert_close(a[i], b)
 
 
-def test_vectorized_jacobian_and_hessian(backend: str) -> None:
-    q, k, v = (torch.randn(1, 1, 3, 4, dtype=torch.float64) for _ in range(3))
+@pytest.mark.needs_dtype(torch.float64)
+def test_vectorized_jacobian_and_hessian(backend: str, device: str) -> None:
+    q, k, v = (torch.randn(1, 1, 3, 4, dtype=torch.float64, device=device) for _ in range(3))
 
     def total(q: torch.Tensor) -> torch.Tensor:
         return fastattn.attention(q, k, v, backend=backend).square().sum()

@@ -380,25 +380,25 @@ def test_alibi_slopes_that_want_a_gradient_are_refused() -> None:
 
 
 @pytest.mark.parametrize("side", [2**31, 2**63 - 1, 2**70])
-def test_windows_wider_than_anything_are_open(side: int, backend: str) -> None:
-    q, k = torch.randn(1, 2, 12, 8), torch.randn(1, 2, 16, 8)
+def test_windows_wider_than_anything_are_open(side: int, backend: str, device: str) -> None:
+    q, k = torch.randn(1, 2, 12, 8, device=device), torch.randn(1, 2, 16, 8, device=device)
     expected = fastattn.attention(q, k, k, backend=backend)
     for window in ((side, None), (None, side), (side, side)):
         assert torch.equal(fastattn.attention(q, k, k, window=window, backend=backend), expected)
 
 
-def test_negative_seed_tensor_is_refused(backend: str) -> None:
-    q = torch.randn(1, 2, 3, 8)
+def test_negative_seed_tensor_is_refused(backend: str, device: str) -> None:
+    q = torch.randn(1, 2, 3, 8, device=device)
     with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*63\), got -1"):
         fastattn.attention(q, q, q, dropout_p=0.5, seed=torch.tensor(-1), backend=backend)
 
 
-def test_unusual_float_types_of_the_bias_are_refused(backend: str) -> None:
-    q = torch.randn(1, 2, 3, 8)
+def test_unusual_float_types_of_the_bias_are_refused(backend: str, device: str) -> None:
+    q = torch.randn(1, 2, 3, 8, device=device)
     with pytest.raises(
         TypeError, match=r"bias must have dtype of floating point, float32, float64, bfloat16 or float16, got .*float8"
     ):
-        fastattn.attention(q, q, q, bias=torch.zeros(3, 3).to(torch.float8_e4m3fn), backend=backend)
+        fastattn.attention(q, q, q, bias=torch.zeros(3, 3, device=device).to(torch.float8_e4m3fn), backend=backend)
 
 
 def test_nested_tensors_are_refused() -> None:

@@ -290,11 +290,11 @@ def test_masked_scores_do_not_set_the_maximum(backend: str, device: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_nan_next_to_the_last_key_of_some_rows(dtype: torch.dtype, backend: str) -> None:
+def test_nan_next_to_the_last_key_of_some_rows(dtype: torch.dtype, backend: str, device: str) -> None:
     """Panels of rows end at odd keys here; the key behind, masked out, shares a word of two bfloat16 with the last."""
-    q = torch.randn(1, 16, 64, 64).to(dtype)
-    k, v = torch.randn(2, 1, 16, 65, 64).to(dtype).unbind()
-    mask = torch.ones(65, dtype=torch.bool)
+    q = torch.randn(1, 16, 64, 64, device=device).to(dtype)
+    k, v = torch.randn(2, 1, 16, 65, 64, device=device).to(dtype).unbind()
+    mask = torch.ones(65, dtype=torch.bool, device=device)
     mask[33] = False
     expected = fastattn.attention(q, k, v, causal=True, mask=mask, backend=backend)
     k, v = k.clone(), v.clone()
@@ -305,10 +305,10 @@ def test_nan_next_to_the_last_key_of_some_rows(dtype: torch.dtype, backend: str)
 
 @pytest.mark.parametrize("left", range(12))
 @pytest.mark.needs_dtype(torch.bfloat16)
-def test_rows_that_stand_far_behind_the_last_key(left: int, backend: str) -> None:
+def test_rows_that_stand_far_behind_the_last_key(left: int, backend: str, device: str) -> None:
     """Their windows begin past the keys that exist, at odd places among others."""
-    q = torch.randn(1, 1, 300, 32).bfloat16()
-    k, v = torch.randn(2, 1, 1, 64, 32).bfloat16().unbind()
+    q = torch.randn(1, 1, 300, 32, device=device).bfloat16()
+    k, v = torch.randn(2, 1, 1, 64, 32, device=device).bfloat16().unbind()
     out, lse = fastattn.attention(
         q, k, v, causal_alignment="top-left", window=(left, 0), return_lse=True, backend=backend
     )
