@@ -60,6 +60,7 @@ class Workload:
     name: str
     build: Build
     backward: bool = False
+    dtype: torch.dtype | None = None  # bfloat16, or float16 where there is none
 
 
 def _dense(head_dim: int, seqlen_q: int = 1024, heads: tuple[int, int] = (8, 8), **given: Any) -> Build:
@@ -105,6 +106,10 @@ ALL = (
     Workload("head_dim 256", _dense(256, causal=True)),
     Workload("head_dim 96", _dense(96, causal=True)),
     Workload("head_dim 128", _dense(128, causal=True), backward=True),
+    Workload("head_dim 512", _dense(512, causal=True)),
+    Workload("float32", _dense(64, causal=True), dtype=torch.float32),
+    Workload("float32", _dense(128, causal=True), dtype=torch.float32),
+    Workload("float32", _dense(64, causal=True), backward=True, dtype=torch.float32),
     Workload("head_dim 256", _dense(256, causal=True), backward=True),
     Workload("window", _dense(64, window_left=256, causal=True)),
     Workload("softcap", _dense(64, softcap=30.0)),
@@ -118,11 +123,11 @@ ALL = (
     Workload("paged cache", _cache(128, page_size=16)),
 )
 
-ALLOWED_STACK = {64: 512, 96: 640, 128: 640, 256: 1024}
+ALLOWED_STACK = {64: 512, 96: 640, 128: 640, 256: 1024, 512: 1024}
 """Bytes of stack per thread by head_dim: what is put aside before the main loop. Where the compiler despairs of a tile,
 it takes thousands."""
 
-ALLOWED_SPILLS = {64: 32, 96: 80, 128: 64, 256: 128}
+ALLOWED_SPILLS = {64: 32, 96: 80, 128: 64, 256: 128, 512: 256}
 """Loads and stores of spilled registers in the main loop by head_dim; next to none at 64 without other features."""
 
 
@@ -179,7 +184,7 @@ def compiled(workload: Workload, name: str) -> Iterator[Line]:
     """Compiles the kernels of a workload for an architecture."""
     architecture = ARCHITECTURES[name]
     dtype = torch.float16 if name == "sm_75" else torch.bfloat16
-    for launch in launches(workload, architecture, dtype):
+    for launch in launches(workload, architecture, workload.dtype or dtype):
         start = time.perf_counter()
         kernel = compile_ahead(launch, target(architecture.vendor, architecture.capability))
         if architecture.vendor == "cuda":

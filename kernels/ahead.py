@@ -28,6 +28,17 @@ def target(vendor: str, capability: int) -> GPUTarget:
 
 def compile_ahead(launch: Launch, device: GPUTarget) -> Any:
     """The compiled kernel, specialised to the launch's arguments as a call would be."""
+    source = ASTSource(launch.kernel, *specialisation(launch))
+    return triton_compile(source, target=device, options=options(launch))
+
+
+def options(launch: Launch) -> dict[str, Any]:
+    """What the compiler is told beside the arguments."""
+    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+
+
+def specialisation(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """(types, constants, hints) of the arguments: launches that differ in them are compiled by themselves."""
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     hints: dict[tuple[int, ...], Any] = {}
@@ -38,8 +49,7 @@ def compile_ahead(launch: Launch, device: GPUTarget) -> Any:
             constants[(index,)] = value
         else:
             signature[parameter.name] = _type_of(value, (index,), not parameter.do_not_specialize, constants, hints)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    return triton_compile(ASTSource(launch.kernel, signature, constants, hints), target=device, options=options)
+    return signature, constants, hints
 
 
 def leaves(launch: Launch) -> list[Any]:

@@ -24,7 +24,7 @@ from .sequences import (
 from .tiles import any_nan, key_order, load_block, load_rows, offset_of, store_rows
 
 
-@triton.jit(do_not_specialize=["rows", "heads_q", "seqlen_q"])
+@triton.jit(do_not_specialize=["lse", "dlse", "rows", "heads_q", "seqlen_q"])
 def statistics(
     out,
     dout,
@@ -197,7 +197,7 @@ def _over_keys(
     return acc
 
 
-@triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout"])
+@triton.jit(do_not_specialize=["row_lse", "delta", "heads", "sequences", "window", "dropout"])
 def gradient_of_queries(
     q, k, v, dout, row_lse, delta, dq, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr
 ):
@@ -351,7 +351,7 @@ def _over_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout"])
+@triton.jit(do_not_specialize=["row_lse", "delta", "heads", "sequences", "window", "dropout"])
 def gradient_of_keys(
     q, k, v, dout, row_lse, delta, dk, dv, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr
 ):

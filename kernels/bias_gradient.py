@@ -8,7 +8,12 @@ from .sequences import diagonal_offset, key_blocks, keys_of, queries_of, visible
 from .tiles import key_order, load_rows, offset_of
 
 
-@triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout", "batches", "tiles_m", "tiles_n"])
+@triton.jit(
+    do_not_specialize=[
+        *("row_lse", "delta", "dbias", "heads", "sequences", "window", "dropout"),
+        *("batches", "heads_out", "tiles_m", "tiles_n"),
+    ]
+)
 def gradient_of_bias(
     q,
     k,

@@ -105,8 +105,16 @@ def choose_forward(shape: Shape, architecture: Architecture) -> Config:
         if 64 < width <= 128 and architecture.compiler < (3, 8):
             config = config._replace(block_n=32)  # of 64 keys ptxas of Triton 3.6 makes 3300 spills
     if shape.element_size == 4:
-        config = config._replace(block_m=min(config.block_m, 64), block_n=32, num_warps=4)
+        config = _float32_forward(width)
     return fitted(config, shape, architecture, forward_memory)
+
+
+def _float32_forward(width: int) -> Config:
+    return Config(64, 32, 4, 2) if width <= 64 else Config(32, 32, 4 if width <= 128 else 8, 2)
+
+
+def _float32_backward(width: int) -> Config:
+    return Config(32, 32, 4 if width <= 64 else 8, 2) if width <= 128 else Config(16, 16, 8, 2)
 
 
 def without_tensor_cores(architecture: Architecture) -> bool:
@@ -144,7 +152,7 @@ def choose_gradient_of_queries(shape: Shape, architecture: Architecture) -> Conf
     else:
         config = Config(64, 64 if width <= 128 else 32, 8 if width > 128 else 4, 2)
     if shape.element_size == 4:
-        config = Config(32, 32, 4, 2)
+        config = _float32_backward(width)
     return fitted(config, shape, architecture, memory_for_queries)
 
 
@@ -169,7 +177,7 @@ def choose_gradient_of_keys(shape: Shape, architecture: Architecture) -> Config:
     else:
         config = Config(32, 64, 8, 2)
     if shape.element_size == 4:
-        config = Config(32, 32, 4, 2)
+        config = _float32_backward(width)
     return fitted(config, shape, architecture, memory_for_keys)
 
 
@@ -184,7 +192,7 @@ def choose_gradient_of_bias(shape: Shape, architecture: Architecture) -> Config:
         stages = 1 if architecture.vendor == "hip" else 2
         config = Config(64, 64 if width <= 128 else 32, 4, stages)
     if shape.element_size == 4:
-        config = Config(32, 32, 4, 2)
+        config = _float32_backward(width)
     return fitted(config, shape, architecture, memory_for_queries)
 
 
@@ -204,9 +212,10 @@ def fitted(
     return config
 
 
-def buffers(config: Config, architecture: Architecture) -> int:
+def buffers(config: Config, shape: Shape, architecture: Architecture) -> int:
     """Copies of a pipelined tile in shared memory; wgmma reads one while another is being filled."""
-    return max(1, config.num_stages if has_wgmma(architecture) else config.num_stages - 1)
+    all_stages = has_wgmma(architecture) or shape.element_size == 4
+    return max(1, config.num_stages if all_stages else config.num_stages - 1)
 
 
 def has_wgmma(architecture: Architecture) -> bool:
@@ -218,21 +227,41 @@ def forward_memory(config: Config, shape: Shape, architecture: Architecture) -> 
     """Bytes of shared memory that the forward kernel takes at most; AMD's keep queries in registers."""
     rows = config.block_m * padded(shape.head_dim) if architecture.vendor != "hip" else 0
     keys = config.block_n * (padded(shape.head_dim) + padded(shape.head_dim_v))
-    return shape.element_size * (rows + buffers(config, architecture) * keys) + 2048
+    scores = 2 * config.block_m * config.block_n if shape.element_size == 4 else 0
+    return shape.element_size * (rows + buffers(config, shape, architecture) * keys + scores) + 1024
 
 
 def memory_for_queries(config: Config, shape: Shape, architecture: Architecture) -> int:
     """Bytes of shared memory that the kernel for dQ takes at most: queries stay, keys are pipelined."""
     columns = padded(shape.head_dim) + padded(shape.head_dim_v)
-    rows = config.block_m + config.block_n * buffers(config, architecture)
-    return shape.element_size * (columns * rows + config.block_m * config.block_n) + 2048
+    rows = config.block_m + config.block_n * buffers(config, shape, architecture)
+    return shape.element_size * (columns * rows + config.block_m * config.block_n) + 1024
 
 
 def memory_for_keys(config: Config, shape: Shape, architecture: Architecture) -> int:
     """Bytes of shared memory that the kernel for dK and dV takes at most: keys stay, queries are pipelined."""
     columns = padded(shape.head_dim) + padded(shape.head_dim_v)
-    rows = config.block_n + config.block_m * buffers(config, architecture)
-    return shape.element_size * (columns * rows + 2 * config.block_m * config.block_n) + 2048
+    rows = config.block_n + config.block_m * buffers(config, shape, architecture)
+    return shape.element_size * (columns * rows + 2 * config.block_m * config.block_n) + 1024
+
+
+def why_not(shape: Shape, architecture: Architecture) -> str | None:
+    """None if shared memory holds the smallest tiles of every kernel, else a sentence."""
+    if architecture.vendor == "interpreter":
+        return None
+    dims = f"head_dim {shape.head_dim} and head_dim_v {shape.head_dim_v}"
+    if shape.element_size == 4 and max(shape.head_dim, shape.head_dim_v) > 256:
+        return f"{dims} in float32 need more registers than a GPU has; this backend takes at most 256 in float32."
+    needed = max(
+        forward_memory(choose_forward(shape, architecture), shape, architecture),
+        memory_for_queries(choose_gradient_of_queries(shape, architecture), shape, architecture),
+        memory_for_keys(choose_gradient_of_keys(shape, architecture), shape, architecture),
+    )
+    if needed > architecture.shared_memory:
+        return (
+            f"{dims} need {needed} bytes of shared memory, and the GPU has {architecture.shared_memory} for a program."
+        )
+    return None
 
 
 def choose_splits(shape: Shape, config: Config, architecture: Architecture) -> int:

@@ -117,7 +117,7 @@ def _attend(
     return state
 
 
-@triton.jit(do_not_specialize=["heads", "sequences", "window", "dropout", "splits"])
+@triton.jit(do_not_specialize=["lse", "heads", "sequences", "window", "dropout", "splits"])
 def forward(
     q,
     k,
@@ -195,7 +195,7 @@ def forward(
         )
 
 
-@triton.jit(do_not_specialize=["rows", "number", "stride_out", "stride_lse", "heads_q", "seqlen_q"])
+@triton.jit(do_not_specialize=["lse", "rows", "number", "stride_out", "stride_lse", "heads_q", "seqlen_q"])
 def combine(
     partial_out,
     partial_lse,

@@ -56,7 +56,9 @@ class TritonBackend:
         for name in ("seqlen_q", "seqlen_k"):
             if getattr(p, name) >= _LONGEST:
                 return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
-        return self._machine.why_not(p.device, p.dtype)
+        return self._machine.why_not(p.device, p.dtype) or config.why_not(
+            _shape(p, packed=False), self._machine.architecture(p.device)
+        )
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """Triton looks at the arguments of each launch itself."""

@@ -1,0 +1,193 @@
+"""The Triton backend around its kernels: what it refuses and in which words, how it chooses, how much it compiles."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from fastattn.kernels import config
+from fastattn.kernels.config import Architecture, Shape
+from fastattn.kernels.machine import Gpu, Interpreter, Machine, why_not_architecture
+
+import fastattn
+from fastattn.backends import Needs, empty_lse, empty_out
+from fastattn.backends import triton as backend
+from fastattn.backends.triton import TritonBackend
+from fastattn.problem import Inputs, Options, describe
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+AMPERE = Architecture("cuda", 80, 163 * 1024, 108, (3, 9))
+ARCHITECTURES = (
+    AMPERE,
+    *(
+        Architecture("cuda", capability, kib * 1024, 100, compiler)
+        for compiler in ((3, 6), (3, 9))
+        for capability, kib in ((75, 64), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99))
+    ),
+    Architecture("hip", 0, 64 * 1024, 304, (3, 9)),
+)
+
+
+# ------------------------------------------------------------------------------------------------------ what it refuses
+
+
+class Pretended(Gpu):
+    """A GPU that is not here."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+
+    def architecture(self, device: torch.device) -> Architecture:
+        return self._architecture
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return why_not_architecture(self._architecture, dtype)
+
+
+TURING = Pretended(Architecture("cuda", 75, 64 * 1024, 40, (3, 9)))
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "head_dim", "words"),
+    [
+        (Gpu(), torch.float16, 64, "tensors are on the CPU, where Triton runs only in its interpreter"),
+        (Interpreter(), torch.bfloat16, 64, "torch.bfloat16, which Triton's interpreter does not compute right"),
+        (Interpreter(), torch.float64, 64, "torch.float64, and these kernels compute in float32"),
+        (Interpreter(), torch.float16, 513, "head_dim is 513, and this backend takes at most 512"),
+        (TURING, torch.bfloat16, 64, "torch.bfloat16, which a GPU of compute capability 7.5 lacks"),
+        (TURING, torch.float16, 512, r"head_dim 512 .* need \d+ bytes of shared memory, and the GPU has 65536"),
+        (Pretended(AMPERE), torch.float32, 512, "head_dim 512 .* in float32 need more registers than a GPU has"),
+        (
+            Pretended(AMPERE._replace(capability=70)),
+            torch.float16,
+            64,
+            "the GPU has compute capability 7.0, and Triton's kernels need at least 7.5",
+        ),
+    ],
+    ids=str,
+)
+def test_refusals(machine: Machine, dtype: torch.dtype, head_dim: int, words: str) -> None:
+    q = torch.empty(1, 1, 4, head_dim, dtype=dtype)
+    reason = TritonBackend(machine).why_not(describe("dense", Inputs(q, q, q), Options()))
+    assert reason is not None
+    assert reason.endswith(".")
+    assert re.search(words, reason), reason
+
+
+@pytest.mark.parametrize("head_dim", [1, 64, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_it_takes(dtype: torch.dtype, head_dim: int) -> None:
+    q = torch.empty(1, 1, 4, head_dim, dtype=dtype)
+    assert TritonBackend(Pretended(AMPERE)).why_not(describe("dense", Inputs(q, q, q), Options())) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_named_without_a_gpu() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    if isinstance(fastattn.dispatch.BACKENDS[0]._machine, Interpreter):
+        pytest.skip("the interpreter is on")
+    with pytest.raises(ValueError, match="'triton' cannot compute this call: there is no GPU here"):
+        fastattn.attention(q, q, q, backend="triton")
+    assert "no GPU" in fastattn.explain(q, q, q).reasons["triton"]
+
+
+def test_without_triton() -> None:
+    """fastattn and its kernels package import without Triton, and the backend says what is missing."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import fastattn, torch\n"
+        "import fastattn.kernels.config, fastattn.kernels.machine\n"
+        "assert 'triton' not in fastattn.available_backends()\n"
+        "q = torch.randn(1, 1, 4, 8)\n"
+        "print(fastattn.explain(q, q, q).reasons['triton'])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "Triton could not be imported" in run.stdout
+    assert "pip install triton" in run.stdout
+
+
+# ------------------------------------------------------------------------------------------------------ how it chooses
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: f"{a.vendor}{a.capability}-{a.compiler}")
+def test_configurations_fit(architecture: Architecture) -> None:
+    """Whatever is not refused gets tiles that are powers of two and fit into shared memory."""
+    choosers = {
+        config.choose_forward: config.forward_memory,
+        config.choose_gradient_of_queries: config.memory_for_queries,
+        config.choose_gradient_of_keys: config.memory_for_keys,
+        config.choose_gradient_of_bias: config.memory_for_queries,
+    }
+    for size in (2, 4):
+        for dims in ((1, 1), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512), (16, 512)):
+            for rows in (1, 20, 1000):
+                for flags in ((False, False, False), (True, False, False), (True, True, False), (False, False, True)):
+                    shape = Shape(size, *dims, rows, 1000, 8, *flags)
+                    if config.why_not(shape, architecture) is not None:
+                        assert max(dims) == 512 or (size == 4 and max(dims) > 128)
+                        continue
+                    for choose, memory in choosers.items():
+                        chosen = choose(shape, architecture)
+                        assert chosen == choose(shape, architecture)
+                        assert all(n >= 16 and n & (n - 1) == 0 for n in chosen[:2])
+                        assert memory(chosen, shape, architecture) <= architecture.shared_memory
+
+
+def test_splits() -> None:
+    """As many as keep the device busy, none where there are queries enough or too few keys to share."""
+
+    def splits(rows: int, keys: int, programs: int) -> int:
+        shape = Shape(2, 128, 128, rows, keys, programs, False, False, False)
+        return config.choose_splits(shape, config.choose_forward(shape, AMPERE), AMPERE)
+
+    assert splits(1, 65536, 8) == 27  # 216 programs on 108 multiprocessors
+    assert splits(1, 65536, 1) == config.MOST_SPLITS
+    assert splits(1, 65536, 4000) == 1
+    assert splits(1, 256, 1) == 1
+    assert splits(1, 0, 1) == 1
+    assert splits(1000, 65536, 1) == 1
+    assert splits(0, 65536, 1) == 1
+
+
+# ------------------------------------------------------------------------------------------------ how much it compiles
+
+
+def _specialisations(kind: str, inputs: Inputs, options: Options, *, train: bool = False) -> set[str]:
+    """What the compiler would be asked for by a call, in all that makes it compile anew."""
+    from fastattn.kernels import ahead
+
+    problem, given = describe(kind, inputs, options), backend.in_memory(inputs)
+    out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+    launches = backend.forward_launches(problem, given, AMPERE, out, lse)
+    if inputs.k_new is not None:
+        launches.append(backend.append_launch(problem, given, AMPERE))
+    if train:
+        needs = Needs(True, True, True, False, False)
+        launches += backend.Gradients(problem, given, AMPERE, out, lse, out, None, needs).launches
+    return {str((x.kernel.__name__, ahead.specialisation(x), ahead.options(x))) for x in launches}
+
+
+def test_a_model_needs_few_kernels() -> None:
+    """Training, prefill and decoding with all kinds of lengths and batches: under 10 kernels."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    found: set[str] = set()
+    for batch, seqlen in ((1, 2048), (4, 1000), (3, 77), (2, 333), (8, 512)):
+        q, (k, v) = normal(batch, 32, seqlen, 128), normal(2, batch, 8, seqlen, 128).unbind()
+        found |= _specialisations("dense", Inputs(q, k, v), Options(causal=True), train=True)
+    for batch, seqlen, capacity in ((1, 2000, 4096), (4, 333, 4096), (4, 1, 4096), (1, 1, 4096), (16, 1, 8192)):
+        q, (k_new, v_new) = normal(batch, 32, seqlen, 128), normal(2, batch, 8, seqlen, 128).unbind()
+        k, v = normal(2, batch, 8, capacity, 128).unbind()
+        lengths = torch.zeros(batch, dtype=torch.int32)
+        given: dict[str, Any] = {"kv_lengths": lengths, "k_new": k_new, "v_new": v_new}
+        found |= _specialisations("cache", Inputs(q, k, v, **given), Options(causal=True))
+    names = sorted(text.split("'")[1] for text in found)
+    assert len(names) == 9, names
