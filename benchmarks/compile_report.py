@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fastattn.backends import Needs, empty_lse, empty_out
-from fastattn.backends import triton as backend
 from fastattn.problem import Inputs, Options, Problem, describe
 
 from .sass import Code, Loop, inspect, inspect_amd
@@ -34,7 +33,9 @@ try:
     from fastattn.kernels.ahead import compile_ahead, target
     from fastattn.kernels.config import Architecture
     from fastattn.kernels.launch import Launch
-    from fastattn.kernels.machine import compiler
+    from fastattn.kernels.machine import Gpu, compiler
+
+    from fastattn.backends import triton_launches
 except ImportError as error:
     sys.exit(f"the compile report needs Triton ({error}); install it with pip install triton")
 
@@ -131,16 +132,28 @@ ALLOWED_SPILLS = {64: 32, 96: 80, 128: 64, 256: 128, 512: 256}
 """Loads and stores of spilled registers in the main loop by head_dim; next to none at 64 without other features."""
 
 
+class Planned(Gpu):
+    """A GPU that is not here: nothing runs on it, but it is planned for."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture = architecture
+
+    def architecture(self, device: torch.device) -> Architecture:
+        """The one that is planned for."""
+        return self._architecture
+
+
 def launches(workload: Workload, architecture: Architecture, dtype: torch.dtype) -> list[Launch]:
     """The launches of a workload, as the backend would make them on such a device."""
+    machine = Planned(architecture)
     problem, given = workload.build(dtype)
-    inputs = backend.in_memory(given)
+    inputs = triton_launches.in_memory(given)
     out, lse = empty_out(problem, inputs.q), empty_lse(problem)
     if workload.backward:
         needs = Needs(True, True, True, inputs.bias is not None, False)
-        return backend.Gradients(problem, inputs, architecture, out, lse, out, None, needs).launches
-    found = backend.forward_launches(problem, inputs, architecture, out, lse)
-    return [backend.append_launch(problem, inputs, architecture), *found] if problem.kind == "cache" else found
+        return triton_launches.Gradients(problem, inputs, machine, out, lse, out, None, needs).launches
+    found = triton_launches.forward_launches(problem, inputs, machine, out, lse)
+    return [triton_launches.append_launch(problem, inputs, machine), *found] if problem.kind == "cache" else found
 
 
 @dataclass(frozen=True)

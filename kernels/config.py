@@ -245,6 +245,35 @@ def memory_for_keys(config: Config, shape: Shape, architecture: Architecture) ->
     return shape.element_size * (columns * rows + 2 * config.block_m * config.block_n) + 1024
 
 
+CHOOSERS = {
+    "forward": (choose_forward, forward_memory),
+    "gradient_of_queries": (choose_gradient_of_queries, memory_for_queries),
+    "gradient_of_keys": (choose_gradient_of_keys, memory_for_keys),
+    "gradient_of_bias": (choose_gradient_of_bias, memory_for_queries),  # not tuned: its result's layout depends on it
+}
+"""By kernel: what chooses its configuration, and how much shared memory that takes."""
+
+
+def choose(kernel: str, shape: Shape, architecture: Architecture) -> Config:
+    """The configuration of a kernel by name."""
+    return CHOOSERS[kernel][0](shape, architecture)
+
+
+def candidates(kernel: str, shape: Shape, architecture: Architecture) -> list[Config]:
+    """What tuning tries: the choice, then its neighbours as far as they fit into shared memory."""
+    chosen = choose(kernel, shape, architecture)
+    memory = CHOOSERS[kernel][1]
+    found = [chosen]
+    for m, n in ((1, 1), (2, 1), (1, 2), (1, 0.5), (0.5, 1), (0.5, 2)):
+        for warps in (4, 8):
+            for stages in (1, 2, 3):
+                config = Config(int(chosen.block_m * m), int(chosen.block_n * n), warps, stages)
+                fits = memory(config, shape, architecture) <= architecture.shared_memory
+                if min(config[:2]) >= 16 and max(config[:2]) <= 256 and fits and config not in found:
+                    found.append(config)
+    return found
+
+
 def why_not(shape: Shape, architecture: Architecture) -> str | None:
     """None if shared memory holds the smallest tiles of every kernel, else a sentence."""
     if architecture.vendor == "interpreter":

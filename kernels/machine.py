@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -14,8 +14,9 @@ try:
 except ImportError:  # the backend says so
     triton = None
 
-from .config import Architecture
+from .config import Architecture, Config, Shape, candidates, choose
 from .launch import Launch, run
+from .tuning import Build, Tuner, asked_for, default_file
 
 
 class Machine(Protocol):
@@ -29,6 +30,9 @@ class Machine(Protocol):
 
     def architecture(self, device: torch.device) -> Architecture:
         """The device, as far as configurations depend on it."""
+
+    def choose(self, device: torch.device, kernel: str, shape: Shape, build: Build) -> Config:
+        """The configuration of a kernel; `build` makes launches of one, for those who try."""
 
     def run(self, device: torch.device, launches: Iterable[Launch]) -> None:
         """Runs launches one after the other on tensors of this device."""
@@ -71,6 +75,13 @@ class Gpu:
         """See `Machine`."""
         return _architecture(device)
 
+    def choose(self, device: torch.device, kernel: str, shape: Shape, build: Build) -> Config:
+        """See `Machine`."""
+        architecture = self.architecture(device)
+        if not asked_for() or torch.cuda.is_current_stream_capturing():
+            return choose(kernel, shape, architecture)
+        return _tuner(device).choose(kernel, shape, candidates(kernel, shape, architecture), build)
+
     def run(self, device: torch.device, launches: Iterable[Launch]) -> None:
         """See `Machine`."""
         with torch.cuda.device(device):
@@ -97,10 +108,30 @@ class Interpreter:
         """See `Machine`."""
         return Architecture("interpreter", 0, 2**31, 4, compiler())
 
+    def choose(self, device: torch.device, kernel: str, shape: Shape, build: Build) -> Config:
+        """See `Machine`."""
+        return choose(kernel, shape, self.architecture(device))
+
     def run(self, device: torch.device, launches: Iterable[Launch]) -> None:
         """See `Machine`."""
         for launch in launches:
             run(launch)
+
+
+@lru_cache
+def _tuner(device: torch.device) -> Tuner:
+    from triton.testing import do_bench
+
+    def time(launches: Sequence[Launch]) -> float:
+        def all_of_them() -> None:
+            for launch in launches:
+                run(launch)
+
+        with torch.cuda.device(device):
+            return do_bench(all_of_them, warmup=5, rep=20, return_mode="median")
+
+    name = f"{torch.cuda.get_device_name(device)}|Triton {triton.__version__}"
+    return Tuner(name, default_file(), time)
 
 
 @lru_cache

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastattn.kernels.ahead import compile_ahead, leaves, target
-from fastattn.kernels.config import Architecture
+from fastattn.kernels.config import Architecture, Config, Shape, choose
 from fastattn.kernels.launch import Launch
 from fastattn.kernels.machine import compiler
 
@@ -45,6 +45,9 @@ class Simulator:
         return Architecture(
             "cuda", self.capability, SHARED_MEMORY[self.capability] * 1024, self.multiprocessors, compiler()
         )
+
+    def choose(self, device: torch.device, kernel: str, shape: Shape, build: object) -> Config:
+        return choose(kernel, shape, self.architecture(device))
 
     def run(self, device: torch.device, launches: Iterable[Launch]) -> None:
         for launch in launches:

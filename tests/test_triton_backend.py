@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fastattn.kernels import config
-from fastattn.kernels.config import Architecture, Shape
+from fastattn.kernels.config import Architecture, Config, Shape
+from fastattn.kernels.launch import Launch
 from fastattn.kernels.machine import Gpu, Interpreter, Machine, why_not_architecture
+from fastattn.kernels.tuning import Tuner, asked_for, default_file
 
 import fastattn
 from fastattn.backends import Needs, empty_lse, empty_out
-from fastattn.backends import triton as backend
 from fastattn.backends.triton import TritonBackend
 from fastattn.problem import Inputs, Options, describe
 
@@ -155,6 +158,59 @@ def test_splits() -> None:
     assert splits(0, 65536, 1) == 1
 
 
+# -------------------------------------------------------------------------------------------------------------- tuning
+
+SHAPE = Shape(2, 64, 64, 1000, 1000, 8, False, False, False)
+
+
+def test_tuning_takes_the_fastest_and_remembers(tmp_path: Path) -> None:
+    found = config.candidates("forward", SHAPE, AMPERE)
+    assert found[0] == config.choose("forward", SHAPE, AMPERE)
+    assert len(set(found)) == len(found) > 5
+    timed: list[Config] = []
+
+    def build(chosen: Config) -> list[Launch]:
+        return [Launch(None, 1, {"chosen": chosen})]
+
+    def seconds(launches: Sequence[Launch]) -> float:
+        chosen = launches[0].arguments["chosen"]
+        timed.append(chosen)
+        if chosen == found[1]:
+            raise RuntimeError("out of resources")
+        return 1.0 if chosen == found[3] else 2.0
+
+    file = tmp_path / "new folder" / "autotune.json"
+    tuner = Tuner("a GPU", file, seconds)
+    assert tuner.choose("forward", SHAPE, found, build) == found[3]
+    assert timed == found
+    assert tuner.choose("forward", SHAPE._replace(rows=999), found, build) == found[3]  # the same bucket
+    assert Tuner("a GPU", file, seconds).choose("forward", SHAPE, found, build) == found[3]
+    assert timed == found
+    Tuner("another GPU", file, seconds).choose("forward", SHAPE, found, build)
+    Tuner("a GPU", file, seconds).choose("forward", SHAPE._replace(rows=64), found, build)
+    assert len(timed) == 3 * len(found)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a GPU|forward|x": [1, 2]}'])
+def test_tuning_survives_a_spoiled_file(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "autotune.json"
+    file.write_text(content)
+    found = config.candidates("forward", SHAPE, AMPERE)
+    tuner = Tuner("a GPU", file, lambda launches: 1.0)
+    assert tuner.choose("forward", SHAPE, found, lambda chosen: []) == found[0]
+    nowhere = Tuner("a GPU", tmp_path / "autotune.json" / "a file is no folder", lambda launches: 1.0)
+    assert nowhere.choose("forward", SHAPE, found, lambda chosen: []) == found[0]
+
+
+def test_tuning_is_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTATTN_AUTOTUNE", raising=False)
+    assert not asked_for()
+    monkeypatch.setenv("FASTATTN_AUTOTUNE", "1")
+    assert asked_for()
+    monkeypatch.setenv("FASTATTN_CACHE_DIR", "/somewhere")
+    assert default_file() == Path("/somewhere/autotune.json")
+
+
 # ------------------------------------------------------------------------------------------------ how much it compiles
 
 
@@ -162,14 +218,16 @@ def _specialisations(kind: str, inputs: Inputs, options: Options, *, train: bool
     """What the compiler would be asked for by a call, in all that makes it compile anew."""
     from fastattn.kernels import ahead
 
-    problem, given = describe(kind, inputs, options), backend.in_memory(inputs)
+    from fastattn.backends import triton_launches
+
+    problem, given = describe(kind, inputs, options), triton_launches.in_memory(inputs)
     out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-    launches = backend.forward_launches(problem, given, AMPERE, out, lse)
+    launches = triton_launches.forward_launches(problem, given, Pretended(AMPERE), out, lse)
     if inputs.k_new is not None:
-        launches.append(backend.append_launch(problem, given, AMPERE))
+        launches.append(triton_launches.append_launch(problem, given, Pretended(AMPERE)))
     if train:
         needs = Needs(True, True, True, False, False)
-        launches += backend.Gradients(problem, given, AMPERE, out, lse, out, None, needs).launches
+        launches += triton_launches.Gradients(problem, given, Pretended(AMPERE), out, lse, out, None, needs).launches
     return {str((x.kernel.__name__, ahead.specialisation(x), ahead.options(x))) for x in launches}
 
 

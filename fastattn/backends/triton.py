@@ -1,29 +1,21 @@
 """The Triton kernels (kernels/): every feature, on every GPU that Triton compiles for, and in its interpreter.
 
-Here calls become launches; what the kernels are handed is described in kernels/arguments.py, and how their tiles are
-chosen in kernels/config.py.
+A call becomes launches of kernels (triton_launches.py), which a machine runs (kernels/machine.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..kernels import arguments as args
 from ..kernels import config
-from ..kernels.launch import Launch
 from ..kernels.machine import Machine
 from ..problem import Inputs, Problem
-from . import Grads, Needs, empty_grad, empty_lse, empty_out
+from . import Grads, Needs, empty_lse, empty_out
 
 _import_error: str | None = None
 try:
-    from ..kernels import append as append_kernels
-    from ..kernels import backward as backward_kernels
-    from ..kernels import bias_gradient as bias_kernels
-    from ..kernels import forward as forward_kernels
+    from .triton_launches import Gradients, append_launch, forward_launches, in_memory, shape_of
 except ImportError as error:
     _import_error = str(error)
 
@@ -57,7 +49,7 @@ class TritonBackend:
             if getattr(p, name) >= _LONGEST:
                 return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
         return self._machine.why_not(p.device, p.dtype) or config.why_not(
-            _shape(p, packed=False), self._machine.architecture(p.device)
+            shape_of(p, packed=False), self._machine.architecture(p.device)
         )
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
@@ -66,8 +58,8 @@ class TritonBackend:
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        device = self._machine.architecture(problem.device)
-        self._machine.run(problem.device, forward_launches(problem, in_memory(inputs), device, out, lse))
+        launches = forward_launches(problem, in_memory(inputs), self._machine, out, lse)
+        self._machine.run(problem.device, launches)
         return out, lse
 
     def backward(
@@ -81,8 +73,7 @@ class TritonBackend:
         needs: Needs,
     ) -> Grads:
         """See `Backend.backward`."""
-        device = self._machine.architecture(problem.device)
-        work = Gradients(problem, in_memory(inputs), device, out, lse, dout, dlse, needs)
+        work = Gradients(problem, in_memory(inputs), self._machine, out, lse, dout, dlse, needs)
         self._machine.run(problem.device, work.launches)
         return work.results()
 
@@ -90,377 +81,14 @@ class TritonBackend:
         """See `Backend.decode`."""
         p, x = problem, in_memory(inputs)
         out, lse = empty_out(p, x.q), empty_lse(p)
-        device = self._machine.architecture(p.device)
-        launches = forward_launches(p, x, device, out, lse)
+        launches = forward_launches(p, x, self._machine, out, lse)
         if x.k_new is None:
             self._machine.run(p.device, launches)
             return out, lse
-        self._machine.run(p.device, [append_launch(p, x, device), *launches])
+        self._machine.run(p.device, [append_launch(p, x, self._machine), *launches])
         for cache, used in ((inputs.k, x.k), (inputs.v, x.v)):
             if used is not cache:  # a copy was written
                 cache.copy_(used)
             elif not cache.is_inference():
                 torch.autograd.graph.increment_version(cache)
         return out, lse
-
-
-# ------------------------------------------------------------------------------------------------------------ launches
-
-
-def forward_launches(
-    problem: Problem, inputs: Inputs, device: config.Architecture, out: Tensor, lse: Tensor
-) -> list[Launch]:
-    """The kernels of a forward pass over inputs from `in_memory`; `out` and `lse` are what they write."""
-    p, x = problem, inputs
-    packed = p.kind != "varlen" and p.group > 1 and p.seqlen_q * p.group <= config.PACKED_ROWS
-    shape = _shape(p, packed=packed)
-    chosen = config.choose_forward(shape, device)
-    splits = 1 if p.kind == "varlen" else config.choose_splits(shape, chosen, device)
-    tiles = -(-shape.rows // chosen.block_m)
-    grid = tiles * shape.programs * splits
-    if p.kind == "varlen":
-        grid = (p.seqlen_q // chosen.block_m + p.batch + 1) * p.heads_q
-
-    rows = p.batch * p.heads_q * p.seqlen_q
-    target, target_lse, parts = out, lse, None
-    if splits > 1:
-        target = torch.empty((splits, *out.shape), dtype=torch.float32, device=p.device)
-        target_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=p.device)
-        parts = args.Splits(splits, target.stride(0), target_lse.stride(0))
-    values = {
-        **_common(p, x),
-        "out": _array(p, target[0] if splits > 1 else target),
-        "lse": _row_array(p, target_lse[0] if splits > 1 else target_lse),
-        "sinks": x.sinks,
-        "paging": _paging(p, x),
-        "rotation": _rotation(x),
-        "splits": parts,
-        "VARIANT": _variant(p, x, chosen, device, packed=packed),
-    }
-    launches = [Launch(forward_kernels.forward, grid, values, chosen.num_warps, chosen.num_stages)]
-    if splits > 1:
-        block = 16
-        merged = {
-            "partial_out": target,
-            "partial_lse": target_lse,
-            "out": _array(p, out),
-            "lse": _row_array(p, lse),
-            "sinks": x.sinks,
-            "rows": rows,
-            "number": splits,
-            "stride_out": target.stride(0),
-            "stride_lse": target_lse.stride(0),
-            "heads_q": p.heads_q,
-            "seqlen_q": p.seqlen_q,
-            "BLOCK_M": block,
-            "BLOCK_D": config.padded(p.head_dim_v),
-            "DIM": p.head_dim_v,
-        }
-        launches.append(Launch(forward_kernels.combine, -(-rows // block), merged))
-    return launches
-
-
-def append_launch(problem: Problem, inputs: Inputs, device: config.Architecture) -> Launch:
-    """The kernel that writes the new keys and values into the cache."""
-    p, x = problem, inputs
-    assert x.k_new is not None
-    assert x.v_new is not None
-    chosen = config.choose_append(_shape(p, packed=False), device)
-    common = _common(p, x)
-    values = {
-        "k_new": _array(p, x.k_new),
-        "v_new": _array(p, x.v_new),
-        **{name: common[name] for name in ("k", "v", "heads", "sequences")},
-        "paging": _paging(p, x),
-        "rotation": _rotation(x),
-        "VARIANT": _variant(p, x, chosen, device, packed=False),
-    }
-    grid = -(-p.seqlen_new // chosen.block_n) * p.batch * p.heads_kv
-    return Launch(append_kernels.append, grid, values, chosen.num_warps, chosen.num_stages)
-
-
-class Gradients:
-    """One backward pass: the launches that fill its results."""
-
-    def __init__(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        device: config.Architecture,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        needs: Needs,
-    ) -> None:
-        p, x = problem, inputs
-        self.problem, self.inputs, self.device, self.needs = p, x, device, needs
-        self.shape = _shape(p, packed=False)
-        self.lse, self.dout = _plain(lse), _plain(dout)
-        self.row_lse, self.delta = (torch.empty(lse.shape, dtype=torch.float32, device=p.device) for _ in range(2))
-        self.values = {
-            **_common(p, x),
-            "dout": _array(p, self.dout),
-            "row_lse": _row_array(p, self.row_lse),
-            "delta": _row_array(p, self.delta),
-        }
-        self.launches = [self._statistics(_plain(out), None if dlse is None else _plain(dlse))]
-        self.dq = self.dk = self.dv = self.dbias = None
-        if needs.q:
-            self.dq = empty_grad(x.q)
-            self.launches.append(self._of_queries(self.dq))
-        if needs.k or needs.v:
-            self.dk, self.dv = empty_grad(x.k), empty_grad(x.v)
-            self.launches.append(self._of_keys(self.dk, self.dv))
-        if needs.bias and x.bias is not None:
-            launch, self.dbias = self._of_bias(x.bias)
-            self.launches.append(launch)
-
-    def results(self) -> Grads:
-        """The gradients, after the launches ran."""
-        x, needs = self.inputs, self.needs
-        return Grads(
-            self.dq,
-            self.dk if needs.k else None,
-            self.dv if needs.v else None,
-            None if self.dbias is None or x.bias is None else self._summed(self.dbias, x.bias),
-            self._of_sinks(x.sinks) if needs.sinks and x.sinks is not None else None,
-        )
-
-    def _statistics(self, out: Tensor, dlse: Tensor | None) -> Launch:
-        p, block = self.problem, 16
-        rows = self.lse.numel()
-        values = {
-            "out": _array(p, out),
-            "dout": self.values["dout"],
-            "lse": _row_array(p, self.lse),
-            "dlse": None if dlse is None else _row_array(p, dlse),
-            "row_lse": self.row_lse,
-            "delta": self.delta,
-            "rows": rows,
-            "heads_q": p.heads_q,
-            "seqlen_q": p.seqlen_q,
-            "BLOCK_M": block,
-            "BLOCK_D": config.padded(p.head_dim_v),
-            "DIM": p.head_dim_v,
-        }
-        return Launch(backward_kernels.statistics, -(-rows // block), values)
-
-    def _of_queries(self, dq: Tensor) -> Launch:
-        p = self.problem
-        chosen = config.choose_gradient_of_queries(self.shape, self.device)
-        grid = -(-p.seqlen_q // chosen.block_m) * p.batch * p.heads_q
-        if p.kind == "varlen":
-            grid = (p.seqlen_q // chosen.block_m + p.batch + 1) * p.heads_q
-        values = {**self.values, "dq": _array(p, dq), "VARIANT": self._variant(chosen)}
-        return Launch(backward_kernels.gradient_of_queries, grid, values, chosen.num_warps, chosen.num_stages)
-
-    def _of_keys(self, dk: Tensor, dv: Tensor) -> Launch:
-        p = self.problem
-        chosen = config.choose_gradient_of_keys(self.shape, self.device)
-        grid = -(-p.seqlen_k // chosen.block_n) * p.batch * p.heads_kv
-        if p.kind == "varlen":
-            grid = (p.seqlen_k // chosen.block_n + p.batch + 1) * p.heads_kv
-        values = {**self.values, "dk": _array(p, dk), "dv": _array(p, dv), "VARIANT": self._variant(chosen)}
-        return Launch(backward_kernels.gradient_of_keys, grid, values, chosen.num_warps, chosen.num_stages)
-
-    def _of_bias(self, bias: Tensor) -> tuple[Launch, Tensor]:
-        """The launch, and the tensor of partial sums that it fills; `_summed` adds them up.
-
-        A bias with a row for each query and a column for each key is summed over the rest by the kernel, as partial
-        sums would outgrow it. Any other is much smaller than the scores, and gets a partial sum per sequence and head.
-        """
-        p = self.problem
-        chosen = config.choose_gradient_of_bias(self.shape, self.device)
-        batches, heads, rows, columns = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-        full = rows > 1 and columns > 1
-        if not full:
-            batches, heads = p.batch, p.heads_q
-        tiles_m = -(-rows // chosen.block_m) if rows > 1 else 1
-        if rows == columns == 1:
-            tiles_m = -(-p.seqlen_q // chosen.block_m)
-        tiles_n = -(-columns // chosen.block_n) if columns > 1 else 1
-        partial = torch.zeros(
-            (
-                batches,
-                heads,
-                tiles_m * chosen.block_m if rows > 1 else tiles_m,
-                tiles_n * chosen.block_n if columns > 1 else 1,
-            ),
-            dtype=torch.float32,
-            device=p.device,
-        )
-        values = {
-            **self.values,
-            "dbias": args.Array(partial, *partial.stride()),
-            "batches": batches,
-            "heads_out": heads,
-            "tiles_m": tiles_m,
-            "tiles_n": tiles_n,
-            "ALL_BATCHES": batches == 1 and p.batch > 1,
-            "ALL_HEADS": heads == 1 and p.heads_q > 1,
-            "ALL_ROWS": rows == 1 and columns > 1,
-            "SUM_ROWS": rows == 1,
-            "SUM_COLUMNS": columns == 1,
-            "VARIANT": self._variant(chosen),
-        }
-        empty = 0 in (p.batch, p.heads_q, p.seqlen_q, p.seqlen_k)
-        grid = 0 if empty else batches * heads * tiles_m * tiles_n
-        return Launch(bias_kernels.gradient_of_bias, grid, values, chosen.num_warps, chosen.num_stages), partial
-
-    @staticmethod
-    def _summed(partial: Tensor, bias: Tensor) -> Tensor:
-        """The partial sums over what the bias broadcasts, in its shape and dtype."""
-        shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-        over = [d for d, size in enumerate(shape) if size == 1 and partial.shape[d] != 1]
-        total = partial.sum(over, keepdim=True) if over else partial
-        return total[tuple(slice(size) for size in shape)].to(bias.dtype).reshape(bias.shape)
-
-    def _of_sinks(self, sinks: Tensor) -> Tensor:
-        """A sink takes its share of each row, and gives nothing: its gradient is the sum of -share * delta."""
-        heads = (-1, 1)
-        share = torch.exp(sinks.float().view(heads) - self.lse)
-        share = share.masked_fill(self.lse == -torch.inf, 0.0)
-        total = -(share * self.delta).sum(-1)
-        return (total if self.problem.kind == "varlen" else total.sum(0)).to(sinks.dtype)
-
-    def _variant(self, chosen: config.Config) -> args.Variant:
-        return _variant(self.problem, self.inputs, chosen, self.device, self.dout, packed=False)
-
-
-def _shape(p: Problem, *, packed: bool) -> config.Shape:
-    return config.Shape(
-        element_size=p.dtype.itemsize,
-        head_dim=p.head_dim,
-        head_dim_v=p.head_dim_v,
-        rows=p.seqlen_q * p.group if packed else p.seqlen_q,
-        keys=p.seqlen_k,
-        programs=p.batch * (p.heads_kv if packed else p.heads_q),
-        loads_scores=bool({"mask", "bias"} & p.features),
-        masks="mask" in p.features,
-        drops="dropout" in p.features,
-    )
-
-
-def _variant(
-    p: Problem, x: Inputs, chosen: config.Config, device: config.Architecture, *more: Tensor, packed: bool
-) -> args.Variant:
-    part = config.part(p.head_dim_v)
-    return args.Variant(
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
-        BLOCK_D=config.padded(p.head_dim),
-        PART=part,
-        PARTS=config.padded(p.head_dim_v) // part,
-        HEAD_DIM=p.head_dim,
-        HEAD_DIM_V=p.head_dim_v,
-        PRECISION=config.precision(device),
-        PLAIN=p.scale > 0 and p.softcap is None and x.bias is None and x.alibi_slopes is None,
-        PERMUTED=bool(p.dropout_p) or x.mask is not None or x.bias is not None,
-        PASS=config.rows_at_once(chosen, _shape(p, packed=packed)),
-        LAZY=config.lazy(device),
-        SUMS=config.sums(_shape(p, packed=packed)),
-        WIDE=_wide(chosen, *(y for y in (x.q, x.k, x.v, *more) if y is not None)),
-        PACKED=packed,
-        PAGED=p.page_size > 0,
-        ROTARY_DIM=p.rotary_dim,
-        INTERLEAVED=p.rotary_interleaved,
-    )
-
-
-def _wide(chosen: config.Config, *tensors: Tensor) -> bool:
-    """True if a block of rows of one of them spans more than 32 bits can count."""
-    rows = max(chosen.block_m, chosen.block_n)
-    return any(x.stride(0 if x.ndim == 3 else 2) * rows + x.stride(-1) * x.shape[-1] >= 2**31 for x in tensors)
-
-
-def _common(p: Problem, x: Inputs) -> dict[str, Any]:
-    """The arguments that all kernels over queries and keys take; x as `in_memory` leaves them."""
-    return {
-        "q": _array(p, x.q),
-        "k": _array(p, x.k),
-        "v": _array(p, x.v),
-        "heads": args.Heads(p.heads_q, p.heads_kv, p.group),
-        "sequences": args.Sequences(
-            x.cu_seqlens_q, x.cu_seqlens_k, x.kv_lengths, p.batch, p.seqlen_q, p.seqlen_k, p.seqlen_new
-        ),
-        "window": args.Window(
-            None if p.window_left is None else min(p.window_left, args.OPEN),
-            args.OPEN if p.window_right is None else min(p.window_right, args.OPEN),
-            int(p.bottom_right),
-        ),
-        "scores": args.Scores(p.scale, p.softcap, _slopes(p, x.alibi_slopes), _broadcast(x.bias), _broadcast(x.mask)),
-        "dropout": _dropout(p, x.seed),
-    }
-
-
-def _dropout(p: Problem, seed: Tensor | None) -> args.Dropout | None:
-    if not p.dropout_p or seed is None:
-        return None
-    number = int(seed)
-    return args.Dropout(
-        _signed(number & 0xFFFFFFFF), _signed(number >> 32), _signed(p.dropout_threshold), 1.0 / (1.0 - p.dropout_p)
-    )
-
-
-def _signed(word: int) -> int:
-    """The signed 32-bit number of the same bits: all seeds have one type then, and need one kernel."""
-    return word - 2**32 if word >= 2**31 else word
-
-
-def in_memory(inputs: Inputs) -> Inputs:
-    """The inputs with their values where their addresses say, index tensors contiguous, masks as bytes."""
-    given = {name: x if x is None or name == "seed" else _plain(x) for name, x in inputs._asdict().items()}
-    for name in ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "sinks"):
-        if given[name] is not None:
-            given[name] = given[name].contiguous()
-    for name in ("cos", "sin"):
-        if given[name] is not None:
-            given[name] = given[name].to(torch.float32).contiguous()
-    if given["mask"] is not None:
-        given["mask"] = given["mask"].view(torch.uint8)
-    return Inputs(**given)
-
-
-def _plain(x: Tensor) -> Tensor:
-    """Not negated on reading, not zero without memory."""
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()
-
-
-def _array(p: Problem, x: Tensor) -> args.Array:
-    """q, k, v, out or a gradient of theirs."""
-    if p.kind == "varlen":
-        row, head, column = x.stride()
-        return args.Array(x, 0, head, row, column)
-    return args.Array(x, *x.stride())
-
-
-def _row_array(p: Problem, x: Tensor) -> args.Array:
-    """lse or another number per row."""
-    if p.kind == "varlen":
-        return args.Array(x, 0, *x.stride(), 0)
-    return args.Array(x, *x.stride(), 0)
-
-
-def _broadcast(x: Tensor | None) -> args.Array | None:
-    """A mask or bias, with stride 0 where it has one element for all."""
-    if x is None:
-        return None
-    strides = [0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True)]
-    return args.Array(x, *[0] * (4 - x.ndim), *strides)
-
-
-def _paging(p: Problem, x: Inputs) -> args.Paging | None:
-    table = x.block_table
-    return None if table is None else args.Paging(table, table.shape[1], p.page_size, x.k.shape[0])
-
-
-def _rotation(x: Inputs) -> args.Rotation | None:
-    return None if x.cos is None else args.Rotation(x.cos, x.sin, x.cos.shape[0])
-
-
-def _slopes(p: Problem, x: Tensor | None) -> args.Array | None:
-    if x is None:
-        return None
-    x = x.expand(p.batch, p.heads_q)
-    return args.Array(x, *x.stride(), 0, 0)
