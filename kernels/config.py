@@ -81,9 +81,10 @@ def sums(shape: Shape) -> int:
     return 1 if shape.masks else 8
 
 
-def rows_at_once(config: Config, shape: Shape) -> int:
+def rows_at_once(config: Config, shape: Shape, architecture: Architecture) -> int:
     """Rows of keys that all threads of a program load with one instruction each, of 16 bytes."""
-    return max(1, config.num_warps * 32 * 16 // (padded(shape.head_dim) * shape.element_size))
+    rows = max(1, config.num_warps * 32 * 16 // (padded(shape.head_dim) * shape.element_size))
+    return max(rows, 32) if has_wgmma(architecture) else rows
 
 
 def choose_forward(shape: Shape, architecture: Architecture) -> Config:

@@ -52,9 +52,10 @@ class Simulator:
     def run(self, device: torch.device, launches: Iterable[Launch]) -> None:
         for launch in launches:
             if launch.grid > 0:
-                self._run(launch)
+                self.launch(launch)
 
-    def _run(self, launch: Launch) -> Any:
+    def launch(self, launch: Launch) -> Any:
+        """Runs a kernel; returns the simulator's counters."""
         sim = ptxsim()
         compiled = compile_ahead(launch, target("cuda", self.capability))
         module = sim.load_ptx(compiled.asm["ptx"])

@@ -286,7 +286,7 @@ def _variant(
         PRECISION=config.precision(device),
         PLAIN=p.scale > 0 and p.softcap is None and x.bias is None and x.alibi_slopes is None,
         PERMUTED=bool(p.dropout_p) or x.mask is not None or x.bias is not None,
-        PASS=config.rows_at_once(chosen, shape_of(p, packed=packed)),
+        PASS=config.rows_at_once(chosen, shape_of(p, packed=packed), device),
         LAZY=config.lazy(device),
         SUMS=config.sums(shape_of(p, packed=packed)),
         WIDE=_wide(chosen, *(y for y in (x.q, x.k, x.v, *more) if y is not None)),
