@@ -8,6 +8,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch
 
@@ -75,6 +76,8 @@ def _type_of(value: Any, path: tuple[int, ...], specialise: bool, constants: dic
         return _POINTERS[value.dtype]
     if isinstance(value, float):
         return "fp32"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
     if specialise and value % 16 == 0:
         hints[path] = [["tt.divisibility", 16]]
     return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -81,6 +81,12 @@ def sums(shape: Shape) -> int:
     return 1 if shape.masks else 8
 
 
+def maps(shape: Shape, architecture: Architecture) -> bool:
+    """Whether the forward kernel loads whole blocks through tensor descriptors: at head_dim 64 that saves nothing."""
+    wide = min(padded(shape.head_dim), padded(shape.head_dim_v)) >= 128
+    return has_wgmma(architecture) and wide and shape.rows > 32 and shape.element_size == 2
+
+
 def rows_at_once(config: Config, shape: Shape, architecture: Architecture) -> int:
     """Rows of keys that all threads of a program load with one instruction each, of 16 bytes."""
     rows = max(1, config.num_warps * 32 * 16 // (padded(shape.head_dim) * shape.element_size))

@@ -23,6 +23,8 @@ def _step(
     tile,
     k,
     v,
+    k_map,
+    v_map,
     n,
     scores,
     window,
@@ -40,9 +42,13 @@ def _step(
     cols = key_order(BLOCK_N, VARIANT.PERMUTED)
     offs_n = n + cols
     ok = (offs_n >= tile.low) & (offs_n < tile.high)
-    tile_k = load_keys(
-        k, tile.base_k, tile.batch, n, cols, ok, paging, MASKED, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM, VARIANT
-    )
+    BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
+    if k_map is not None and not MASKED:
+        tile_k = k_map.load([tile.batch, tile.head_kv, n, 0]).reshape(BLOCK_N, BLOCK_D)
+    else:
+        tile_k = load_keys(
+            k, tile.base_k, tile.batch, n, cols, ok, paging, MASKED, 0, BLOCK_D, VARIANT.HEAD_DIM, VARIANT
+        )
     s = tl.dot(tile.q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
 
     visible = visible_to(tile, window, cols, n)
@@ -60,20 +66,23 @@ def _step(
         probs = tl.where(kept(dropout, tile.offs_m, tile.row, n, BLOCK_N), probs, 0.0)
     total = ()
     for part in tl.static_range(PARTS):
-        tile_v = load_keys(
-            v,
-            tile.base_v,
-            tile.batch,
-            n,
-            cols,
-            ok,
-            paging,
-            MASKED or CAREFUL,
-            part * PART,
-            PART,
-            VARIANT.HEAD_DIM_V,
-            VARIANT,
-        )
+        if v_map is not None and not (MASKED or CAREFUL):
+            tile_v = v_map.load([tile.batch, tile.head_kv, n, part * PART]).reshape(BLOCK_N, PART)
+        else:
+            tile_v = load_keys(
+                v,
+                tile.base_v,
+                tile.batch,
+                n,
+                cols,
+                ok,
+                paging,
+                MASKED or CAREFUL,
+                part * PART,
+                PART,
+                VARIANT.HEAD_DIM_V,
+                VARIANT,
+            )
         total = total + (tl.dot(probs.to(tile_v.dtype), tile_v, acc[part], input_precision=VARIANT.PRECISION),)
     return total, row_max, row_sum
 
@@ -83,6 +92,8 @@ def _attend(
     tile,
     k,
     v,
+    k_map,
+    v_map,
     begin,
     end,
     whole,
@@ -110,10 +121,10 @@ def _attend(
     state = (acc, row_max, row_sum)
     for index in tl.range(0, (cut - whole) // BLOCK_N):
         n = whole + index * BLOCK_N
-        state = _step(state, tile, k, v, n, scores, window, dropout, paging, False, CAREFUL, VARIANT)
+        state = _step(state, tile, k, v, k_map, v_map, n, scores, window, dropout, paging, False, CAREFUL, VARIANT)
     for index in tl.range(0, (whole - begin + end - cut) // BLOCK_N):
         n = masked_block(index, begin, whole, cut, BLOCK_N)
-        state = _step(state, tile, k, v, n, scores, window, dropout, paging, True, CAREFUL, VARIANT)
+        state = _step(state, tile, k, v, k_map, v_map, n, scores, window, dropout, paging, True, CAREFUL, VARIANT)
     return state
 
 
@@ -122,6 +133,8 @@ def forward(
     q,
     k,
     v,
+    k_map,
+    v_map,
     out,
     lse,
     heads,
@@ -137,7 +150,9 @@ def forward(
 ):
     """One tile of queries, or one split of its keys. The grid is flat: tiles, splits, heads, sequences.
 
-    With `splits`, out and lse are float32 and hold the result over the split's keys alone, without the sinks.
+    k_map, v_map: tensor descriptors of k and v, through which the copy engines of Hopper and its successors load whole
+    blocks, or None. With `splits`, out and lse are float32 and hold the result over the split's keys alone, without the
+    sinks.
     """
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
@@ -159,7 +174,9 @@ def forward(
         whole = tl.minimum(tl.maximum(whole, begin), end)
         cut = tl.minimum(tl.maximum(cut, begin), end)
 
-    acc, row_max, row_sum = _attend(tile, k, v, begin, end, whole, cut, scores, window, dropout, paging, False, VARIANT)
+    acc, row_max, row_sum = _attend(
+        tile, k, v, k_map, v_map, begin, end, whole, cut, scores, window, dropout, paging, False, VARIANT
+    )
     if scores.mask is not None:
         # Only a NaN that may have come from what the mask hides makes the care worth its price.
         bad = any_nan(acc[0])
@@ -167,7 +184,7 @@ def forward(
             bad = bad | any_nan(acc[part])
         if bad:
             acc, row_max, row_sum = _attend(
-                tile, k, v, begin, end, whole, cut, scores, window, dropout, paging, True, VARIANT
+                tile, k, v, k_map, v_map, begin, end, whole, cut, scores, window, dropout, paging, True, VARIANT
             )
     row_lse, normalizer = finish(row_max, row_sum, tile.factor)
     lse_rows = lse.data + offset_of(lse, b, tile.heads, tile.tokens)

@@ -21,6 +21,7 @@ class QueryTile(NamedTuple):
     batch: Any
     heads: Any  # of each row, (BLOCK_M,), or of all
     head: Any  # the same for use beside a tile of scores: (BLOCK_M, 1), or a number
+    head_kv: Any
     row: Any  # batch * heads_q + head
     base_k: Any  # addresses of the first key and value of its sequence and head
     base_v: Any
@@ -98,6 +99,7 @@ def query_tile(q, k, v, heads, sequences, window, scores, rotation, m_index, hea
         batch=b,
         heads=head_m,
         head=beside,
+        head_kv=head_kv,
         row=b * heads.heads_q + beside,
         base_k=k.data + offset_of(k, kv_batch, head_kv, start_k),
         base_v=v.data + offset_of(v, kv_batch, head_kv, start_k),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastattn.kernels.ahead import compile_ahead, leaves, target
 from fastattn.kernels.config import Architecture, Config, Shape, choose
 from fastattn.kernels.launch import Launch
 from fastattn.kernels.machine import compiler
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "shared"))
 
@@ -61,7 +62,8 @@ class Simulator:
         module = sim.load_ptx(compiled.asm["ptx"])
         name = module.find(compiled.metadata.name)
         memory: dict[int, np.ndarray] = {}
-        arguments = [_argument(sim, value, memory) for value in leaves(launch)]
+        maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+        arguments = [x for value in leaves(launch) for x in _arguments(sim, value, memory, maps)]
         hidden = len(module.params(name)) - len(arguments)
         scratch = [np.zeros(16, "u1") for _ in range(hidden)]
         counters = module.launch(
@@ -74,6 +76,15 @@ class Simulator:
         self.kernels.append(launch.kernel.__name__)
         self.findings += [f for f in counters.findings if not f[0].startswith("note:")]
         return counters
+
+
+def _arguments(sim: Any, value: Any, memory: dict[int, np.ndarray], maps: Iterator[dict[str, Any]]) -> list[Any]:
+    if not isinstance(value, TensorDescriptor):
+        return [_argument(sim, value, memory)]
+    x, made = value.base, next(maps)
+    array = x.view(torch.int16).numpy().view(np.uint16)
+    swizzle = {0: 0, 1: 32, 2: 64, 3: 128}[made["swizzle"]]
+    return [sim.TensorMap(array, box=list(made["block_size"])[::-1], swizzle=swizzle), *x.shape, *x.stride()]
 
 
 def _argument(sim: Any, value: Any, memory: dict[int, np.ndarray]) -> Any:

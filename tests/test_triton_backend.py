@@ -158,6 +158,33 @@ def test_splits() -> None:
     assert splits(0, 65536, 1) == 1
 
 
+def test_tensor_descriptors() -> None:
+    """Only where they pay, and where rows and heads lie at multiples of 16 bytes."""
+    from fastattn.backends.triton_launches import forward_launches, in_memory
+
+    hopper = Pretended(Architecture("cuda", 90, 227 * 1024, 132, (3, 9)))
+
+    def mapped(machine: Machine, k: torch.Tensor, **given: Any) -> bool:
+        q = torch.empty(1, 2, 300, k.shape[3], dtype=k.dtype)
+        inputs = in_memory(Inputs(q, k, k, **given))
+        problem = describe("dense", inputs, Options(causal=True))
+        values = forward_launches(problem, inputs, machine, empty_out(problem, q), empty_lse(problem))[0].arguments
+        assert (values["k_map"] is None) == (values["v_map"] is None)
+        return values["k_map"] is not None
+
+    k = torch.empty(1, 2, 300, 128, dtype=torch.bfloat16)
+    assert mapped(hopper, k)
+    assert mapped(hopper, k.view(1, 300, 2, 128).transpose(1, 2))
+    assert not mapped(Pretended(AMPERE), k)
+    assert not mapped(hopper, torch.empty(1, 2, 300, 64, dtype=torch.bfloat16))
+    assert not mapped(hopper, torch.empty(1, 2, 300, 128))
+    assert not mapped(hopper, torch.empty(1, 2, 300, 132, dtype=torch.bfloat16)[..., 1:129])  # an odd address
+    assert not mapped(hopper, torch.empty(1, 2, 300, 132, dtype=torch.bfloat16)[..., :128])  # rows of 264 bytes
+    assert not mapped(hopper, torch.empty(1, 1, 300, 128, dtype=torch.bfloat16).expand(1, 2, 300, 128))
+    assert not mapped(hopper, k.transpose(2, 3).contiguous().transpose(2, 3))
+    assert not mapped(hopper, k, bias=torch.empty(300, 300))
+
+
 # -------------------------------------------------------------------------------------------------------------- tuning
 
 SHAPE = Shape(2, 64, 64, 1000, 1000, 8, False, False, False)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..kernels import append as append_kernels
 from ..kernels import arguments as args
@@ -49,6 +50,7 @@ def _forward(
         grid = (p.seqlen_q // chosen.block_m + p.batch + 1) * p.heads_q
     values = {
         **_common(p, x),
+        **_maps(p, x, shape, chosen, device),
         "out": _array(p, out),
         "lse": _row_array(p, lse),
         "sinks": x.sinks,
@@ -84,6 +86,29 @@ def _forward(
         Launch(forward_kernels.forward, grid, {**values, **partial}, chosen.num_warps, chosen.num_stages),
         Launch(forward_kernels.combine, -(-rows // block), merged),
     ]
+
+
+def _maps(
+    p: Problem, x: Inputs, shape: config.Shape, chosen: config.Config, device: config.Architecture
+) -> dict[str, TensorDescriptor | None]:
+    """Tensor descriptors of k and v, where they pay and can be: rows and heads must lie at multiples of 16 bytes.
+
+    Permuted keys (see `_variant`) are gathered row by row, which they cannot do.
+    """
+    plain = p.kind == "dense" and not _variant(p, x, chosen, device, packed=False).PERMUTED
+    if not (plain and config.maps(shape, device) and all(_mappable(y) for y in (x.k, x.v))):
+        return {"k_map": None, "v_map": None}
+    widths = {"k_map": (x.k, config.padded(p.head_dim)), "v_map": (x.v, config.part(p.head_dim_v))}
+    return {
+        name: TensorDescriptor(y, list(y.shape), list(y.stride()), [1, 1, chosen.block_n, width])
+        for name, (y, width) in widths.items()
+    }
+
+
+def _mappable(x: Tensor) -> bool:
+    steps = [step * x.element_size() for step in x.stride()[:-1]]
+    aligned = x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+    return aligned and x.stride(-1) == 1 and x.numel() > 0
 
 
 def append_launch(problem: Problem, inputs: Inputs, machine: Machine) -> Launch:
