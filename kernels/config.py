@@ -37,6 +37,12 @@ class Shape(NamedTuple):
     loads_scores: bool  # a mask or bias is read beside each score
     masks: bool  # a mask
     drops: bool  # dropout
+    packed: bool = False  # the query heads of a group share tiles
+
+    @property
+    def permuted(self) -> bool:
+        """Whether keys are loaded in the order that dropout and loads beside scores like; see tiles.key_order."""
+        return self.loads_scores or self.drops
 
 
 class Config(NamedTuple):

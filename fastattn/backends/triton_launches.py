@@ -28,7 +28,7 @@ def forward_launches(problem: Problem, inputs: Inputs, machine: Machine, out: Te
     shape = shape_of(p, packed=packed)
 
     def build(chosen: config.Config) -> list[Launch]:
-        return _forward(p, inputs, machine.architecture(p.device), shape, chosen, out, lse, packed=packed)
+        return _forward(p, inputs, machine.architecture(p.device), shape, chosen, out, lse)
 
     return build(machine.choose(p.device, "forward", shape, build))
 
@@ -41,8 +41,6 @@ def _forward(
     chosen: config.Config,
     out: Tensor,
     lse: Tensor,
-    *,
-    packed: bool,
 ) -> list[Launch]:
     splits = 1 if p.kind == "varlen" else config.choose_splits(shape, chosen, device)
     grid = -(-shape.rows // chosen.block_m) * shape.programs * splits
@@ -57,7 +55,7 @@ def _forward(
         "paging": _paging(p, x),
         "rotation": _rotation(x),
         "splits": None,
-        "VARIANT": _variant(p, x, chosen, device, packed=packed),
+        "VARIANT": _variant(p, x, shape, chosen, device),
     }
     if splits == 1:
         return [Launch(forward_kernels.forward, grid, values, chosen.num_warps, chosen.num_stages)]
@@ -93,9 +91,9 @@ def _maps(
 ) -> dict[str, TensorDescriptor | None]:
     """Tensor descriptors of k and v, where they pay and can be: rows and heads must lie at multiples of 16 bytes.
 
-    Permuted keys (see `_variant`) are gathered row by row, which they cannot do.
+    Permuted keys are gathered row by row, which they cannot do.
     """
-    plain = p.kind == "dense" and not _variant(p, x, chosen, device, packed=False).PERMUTED
+    plain = p.kind == "dense" and not shape.permuted
     if not (plain and config.maps(shape, device) and all(_mappable(y) for y in (x.k, x.v))):
         return {"k_map": None, "v_map": None}
     widths = {"k_map": (x.k, config.padded(p.head_dim)), "v_map": (x.v, config.part(p.head_dim_v))}
@@ -116,7 +114,8 @@ def append_launch(problem: Problem, inputs: Inputs, machine: Machine) -> Launch:
     p, x, device = problem, inputs, machine.architecture(problem.device)
     assert x.k_new is not None
     assert x.v_new is not None
-    chosen = config.choose_append(shape_of(p, packed=False), device)
+    shape = shape_of(p, packed=False)
+    chosen = config.choose_append(shape, device)
     common = _common(p, x)
     values = {
         "k_new": _array(p, x.k_new),
@@ -124,7 +123,7 @@ def append_launch(problem: Problem, inputs: Inputs, machine: Machine) -> Launch:
         **{name: common[name] for name in ("k", "v", "heads", "sequences")},
         "paging": _paging(p, x),
         "rotation": _rotation(x),
-        "VARIANT": _variant(p, x, chosen, device, packed=False),
+        "VARIANT": _variant(p, x, shape, chosen, device),
     }
     grid = -(-p.seqlen_new // chosen.block_n) * p.batch * p.heads_kv
     return Launch(append_kernels.append, grid, values, chosen.num_warps, chosen.num_stages)
@@ -202,7 +201,7 @@ class Gradients:
         p = self.problem
 
         def build(chosen: config.Config) -> list[Launch]:
-            variant = _variant(p, self.inputs, chosen, self.machine.architecture(p.device), self.dout, packed=False)
+            variant = _variant(p, self.inputs, self.shape, chosen, self.machine.architecture(p.device), self.dout)
             arguments = {**self.values, **values, "VARIANT": variant}
             return [Launch(kernel, grid(chosen), arguments, chosen.num_warps, chosen.num_stages)]
 
@@ -258,7 +257,7 @@ class Gradients:
             "ALL_ROWS": rows == 1 and columns > 1,
             "SUM_ROWS": rows == 1,
             "SUM_COLUMNS": columns == 1,
-            "VARIANT": _variant(p, self.inputs, chosen, self.machine.architecture(p.device), self.dout, packed=False),
+            "VARIANT": _variant(p, self.inputs, self.shape, chosen, self.machine.architecture(p.device), self.dout),
         }
         empty = 0 in (p.batch, p.heads_q, p.seqlen_q, p.seqlen_k)
         grid = 0 if empty else batches * heads * tiles_m * tiles_n
@@ -293,12 +292,14 @@ def shape_of(p: Problem, *, packed: bool) -> config.Shape:
         loads_scores=bool({"mask", "bias"} & p.features),
         masks="mask" in p.features,
         drops="dropout" in p.features,
+        packed=packed,
     )
 
 
 def _variant(
-    p: Problem, x: Inputs, chosen: config.Config, device: config.Architecture, *more: Tensor, packed: bool
+    p: Problem, x: Inputs, shape: config.Shape, chosen: config.Config, device: config.Architecture, *more: Tensor
 ) -> args.Variant:
+    """What is compiled in; `more` are tensors whose rows a kernel loads beside those of q, k and v."""
     part = config.part(p.head_dim_v)
     return args.Variant(
         BLOCK_M=chosen.block_m,
@@ -310,12 +311,12 @@ def _variant(
         HEAD_DIM_V=p.head_dim_v,
         PRECISION=config.precision(device),
         PLAIN=p.scale > 0 and p.softcap is None and x.bias is None and x.alibi_slopes is None,
-        PERMUTED=bool(p.dropout_p) or x.mask is not None or x.bias is not None,
-        PASS=config.rows_at_once(chosen, shape_of(p, packed=packed), device),
+        PERMUTED=shape.permuted,
+        PASS=config.rows_at_once(chosen, shape, device),
         LAZY=config.lazy(device),
-        SUMS=config.sums(shape_of(p, packed=packed)),
-        WIDE=_wide(chosen, *(y for y in (x.q, x.k, x.v, *more) if y is not None)),
-        PACKED=packed,
+        SUMS=config.sums(shape),
+        WIDE=_wide(chosen, x.q, x.k, x.v, *more),
+        PACKED=shape.packed,
         PAGED=p.page_size > 0,
         ROTARY_DIM=p.rotary_dim,
         INTERLEAVED=p.rotary_interleaved,
