@@ -33,9 +33,10 @@ try:
     from fastattn.kernels.ahead import compile_ahead, target
     from fastattn.kernels.config import Architecture
     from fastattn.kernels.launch import Launch
-    from fastattn.kernels.machine import Gpu, compiler
+    from fastattn.kernels.machine import Gpu, compiler, why_not_architecture
 
     from fastattn.backends import triton_launches
+    from fastattn.backends.triton import TritonBackend
 except ImportError as error:
     sys.exit(f"the compile report needs Triton ({error}); install it with pip install triton")
 
@@ -124,7 +125,7 @@ ALL = (
     Workload("paged cache", _cache(128, page_size=16)),
 )
 
-ALLOWED_STACK = {64: 512, 96: 640, 128: 640, 256: 1024, 512: 1024}
+ALLOWED_STACK = {64: 640, 96: 640, 128: 640, 256: 1152, 512: 1152}
 """Bytes of stack per thread by head_dim: what is put aside before the main loop. Where the compiler despairs of a tile,
 it takes thousands."""
 
@@ -141,6 +142,14 @@ class Planned(Gpu):
     def architecture(self, device: torch.device) -> Architecture:
         """The one that is planned for."""
         return self._architecture
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """As there."""
+        return why_not_architecture(self._architecture, dtype)
+
+    def why_unavailable(self) -> str | None:
+        """It is not asked to run anything."""
+        return None
 
 
 def launches(workload: Workload, architecture: Architecture, dtype: torch.dtype) -> list[Launch]:
@@ -193,11 +202,14 @@ class Line:
         return text + f"  {self.seconds:4.1f} s"
 
 
+def _dtype(workload: Workload, name: str) -> torch.dtype:
+    return workload.dtype or (torch.float16 if name == "sm_75" else torch.bfloat16)
+
+
 def compiled(workload: Workload, name: str) -> Iterator[Line]:
     """Compiles the kernels of a workload for an architecture."""
     architecture = ARCHITECTURES[name]
-    dtype = torch.float16 if name == "sm_75" else torch.bfloat16
-    for launch in launches(workload, architecture, workload.dtype or dtype):
+    for launch in launches(workload, architecture, _dtype(workload, name)):
         start = time.perf_counter()
         kernel = compile_ahead(launch, target(architecture.vendor, architecture.capability))
         if architecture.vendor == "cuda":
@@ -237,6 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{'call':22} {'kernel':20} {'tile':14} {'regs':>4} {'stack':>6} {'shared':>7}", end="")
         print("  " + "  ".join(f"{title:15}" for title in ("instr/mma", "instr/32 sc.", "MUFU/score")) + "  spills")
         for workload in SHORT if given.short else ALL:
+            refusal = TritonBackend(Planned(ARCHITECTURES[name])).why_not(workload.build(_dtype(workload, name))[0])
+            if refusal:
+                print(f"{workload.name:22} not computed there: {refusal}")
+                continue
             try:
                 for line in compiled(workload, name):
                     print(line)

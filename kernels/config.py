@@ -186,7 +186,8 @@ def choose_gradient_of_keys(shape: Shape, architecture: Architecture) -> Config:
         if architecture.capability // 10 == 10 and shape.loads_scores:
             config = Config(32, 64, 4, 2)  # accumulators in tensor memory come at the price of registers
     elif width <= 128:
-        config = Config(64, 128 if has_wgmma(architecture) and not shape.loads_scores else 64, 8, 2)
+        hopper = has_wgmma(architecture) and architecture.capability < 100
+        config = Config(64, 128 if hopper and not shape.loads_scores else 64, 8, 2)
     else:
         config = Config(32, 64, 8, 2)
     if shape.element_size == 4:
@@ -294,6 +295,8 @@ def why_not(shape: Shape, architecture: Architecture) -> str | None:
     dims = f"head_dim {shape.head_dim} and head_dim_v {shape.head_dim_v}"
     if shape.element_size == 4 and max(shape.head_dim, shape.head_dim_v) > 256:
         return f"{dims} in float32 need more registers than a GPU has; this backend takes at most 256 in float32."
+    if architecture.vendor == "hip" and max(shape.head_dim, shape.head_dim_v) > 256:
+        return f"{dims} need more shared memory than AMD GPUs have; this backend takes at most 256 there."
     needed = max(
         forward_memory(choose_forward(shape, architecture), shape, architecture),
         memory_for_queries(choose_gradient_of_queries(shape, architecture), shape, architecture),
