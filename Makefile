@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST_TRITON := build/triton-3.6.0
 # What the interpreter runs on the CPU, program by program: the meaning of the Triton kernels.
-KERNEL_TESTS := $(addprefix tests/test_,forward.py backward.py varlen.py kv_cache.py nonfinite.py dropout.py)
+KERNEL_TESTS := $(addprefix tests/test_,forward.py backward.py varlen.py kv_cache.py nonfinite.py dropout.py strides.py)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/simd/*.h)
 CPP    := $(NATIVE) $(wildcard tests/native/*.cpp)
 

@@ -121,6 +121,7 @@ class Variant:
     HEAD_DIM_V: int
     PRECISION: str  # of products of float32: "ieee" or "tf32x3"
     PLAIN: bool  # scores are the products times a positive scale
+    RELATIVE: bool  # see scores.tanh
     PERMUTED: bool  # see tiles.key_order
     PASS: int  # see tiles.load_block
     LAZY: bool  # see softmax.update

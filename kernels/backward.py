@@ -87,7 +87,7 @@ def gradient_of_scores(
     if VARIANT.PLAIN:
         s = products * (scores.scale * LOG2E)
     else:
-        s, capped = transform(products, scores, b, head, i, j, offset, visible, MASKED)
+        s, capped = transform(products, scores, b, head, i, j, offset, visible, MASKED, VARIANT)
     probs = tl.exp2(s - row_lse)
     if scores.mask is not None:
         visible = seen(scores, b, head, i, j, visible, MASKED)
@@ -210,11 +210,13 @@ def gradient_of_queries(
         return
     tile = query_tile(q, k, v, heads, sequences, window, scores, None, m_index, head, b, VARIANT)
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
-    tile_do = load_rows(dout, b, head, tile.tokens, tile.rows_ok, WIDTH_V, VARIANT.HEAD_DIM_V)
     rows_lse = row_lse.data + offset_of(row_lse, b, head, tile.tokens)
     rows_delta = delta.data + offset_of(delta, b, head, tile.tokens)
-    tile_lse = tl.load(rows_lse, mask=tile.rows_ok, other=float("inf"))[:, None]
+    tile_lse = tl.load(rows_lse, mask=tile.rows_ok, other=float("inf"))
     tile_delta = tl.load(rows_delta, mask=tile.rows_ok, other=0.0)[:, None]
+    # The gradient of a row that sees nothing may be NaN.
+    tile_do = load_rows(dout, b, head, tile.tokens, tile_lse != float("inf"), WIDTH_V, VARIANT.HEAD_DIM_V)
+    tile_lse = tile_lse[:, None]
     acc = _over_keys(tile, tile_do, tile_lse, tile_delta, k, v, scores, window, dropout, False, VARIANT)
     if scores.mask is not None:
         if any_nan(acc):
@@ -395,7 +397,7 @@ def gradient_of_keys(
         offset=offset,
     )
     acc_k, acc_v = _over_queries(tile, q, dout, row_lse, delta, head_kv, heads, scores, window, dropout, False, VARIANT)
-    if scores.mask is not None:
+    if scores.mask is not None or scores.bias is not None:
         if any_nan(acc_k) | any_nan(acc_v):
             acc_k, acc_v = _over_queries(
                 tile, q, dout, row_lse, delta, head_kv, heads, scores, window, dropout, True, VARIANT

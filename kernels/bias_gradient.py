@@ -84,8 +84,11 @@ def gradient_of_bias(
                 head_kv = head // heads.group
                 tokens = start_q + i
                 tile_q = load_rows(q, b, head, tokens, rows_ok, BLOCK_D, VARIANT.HEAD_DIM)
-                tile_do = load_rows(dout, b, head, tokens, rows_ok, WIDTH_V, VARIANT.HEAD_DIM_V)
-                tile_lse = tl.load(row_lse.data + offset_of(row_lse, b, head, tokens))[:, None]
+                tile_lse = tl.load(row_lse.data + offset_of(row_lse, b, head, tokens))
+                # The gradient of a row that sees nothing may be NaN.
+                sees = rows_ok & (tile_lse != float("inf"))
+                tile_do = load_rows(dout, b, head, tokens, sees, WIDTH_V, VARIANT.HEAD_DIM_V)
+                tile_lse = tile_lse[:, None]
                 tile_delta = tl.load(delta.data + offset_of(delta, b, head, tokens))[:, None]
                 for n in tl.range(n_begin, n_end, BLOCK_N):
                     offs_n = n + cols

@@ -38,6 +38,7 @@ class Shape(NamedTuple):
     masks: bool  # a mask
     drops: bool  # dropout
     packed: bool = False  # the query heads of a group share tiles
+    call: str = ""  # the kind of the call and its features, by which tuning tells calls apart
 
     @property
     def permuted(self) -> bool:
@@ -59,7 +60,7 @@ INTERPRETED = Config(64, 32, 4, 1)
 
 MOST_SPLITS = 64
 PACKED_ROWS = 64
-"""Up to this many queries of a group of heads are worth a tile of their own."""
+"""Up to this many queries, heads of a group share a tile, and keys are split; more keep a device busy by themselves."""
 
 
 def padded(dim: int) -> int:

@@ -53,7 +53,9 @@ def _step(
 
     visible = visible_to(tile, window, cols, n)
     if not VARIANT.PLAIN:
-        s, _ = transform(s, scores, tile.batch, tile.head, tile.offs_m, offs_n[None, :], tile.offset, visible, MASKED)
+        s, _ = transform(
+            s, scores, tile.batch, tile.head, tile.offs_m, offs_n[None, :], tile.offset, visible, MASKED, VARIANT
+        )
     if scores.mask is not None:
         visible = seen(scores, tile.batch, tile.head, tile.offs_m, offs_n[None, :], visible, MASKED)
         if CAREFUL:

@@ -14,9 +14,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def tanh(x):
-    """By the base-2 exponential, absolute error 2e-7; saturates without overflow."""
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+def tanh(x, RELATIVE: tl.constexpr):
+    """By the base-2 exponential, absolute error 2e-7. RELATIVE: near 0, where that cancels, by the series."""
+    result = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    if RELATIVE:
+        y = x * x
+        series = x + x * y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0))))
+        result = tl.where(y < 0.0625, series, result)
+    return result
 
 
 @triton.jit
@@ -26,14 +31,14 @@ def at(x, batch, head, i, j):
 
 
 @triton.jit
-def transform(products, scores, batch, head, i, j, offset, visible, MASKED: tl.constexpr):
+def transform(products, scores, batch, head, i, j, offset, visible, MASKED: tl.constexpr, VARIANT: tl.constexpr):
     """(scores in units of log2, tanh of the softcap if there is one).
 
     `visible` says which elements of the bias may be read, if MASKED.
     """
     capped = products
     if scores.softcap is not None:
-        capped = tanh(products * (scores.scale / scores.softcap))
+        capped = tanh(products * (scores.scale / scores.softcap), VARIANT.RELATIVE)
         s = capped * (scores.softcap * LOG2E)
     else:
         s = products * (scores.scale * LOG2E)

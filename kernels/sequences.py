@@ -88,7 +88,9 @@ def key_blocks(window, first_m, last_m, offset, kv_length, BLOCK_N: tl.constexpr
     low = high * 0
     whole = low
     if window.left is not None:
-        low = tl.minimum(tl.maximum(first_m + offset - window.left, 0), high)
+        low = tl.maximum(first_m + offset - window.left, 0)
+        high = tl.where(high > low, high, 0)
+        low = tl.minimum(low, high)  # an empty range is (0, 0), which rounds to no block
         whole = tl.maximum(last_m + offset - window.left, 0)
         whole = (whole + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     begin = low // BLOCK_N * BLOCK_N
@@ -108,7 +110,8 @@ def query_blocks(window, first_n, last_n, offset, seqlen_q, kv_length, BLOCK_M: 
     if window.left is not None:
         high = tl.minimum(last_key + window.left - offset + 1, seqlen_q)
         cut = tl.minimum(first_n + window.left - offset + 1, seqlen_q)
-    high = tl.where(first_n < kv_length, tl.maximum(high, low), low)
+    high = tl.where((first_n < kv_length) & (high > low), high, 0)
+    low = tl.minimum(low, high)  # an empty range is (0, 0), which rounds to no block
     begin = low // BLOCK_M * BLOCK_M
     whole = (whole + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     cut = tl.maximum(tl.minimum(cut, high) // BLOCK_M * BLOCK_M, begin)

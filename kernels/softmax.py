@@ -80,4 +80,5 @@ def merge(first, second):
 def add_sink(lse, sink):
     """(lse with one more score that has no value, share of what it was before); nothing seen stays nothing."""
     with_sink, share, _ = merge(lse, sink)
-    return tl.where(lse == -float("inf"), lse, with_sink), share
+    nothing = lse == -float("inf")
+    return tl.where(nothing, lse, with_sink), tl.where(nothing, 0.0, share)

@@ -56,7 +56,7 @@ def load_block(
     """
     if VARIANT.WIDE:
         rows = rows.to(tl.int64)
-    steps = base + rows // VARIANT.PASS * (VARIANT.PASS * x.row)
+    steps = base + (rows // VARIANT.PASS * VARIANT.PASS) * x.row
     return load_tile(steps[:, None], rows % VARIANT.PASS * x.row, x.column, rows_ok, MASK_ROWS, FIRST, WIDTH, DIM)
 
 

@@ -98,6 +98,7 @@ FEATURES: tuple[Run, ...] = tuple(
         replace(cases.COMBINATIONS[1], name="everything together"),
         Case("varlen", lengths=((7, 19), (130, 150), (0, 5), (65, 64)), causal=True, heads_q=2, heads_kv=2),
         replace(cases.VARLEN[-1], name="varlen, everything together"),
+        Case("varlen, spare tokens, slopes per sequence", lengths=((7, 7),), spare=(5, 5), alibi="bh", causal=True),
     )
 ) + tuple(
     (case, BF16, 90)

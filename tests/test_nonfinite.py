@@ -151,6 +151,30 @@ def test_rows_of_infinite_bias_see_nothing(sinks: bool, backend: str, device: st
     assert found[2][:, :, 3].abs().max() == 0
 
 
+def test_rows_of_infinite_bias_stop_every_gradient(backend: str, device: str) -> None:
+    """Even one that is NaN, as lse = -inf easily makes upstream."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 9, 8, device=device))
+    bias = torch.zeros(9, 9, device=device)
+    bias[0] = bias[4] = -torch.inf
+    bias.requires_grad_()
+    out = fastattn.attention(q, k, v, bias=bias, backend=backend)
+    clean = torch.randn_like(out)
+    dirty = clean.clone()
+    dirty[:, :, [0, 4]] = torch.nan
+    want, found = (torch.autograd.grad(out, (q, k, v, bias), x, retain_graph=True) for x in (clean, dirty))
+    for a, b in zip(found, want, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
+
+
+def test_sinks_that_are_nan_leave_empty_rows_alone(backend: str, device: str) -> None:
+    q, k = torch.randn(1, 1, 4, 8, device=device), torch.randn(1, 1, 2, 8, device=device)
+    sinks = torch.full((1,), torch.nan, device=device)
+    out, lse = fastattn.attention(q, k, k, causal=True, sinks=sinks, return_lse=True, backend=backend)
+    assert (lse[0, 0, :2] == -torch.inf).all()
+    assert out[0, 0, 2:].isnan().all()
+
+
 # ------------------------------------------------------------------------------------------------- unseen: never read
 
 

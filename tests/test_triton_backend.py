@@ -72,7 +72,7 @@ TURING = Pretended(Architecture("cuda", 75, 64 * 1024, 40, (3, 9)))
             "the GPU has compute capability 7.0, and Triton's kernels need at least 7.5",
         ),
     ],
-    ids=str,
+    ids=lambda x: type(x).__name__ if isinstance(x, Gpu | Interpreter) else str(x),
 )
 def test_refusals(machine: Machine, dtype: torch.dtype, head_dim: int, words: str) -> None:
     q = torch.empty(1, 1, 4, head_dim, dtype=dtype)

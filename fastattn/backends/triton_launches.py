@@ -293,6 +293,7 @@ def shape_of(p: Problem, *, packed: bool) -> config.Shape:
         masks="mask" in p.features,
         drops="dropout" in p.features,
         packed=packed,
+        call=f"{p.kind}: {', '.join(sorted(p.features))}",
     )
 
 
@@ -310,7 +311,9 @@ def _variant(
         HEAD_DIM=p.head_dim,
         HEAD_DIM_V=p.head_dim_v,
         PRECISION=config.precision(device),
-        PLAIN=p.scale > 0 and p.softcap is None and x.bias is None and x.alibi_slopes is None,
+        PLAIN=p.scale > 1e-30 and p.softcap is None and x.bias is None and x.alibi_slopes is None,
+        # An error of the tanh is multiplied by the softcap; half precision forgives more.
+        RELATIVE=p.softcap is not None and (p.dtype == torch.float32 or p.softcap > 100),
         PERMUTED=shape.permuted,
         PASS=config.rows_at_once(chosen, shape, device),
         LAZY=config.lazy(device),
