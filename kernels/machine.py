@@ -9,11 +9,6 @@ from typing import Protocol
 
 import torch
 
-try:
-    import triton
-except ImportError:  # the backend says so
-    triton = None
-
 from .config import Architecture, Config, Shape, candidates, choose
 from .launch import Launch, run
 from .tuning import Build, Tuner, asked_for, default_file
@@ -50,6 +45,8 @@ def interpreting() -> bool:
 
 def compiler() -> tuple[int, int]:
     """Triton's version."""
+    import triton
+
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
 
@@ -120,6 +117,7 @@ class Interpreter:
 
 @lru_cache
 def _tuner(device: torch.device) -> Tuner:
+    import triton
     from triton.testing import do_bench
 
     def time(launches: Sequence[Launch]) -> float:

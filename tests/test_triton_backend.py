@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -109,10 +110,24 @@ def test_without_triton() -> None:
         "q = torch.randn(1, 1, 4, 8)\n"
         "print(fastattn.explain(q, q, q).reasons['triton'])\n"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # as if there were something to run it on
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
     assert "Triton could not be imported" in run.stdout
     assert "pip install triton" in run.stdout
+
+
+def test_calls_on_a_cpu_do_not_import_triton() -> None:
+    program = (
+        "import sys, fastattn, torch\n"
+        "q = torch.randn(1, 1, 4, 8)\n"
+        "fastattn.attention(q, q, q); fastattn.explain(q, q, q)\n"
+        "assert 'triton' not in sys.modules, 'imported'\n"
+    )
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 # ------------------------------------------------------------------------------------------------------ how it chooses

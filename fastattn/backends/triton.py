@@ -5,6 +5,10 @@ A call becomes launches of kernels (triton_launches.py), which a machine runs (k
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,12 +16,6 @@ from ..kernels import config
 from ..kernels.machine import Machine
 from ..problem import Inputs, Problem
 from . import Grads, Needs, empty_lse, empty_out
-
-_import_error: str | None = None
-try:
-    from .triton_launches import Gradients, append_launch, forward_launches, in_memory, shape_of
-except ImportError as error:
-    _import_error = str(error)
 
 _LARGEST_HEAD_DIM = 512
 _LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
@@ -33,9 +31,7 @@ class TritonBackend:
 
     def why_unavailable(self) -> str | None:
         """See `Backend.why_unavailable`."""
-        if _import_error is not None:
-            return f"Triton could not be imported ({_import_error}); install it with pip install triton."
-        return self._machine.why_unavailable()
+        return self._machine.why_unavailable() or _why_not_importable()
 
     def why_not(self, problem: Problem) -> str | None:
         """See `Backend.why_not`."""
@@ -48,9 +44,10 @@ class TritonBackend:
         for name in ("seqlen_q", "seqlen_k"):
             if getattr(p, name) >= _LONGEST:
                 return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
-        return self._machine.why_not(p.device, p.dtype) or config.why_not(
-            shape_of(p, packed=False), self._machine.architecture(p.device)
-        )
+        if reason := self._machine.why_not(p.device, p.dtype):
+            return reason
+        shape = _launches().shape_of(p, packed=False)
+        return config.why_not(shape, self._machine.architecture(p.device))
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """Triton looks at the arguments of each launch itself."""
@@ -58,7 +55,8 @@ class TritonBackend:
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        launches = forward_launches(problem, in_memory(inputs), self._machine, out, lse)
+        launching = _launches()
+        launches = launching.forward_launches(problem, launching.in_memory(inputs), self._machine, out, lse)
         self._machine.run(problem.device, launches)
         return out, lse
 
@@ -73,22 +71,39 @@ class TritonBackend:
         needs: Needs,
     ) -> Grads:
         """See `Backend.backward`."""
-        work = Gradients(problem, in_memory(inputs), self._machine, out, lse, dout, dlse, needs)
+        launching = _launches()
+        given = launching.in_memory(inputs)
+        work = launching.Gradients(problem, given, self._machine, out, lse, dout, dlse, needs)
         self._machine.run(problem.device, work.launches)
         return work.results()
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
-        p, x = problem, in_memory(inputs)
+        launching = _launches()
+        p, x = problem, launching.in_memory(inputs)
         out, lse = empty_out(p, x.q), empty_lse(p)
-        launches = forward_launches(p, x, self._machine, out, lse)
+        launches = launching.forward_launches(p, x, self._machine, out, lse)
         if x.k_new is None:
             self._machine.run(p.device, launches)
             return out, lse
-        self._machine.run(p.device, [append_launch(p, x, self._machine), *launches])
+        self._machine.run(p.device, [launching.append_launch(p, x, self._machine), *launches])
         for cache, used in ((inputs.k, x.k), (inputs.v, x.v)):
             if used is not cache:  # a copy was written
                 cache.copy_(used)
             elif not cache.is_inference():
                 torch.autograd.graph.increment_version(cache)
         return out, lse
+
+
+def _launches() -> Any:
+    """The module that makes launches. It imports Triton, which calls on a CPU should not have to wait for."""
+    return import_module(".triton_launches", __package__)
+
+
+@lru_cache
+def _why_not_importable() -> str | None:
+    try:
+        _launches()
+    except Exception as error:  # whatever a broken installation throws must not stop the other backends
+        return f"Triton could not be imported ({error}); install it with pip install triton."
+    return None
