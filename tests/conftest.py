@@ -9,6 +9,8 @@ import torch
 from fastattn.kernels.machine import interpreting
 
 import fastattn
+from fastattn import dispatch, shortcuts
+from fastattn.backends import Backend
 
 COMPLETE_BACKENDS = ("reference", "cpu", "triton")
 """Those that promise every feature: for them a refused call is a failure, for others a skipped test."""
@@ -77,6 +79,22 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Replaces the backends there are; what was decided for calls like a test's own is forgotten, before and after."""
+
+    def forget() -> None:
+        dispatch._choose_cached.cache_clear()
+        shortcuts._kinds.clear()
+
+    def use(*backends: Backend) -> None:
+        monkeypatch.setattr(dispatch, "BACKENDS", backends)
+        forget()
+
+    yield use
+    forget()
 
 
 def skip_if_refused(backend: str, explain: Callable[..., fastattn.Report]) -> None:

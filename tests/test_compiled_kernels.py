@@ -134,17 +134,15 @@ def _name(run: Run) -> str:
 
 
 @pytest.fixture
-def simulate(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], simulator.Simulator]:
+def simulate(use_backends: Callable[..., None]) -> Callable[[int], simulator.Simulator]:
     """Makes `backend="triton"` run in a simulator of a GPU of some compute capability."""
 
     def install(capability: int) -> simulator.Simulator:
         machine = simulator.Simulator(capability)
-        monkeypatch.setattr(dispatch, "BACKENDS", (TritonBackend(machine), *dispatch.BACKENDS[1:]))
-        dispatch._choose_cached.cache_clear()
+        use_backends(TritonBackend(machine), *dispatch.BACKENDS[1:])
         return machine
 
-    yield install
-    dispatch._choose_cached.cache_clear()
+    return install
 
 
 @pytest.mark.parametrize("run", [*PLAIN, *FEATURES], ids=_name)

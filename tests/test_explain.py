@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.problem import Problem
 
@@ -119,11 +118,8 @@ class Absent(ReferenceBackend):
 
 
 @pytest.fixture
-def _three_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "BACKENDS", (Absent(), Picky(), ReferenceBackend()))
-    dispatch._choose_cached.cache_clear()
-    yield
-    dispatch._choose_cached.cache_clear()
+def _three_backends(use_backends: Callable[..., None]) -> None:
+    use_backends(Absent(), Picky(), ReferenceBackend())
 
 
 @pytest.mark.usefixtures("_three_backends")
