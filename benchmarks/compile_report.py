@@ -4,7 +4,7 @@ python -m benchmarks.compile_report --arch sm_80,sm_90
 
 Columns: the tile (queries x keys x warps, stages), registers per thread, bytes of stack (spilled registers), shared
 memory in KiB; for the loop without masks, and in brackets the one with: instructions per m16n8k16 of tensor-core work
-and warp, instructions and exponentials per 32 scores, and loads and stores of spilled registers.
+and warp, instructions per 32 scores, MUFU instructions of a lane per score, and loads and stores of spilled registers.
 
 Exits with 1 if a kernel does not compile, takes more stack than ALLOWED_STACK, spills more than ALLOWED_SPILLS in its
 main loop, or takes more shared memory than there is.
@@ -176,7 +176,7 @@ class Line:
     seconds: float
 
     def per_loop(self, loop: Loop) -> tuple[float, float, float]:
-        """Instructions per m16n8k16, and instructions and exponentials per 32 scores, of one warp."""
+        """Instructions per m16n8k16, and instructions and MUFU instructions per 32 scores, of one warp."""
         variant = self.launch.arguments["VARIANT"]
         scores = variant.BLOCK_M * variant.BLOCK_N / self.launch.num_warps
         products = {"forward": (1, 1), "gradient_of_queries": (2, 1), "gradient_of_keys": (2, 2)}

@@ -22,5 +22,5 @@ def run(launch: Launch) -> None:
             **launch.arguments,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
-            enable_fp_fusion=True,  # Triton 3.10 stops fusing by default; a ninth of the instructions
+            enable_fp_fusion=True,  # Triton 3.10 stops fusing by default
         )

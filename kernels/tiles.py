@@ -51,8 +51,8 @@ def load_block(
 ):
     """Rows of an `Array` counted from address `base`, where a block begins, inside a loop over blocks.
 
-    A thread loads every PASS-th row or so. Told apart, the rows it starts from and the steps between them, which are
-    the same for all threads, take a fifth of the registers and instructions.
+    A thread loads every PASS-th row or so. The steps between its rows are the same for all threads; told apart from
+    the row that it starts from, they need no registers of their own.
     """
     if VARIANT.WIDE:
         rows = rows.to(tl.int64)

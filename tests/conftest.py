@@ -17,7 +17,7 @@ COMPLETE_BACKENDS = ("reference", "cpu", "triton")
 
 REFUSED_DTYPES = {
     # Triton's kernels compute in float32; its interpreter gets bfloat16 wrong.
-    "triton": (torch.float64, torch.bfloat16) if not torch.cuda.is_available() else (torch.float64,)
+    "triton": (torch.float64, torch.bfloat16) if interpreting() else (torch.float64,)
 }
 
 

@@ -12,13 +12,11 @@ import torch
 from fastattn.kernels.ahead import compile_ahead, leaves, target
 from fastattn.kernels.config import Architecture, Config, Shape, choose
 from fastattn.kernels.launch import Launch
-from fastattn.kernels.machine import compiler
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "shared"))
+from benchmarks.compile_report import ARCHITECTURES
 
-SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KiB that one program can have, by compute capability. Source: CUDA C++ Programming Guide, compute capabilities."""
+sys.path.append(str(Path(__file__).resolve().parents[2] / "shared"))
 
 
 def ptxsim() -> Any:
@@ -43,9 +41,7 @@ class Simulator:
         return None if device.type == "cpu" else f"its tensors are on {device}, not on the CPU."
 
     def architecture(self, device: torch.device) -> Architecture:
-        return Architecture(
-            "cuda", self.capability, SHARED_MEMORY[self.capability] * 1024, self.multiprocessors, compiler()
-        )
+        return ARCHITECTURES[f"sm_{self.capability}"]._replace(multiprocessors=self.multiprocessors)
 
     def choose(self, device: torch.device, kernel: str, shape: Shape, build: object) -> Config:
         return choose(kernel, shape, self.architecture(device))

@@ -22,7 +22,6 @@ from .cases import GQA, Case
 from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytest.importorskip("tests.simulator", reason="needs Triton")
 
 from fastattn.backends.triton import TritonBackend
 
@@ -31,7 +30,9 @@ from . import simulator
 try:
     simulator.ptxsim()
     _without: str | None = None
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "ptxsim":  # a simulator that is there and broken is a failure
+        raise
     _without = str(error)
 
 pytestmark = [

@@ -15,7 +15,7 @@ import torch
 from fastattn.kernels import config
 from fastattn.kernels.config import Architecture, Config, Shape
 from fastattn.kernels.launch import Launch
-from fastattn.kernels.machine import Gpu, Interpreter, Machine, why_not_architecture
+from fastattn.kernels.machine import Gpu, Interpreter, Machine
 from fastattn.kernels.tuning import Tuner, asked_for, default_file
 
 import fastattn
@@ -24,6 +24,8 @@ from fastattn.backends.triton import TritonBackend
 from fastattn.problem import Inputs, Options, describe
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+from benchmarks.compile_report import Planned
 
 AMPERE = Architecture("cuda", 80, 163 * 1024, 108, (3, 9))
 ARCHITECTURES = (
@@ -40,20 +42,7 @@ ARCHITECTURES = (
 # ------------------------------------------------------------------------------------------------------ what it refuses
 
 
-class Pretended(Gpu):
-    """A GPU that is not here."""
-
-    def __init__(self, architecture: Architecture) -> None:
-        self._architecture = architecture
-
-    def architecture(self, device: torch.device) -> Architecture:
-        return self._architecture
-
-    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        return why_not_architecture(self._architecture, dtype)
-
-
-TURING = Pretended(Architecture("cuda", 75, 64 * 1024, 40, (3, 9)))
+TURING = Planned(Architecture("cuda", 75, 64 * 1024, 40, (3, 9)))
 
 
 @pytest.mark.parametrize(
@@ -65,9 +54,9 @@ TURING = Pretended(Architecture("cuda", 75, 64 * 1024, 40, (3, 9)))
         (Interpreter(), torch.float16, 513, "head_dim is 513, and this backend takes at most 512"),
         (TURING, torch.bfloat16, 64, "torch.bfloat16, which a GPU of compute capability 7.5 lacks"),
         (TURING, torch.float16, 512, r"head_dim 512 .* need \d+ bytes of shared memory, and the GPU has 65536"),
-        (Pretended(AMPERE), torch.float32, 512, "head_dim 512 .* in float32 need more registers than a GPU has"),
+        (Planned(AMPERE), torch.float32, 512, "head_dim 512 .* in float32 need more registers than a GPU has"),
         (
-            Pretended(AMPERE._replace(capability=70)),
+            Planned(AMPERE._replace(capability=70)),
             torch.float16,
             64,
             "the GPU has compute capability 7.0, and Triton's kernels need at least 7.5",
@@ -87,7 +76,7 @@ def test_refusals(machine: Machine, dtype: torch.dtype, head_dim: int, words: st
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_it_takes(dtype: torch.dtype, head_dim: int) -> None:
     q = torch.empty(1, 1, 4, head_dim, dtype=dtype)
-    assert TritonBackend(Pretended(AMPERE)).why_not(describe("dense", Inputs(q, q, q), Options())) is None
+    assert TritonBackend(Planned(AMPERE)).why_not(describe("dense", Inputs(q, q, q), Options())) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -177,7 +166,7 @@ def test_tensor_descriptors() -> None:
     """Only where they pay, and where rows and heads lie at multiples of 16 bytes."""
     from fastattn.backends.triton_launches import forward_launches, in_memory
 
-    hopper = Pretended(Architecture("cuda", 90, 227 * 1024, 132, (3, 9)))
+    hopper = Planned(Architecture("cuda", 90, 227 * 1024, 132, (3, 9)))
 
     def mapped(machine: Machine, k: torch.Tensor, **given: Any) -> bool:
         q = torch.empty(1, 2, 300, k.shape[3], dtype=k.dtype)
@@ -190,7 +179,7 @@ def test_tensor_descriptors() -> None:
     k = torch.empty(1, 2, 300, 128, dtype=torch.bfloat16)
     assert mapped(hopper, k)
     assert mapped(hopper, k.view(1, 300, 2, 128).transpose(1, 2))
-    assert not mapped(Pretended(AMPERE), k)
+    assert not mapped(Planned(AMPERE), k)
     assert not mapped(hopper, torch.empty(1, 2, 300, 64, dtype=torch.bfloat16))
     assert not mapped(hopper, torch.empty(1, 2, 300, 128))
     assert not mapped(hopper, torch.empty(1, 2, 300, 132, dtype=torch.bfloat16)[..., 1:129])  # an odd address
@@ -264,12 +253,12 @@ def _specialisations(kind: str, inputs: Inputs, options: Options, *, train: bool
 
     problem, given = describe(kind, inputs, options), triton_launches.in_memory(inputs)
     out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-    launches = triton_launches.forward_launches(problem, given, Pretended(AMPERE), out, lse)
+    launches = triton_launches.forward_launches(problem, given, Planned(AMPERE), out, lse)
     if inputs.k_new is not None:
-        launches.append(triton_launches.append_launch(problem, given, Pretended(AMPERE)))
+        launches.append(triton_launches.append_launch(problem, given, Planned(AMPERE)))
     if train:
         needs = Needs(True, True, True, False, False)
-        launches += triton_launches.Gradients(problem, given, Pretended(AMPERE), out, lse, out, None, needs).launches
+        launches += triton_launches.Gradients(problem, given, Planned(AMPERE), out, lse, out, None, needs).launches
     return {str((x.kernel.__name__, ahead.specialisation(x), ahead.options(x))) for x in launches}
 
 

@@ -43,9 +43,7 @@ def _forward(
     lse: Tensor,
 ) -> list[Launch]:
     splits = 1 if p.kind == "varlen" else config.choose_splits(shape, chosen, device)
-    grid = -(-shape.rows // chosen.block_m) * shape.programs * splits
-    if p.kind == "varlen":
-        grid = (p.seqlen_q // chosen.block_m + p.batch + 1) * p.heads_q
+    grid = _tiles(p, shape.rows, chosen.block_m) * (p.heads_kv if shape.packed else p.heads_q) * splits
     values = {
         **_common(p, x),
         **_maps(p, x, shape, chosen, device),
@@ -211,9 +209,7 @@ class Gradients:
         p = self.problem
 
         def grid(chosen: config.Config) -> int:
-            if p.kind == "varlen":
-                return (p.seqlen_q // chosen.block_m + p.batch + 1) * p.heads_q
-            return -(-p.seqlen_q // chosen.block_m) * p.batch * p.heads_q
+            return _tiles(p, p.seqlen_q, chosen.block_m) * p.heads_q
 
         return self._launch(backward_kernels.gradient_of_queries, grid, {"dq": _array(p, dq)})
 
@@ -221,9 +217,7 @@ class Gradients:
         p = self.problem
 
         def grid(chosen: config.Config) -> int:
-            if p.kind == "varlen":
-                return (p.seqlen_k // chosen.block_n + p.batch + 1) * p.heads_kv
-            return -(-p.seqlen_k // chosen.block_n) * p.batch * p.heads_kv
+            return _tiles(p, p.seqlen_k, chosen.block_n) * p.heads_kv
 
         return self._launch(backward_kernels.gradient_of_keys, grid, {"dk": _array(p, dk), "dv": _array(p, dv)})
 
@@ -278,6 +272,11 @@ class Gradients:
         share = share.masked_fill(self.lse == -torch.inf, 0.0)
         total = -(share * self.delta).sum(-1)
         return (total if self.problem.kind == "varlen" else total.sum(0)).to(sinks.dtype)
+
+
+def _tiles(p: Problem, rows: int, block: int) -> int:
+    """Tiles of all sequences; how varlen sequences share theirs is in kernels/sequences.py."""
+    return rows // block + p.batch + 1 if p.kind == "varlen" else -(-rows // block) * p.batch
 
 
 def shape_of(p: Problem, *, packed: bool) -> config.Shape:
