@@ -1,16 +1,27 @@
 """How the native modules are compiled: sources and flags as data, for setup.py and for the tests of the C++ code.
 
-The CPU kernels are one source, compiled once per instruction set; the module picks one when it is loaded. Nothing of
-torch is compiled against or linked: one build works with every version of it.
+The CPU kernels are one source, compiled once per instruction set; the module picks one when it is loaded. The CUDA
+kernels are compiled once per head dimension, each for several GPUs; the driver picks. Nothing of torch is compiled
+against or linked: one build works with every version of it.
+
+FASTATTN_CUDA=0 leaves the CUDA module out, 1 insists on it; otherwise it is built if there is an nvcc.
+FASTATTN_CUDA_ARCHITECTURES names the GPUs that it gets machine code for, as in "80,90"; others compile its PTX when
+they first need it. Fewer of them build sooner.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -30,6 +41,44 @@ if X86:
         "avx512bf16": [*_AVX512, "-mavx512bf16"],
     }
 
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of the CUDA kernels
+CUDA_ARCHITECTURES = ("75", "80", "90", "100", "120")
+
+
+class Object(NamedTuple):
+    """An object file: `compiler` is a command, `source` a path from the root of the project."""
+
+    source: str
+    compiler: str
+    flags: list[str]
+
+
+class Module(NamedTuple):
+    """A Python module: its objects by name, the command that links them, and what with."""
+
+    objects: dict[str, Object]
+    linker: list[str]
+    libraries: list[str]
+
+
+def modules() -> dict[str, Callable[[], Module]]:
+    """What this machine builds, by name."""
+    nvcc = find_nvcc()
+    made: dict[str, Callable[[], Module]] = {"fastattn._cpu": cpu_module}
+    if nvcc is not None:
+        made["fastattn._cuda"] = lambda: cuda_module(nvcc)
+    return made
+
+
+def _bindings(source: str, flags: list[str]) -> Object:
+    import pybind11
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    return Object(source, compiler(), [*COMMON, "-O2", *includes, *flags])
+
+
+# ------------------------------------------------------------------------------------------------------------------ CPU
+
 
 def kernel_flags(instruction_set: str) -> list[str]:
     """Flags, but for optimisation, that compile csrc/cpu/kernels.cpp for an instruction set."""
@@ -37,11 +86,21 @@ def kernel_flags(instruction_set: str) -> list[str]:
     return [*COMMON, *KERNEL, *names, *INSTRUCTION_SETS[instruction_set]]
 
 
-def core_objects() -> dict[str, tuple[str, list[str]]]:
-    """Object name -> (source, flags) of the CPU core, without the Python module around it."""
-    objects = {f"kernels_{name}": ("csrc/cpu/kernels.cpp", [*kernel_flags(name), "-O3"]) for name in INSTRUCTION_SETS}
-    objects["core"] = ("csrc/cpu/core.cpp", [*COMMON, "-O2", *(["-DFASTATTN_X86"] if X86 else [])])
-    objects["parallel"] = ("csrc/cpu/parallel.cpp", [*COMMON, "-O2"])
+def cpu_module() -> Module:
+    """The module fastattn._cpu."""
+    objects = {**core_objects(), "bindings": _bindings("csrc/bindings_cpu.cpp", [])}
+    return Module(objects, [compiler(), "-shared"], libraries())
+
+
+def core_objects() -> dict[str, Object]:
+    """The CPU core, without the Python module around it."""
+    cxx = compiler()
+    objects = {
+        f"kernels_{name}": Object("csrc/cpu/kernels.cpp", cxx, [*kernel_flags(name), "-O3"])
+        for name in INSTRUCTION_SETS
+    }
+    objects["core"] = Object("csrc/cpu/core.cpp", cxx, [*COMMON, "-O2", *(["-DFASTATTN_X86"] if X86 else [])])
+    objects["parallel"] = Object("csrc/cpu/parallel.cpp", cxx, [*COMMON, "-O2"])
     return objects
 
 
@@ -56,3 +115,70 @@ def compiler() -> str:
     if found is None:
         raise RuntimeError("fastattn needs a C++17 compiler: none found as $CXX, c++, g++ or clang++")
     return found
+
+
+# ----------------------------------------------------------------------------------------------------------------- CUDA
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler: of CUDA_HOME, of the PATH, or of pip packages (see the README).
+
+    None if there is none, or FASTATTN_CUDA=0. Raises RuntimeError if there is none and FASTATTN_CUDA=1.
+    """
+    wanted = os.environ.get("FASTATTN_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise RuntimeError(f"FASTATTN_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    candidates = []
+    if home := os.environ.get("CUDA_HOME"):
+        candidates.append(Path(home) / "bin" / "nvcc")
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    packages = importlib.util.find_spec("nvidia")
+    for folder in packages.submodule_search_locations or () if packages else ():
+        candidates += sorted(Path(folder).glob("*/bin/nvcc"), reverse=True)
+    found = next((nvcc for nvcc in candidates if nvcc.exists()), None)
+    if found is None and wanted == "1":
+        raise RuntimeError("FASTATTN_CUDA=1, but there is no nvcc in CUDA_HOME, on the PATH or among the pip packages")
+    return found
+
+
+def cuda_architectures(nvcc: Path) -> list[str]:
+    """The GPUs to compile for: those asked for, or else those of CUDA_ARCHITECTURES that this nvcc knows."""
+    listed = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"sm_(\d+)", listed))
+    asked = os.environ.get("FASTATTN_CUDA_ARCHITECTURES")
+    if not asked:
+        return [name for name in CUDA_ARCHITECTURES if name in known]
+    names = asked.replace(" ", "").split(",")
+    for name in names:
+        if name not in known or int(name) < 75:
+            possible = ", ".join(sorted((n for n in known if int(n) >= 75), key=int))
+            raise RuntimeError(f"FASTATTN_CUDA_ARCHITECTURES must name some of {possible}, got {name!r}")
+    return names
+
+
+def generate_code(virtual: str, real: list[str]) -> list[str]:
+    """Flags for one PTX, and machine code made of it: nvcc optimises once, and assembles for each GPU."""
+    codes = ",".join([*(f"sm_{name}" for name in real), f"compute_{virtual}"])
+    return [f"-gencode=arch=compute_{virtual},code=[{codes}]"]
+
+
+def cuda_module(nvcc: Path) -> Module:
+    """The module fastattn._cuda."""
+    host = ["-ccbin", compiler(), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    common = ["-std=c++17", "-O3", *host]
+    real = cuda_architectures(nvcc)
+    ampere = [*common, *generate_code("80", [name for name in real if int(name) >= 80])]
+    objects = {
+        f"sm80_{family}_d{dim}": Object(
+            f"csrc/cuda/sm80/{family}.cu", str(nvcc), [*ampere, f"-DFASTATTN_HEAD_DIM={dim}"]
+        )
+        for family in ("forward",)
+        for dim in HEAD_DIMS
+    }
+    for name in ("plan", "launch"):
+        objects[name] = Object(f"csrc/cuda/{name}.cpp", str(nvcc), common)
+    objects["bindings"] = _bindings("csrc/bindings_cuda.cpp", [])
+    return Module(objects, [str(nvcc), "-shared", "-cudart", "static", *host], [])

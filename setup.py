@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -12,15 +11,7 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a build in isolation does not look here by itself
 
-from native_build import COMMON, ROOT, compiler, core_objects, libraries
-
-
-def module_objects() -> dict[str, tuple[str, list[str]]]:
-    """Object name -> (source, flags) of the module fastattn._cpu."""
-    import pybind11
-
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    return {**core_objects(), "bindings": ("csrc/bindings_cpu.cpp", [*COMMON, "-O2", *includes])}
+from native_build import ROOT, modules
 
 
 def quoted(words: list[str]) -> str:
@@ -38,22 +29,27 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Writes a build.ninja and runs it."""
-        target, folder = Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve()
+        module = MODULES[ext.name]()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve() / ext.name
         target.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         lines = [
-            f"cxx = {compiler()}",
             "rule compile",
-            "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  command = $compiler -MMD -MF $out.d $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = $cxx -shared $in -o $out {quoted(libraries())}",
+            f"  command = {quoted(module.linker)} $in -o $out {quoted(module.libraries)}",
         ]
         outputs = []
-        for name, (source, flags) in module_objects().items():
+        for name, made in module.objects.items():
             outputs.append(path(folder / f"{name}.o"))
-            lines += [f"build {outputs[-1]}: compile {path(ROOT / source)}", f"  flags = {quoted(flags)}"]
+            lines += [
+                f"build {outputs[-1]}: compile {path(ROOT / made.source)}",
+                f"  compiler = {made.compiler}",
+                f"  flags = {quoted(made.flags)}",
+            ]
         lines.append(f"build {path(target)}: link {' '.join(outputs)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.run([ninja_program(), "-C", str(folder)], check=True)
@@ -68,4 +64,6 @@ def ninja_program() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-setup(ext_modules=[Extension("fastattn._cpu", sources=[])], cmdclass={"build_ext": NinjaBuild})
+MODULES = modules()
+
+setup(ext_modules=[Extension(name, sources=[]) for name in MODULES], cmdclass={"build_ext": NinjaBuild})

@@ -4,6 +4,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTATTN_HOST_DEVICE __host__ __device__
+#else
+#define FASTATTN_HOST_DEVICE
+#endif
+
 namespace fastattn {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
@@ -75,23 +81,21 @@ struct Sequence {
   int64_t offset;             // query i stands at position i + offset among the keys
 };
 
-inline int64_t sequences(const Params& p) { return p.batch + (p.cu_seqlens_q != nullptr ? 1 : 0); }
+FASTATTN_HOST_DEVICE inline int64_t sequences(const Params& p) { return p.batch + (p.cu_seqlens_q != nullptr ? 1 : 0); }
 
-inline Sequence sequence_of(const Params& p, int64_t b) {
+// Index tensors on a GPU are not checked; a wrong one must not lead out of memory.
+FASTATTN_HOST_DEVICE inline int64_t bounded(int64_t x, int64_t limit) { return x < 0 ? 0 : x < limit ? x : limit; }
+
+FASTATTN_HOST_DEVICE inline Sequence sequence_of(const Params& p, int64_t b) {
   Sequence s{0, p.seqlen_q, 0, p.seqlen_k, 0};
-  if (b == p.batch) {
-    s.q_begin = p.cu_seqlens_q[b];
-    s.q_length = p.seqlen_q - s.q_begin;
-    s.k_length = 0;
-    return s;
-  }
   if (p.cu_seqlens_q != nullptr) {
-    s.q_begin = p.cu_seqlens_q[b];
-    s.q_length = p.cu_seqlens_q[b + 1] - s.q_begin;
-    s.k_begin = p.cu_seqlens_k[b];
-    s.k_length = p.cu_seqlens_k[b + 1] - s.k_begin;
+    const bool spare = b == p.batch;
+    s.q_begin = bounded(p.cu_seqlens_q[b], p.seqlen_q);
+    s.q_length = bounded((spare ? p.seqlen_q : bounded(p.cu_seqlens_q[b + 1], p.seqlen_q)) - s.q_begin, p.seqlen_q);
+    s.k_begin = bounded(p.cu_seqlens_k[b], p.seqlen_k);
+    s.k_length = spare ? 0 : bounded(bounded(p.cu_seqlens_k[b + 1], p.seqlen_k) - s.k_begin, p.seqlen_k);
   }
-  if (p.kv_lengths != nullptr) s.k_length = p.kv_lengths[b] + p.seqlen_new;
+  if (p.kv_lengths != nullptr && b < p.batch) s.k_length = bounded(p.kv_lengths[b] + p.seqlen_new, s.k_length);
   s.offset = p.bottom_right ? s.k_length - s.q_length : 0;
   return s;
 }
@@ -101,7 +105,7 @@ struct KeyRange {
   int64_t first, last;
 };
 
-inline KeyRange visible_keys(const Params& p, const Sequence& s, int64_t i) {
+FASTATTN_HOST_DEVICE inline KeyRange visible_keys(const Params& p, const Sequence& s, int64_t i) {
   const int64_t position = i + s.offset;
   KeyRange range{0, s.k_length};
   if (p.window_left >= 0 && position - p.window_left > range.first) range.first = position - p.window_left;

@@ -7,12 +7,13 @@ from functools import lru_cache
 
 from .backends import Backend
 from .backends.cpu import CpuBackend
+from .backends.cuda import CudaBackend, Gpu
 from .backends.reference import ReferenceBackend
 from .backends.triton import TritonBackend
 from .kernels.machine import machine
-from .problem import Problem
+from .problem import Inputs, Problem
 
-BACKENDS: tuple[Backend, ...] = (TritonBackend(machine()), CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (CudaBackend(Gpu()), TritonBackend(machine()), CpuBackend(), ReferenceBackend())
 """In the order in which automatic choice tries them."""
 
 
@@ -21,12 +22,14 @@ class Report:
     """What `fastattn.explain` found. str() of it is meant for people.
 
     backend: the name of the backend that runs the call. reasons: for each other backend, a sentence that says why
-    it is not the one. problem: the description of the call that the backends judged.
+    it is not the one. problem: the description of the call that the backends judged. remarks: sentences on what the
+    chosen backend has to do first, such as copies.
     """
 
     backend: str
     reasons: dict[str, str]
     problem: Problem
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         p = self.problem
@@ -36,6 +39,7 @@ class Report:
             f"{p.seqlen_k}, {p.head_dim}), head_dim_v {p.head_dim_v}, {p.dtype}, {p.device}, "
             f"features: {', '.join(sorted(p.features))}",
         ]
+        lines += [f"  note: {remark}" for remark in self.remarks]
         return "\n".join(lines + [f"  not '{name}': {reason}" for name, reason in self.reasons.items()])
 
 
@@ -84,7 +88,7 @@ def choose_cached(problem: Problem, name: str | None) -> Backend:
     return _choose_cached(problem, name)
 
 
-def explain_choice(problem: Problem, name: str | None) -> Report:
+def explain_choice(problem: Problem, inputs: Inputs, name: str | None) -> Report:
     """The choice for a described call, with a sentence for each backend not chosen."""
     chosen = choose(problem, name)
     reasons = {}
@@ -94,4 +98,4 @@ def explain_choice(problem: Problem, name: str | None) -> Report:
                 f"it can compute this call, but {chosen.name!r} "
                 + ("was asked for by name." if name is not None else "comes first.")
             )
-    return Report(chosen.name, reasons, problem)
+    return Report(chosen.name, reasons, problem, tuple(chosen.remarks(problem, inputs)))

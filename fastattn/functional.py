@@ -400,7 +400,7 @@ def explain(
     kind = "dense" if cu_seqlens_q is None else "varlen"
     problem = describe(kind, inputs, Options(**given, window_left=left, window_right=right), cached=False)
     check_values(problem, inputs)
-    return dispatch.explain_choice(problem, backend)
+    return dispatch.explain_choice(problem, inputs, backend)
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers

@@ -287,7 +287,6 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
 template <class E, int kVectors>
 bool backward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s,
                    int at, int64_t n0, int keys, const Operands<E>& operands, typename E::Scalar* dq) {
-  constexpr int kLanes = Panel<typename E::Vector>::kLanes;
   const int dim = int(p.head_dim);
   bool gaps = false;
   if (!backward_scores<E, kVectors>(p, seq, panel, s, at, n0, keys, nullptr, operands, gaps)) return false;

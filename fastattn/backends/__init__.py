@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -60,6 +61,9 @@ class Backend(Protocol):
 
     def why_not(self, problem: Problem) -> str | None:
         """None if the backend can compute the call, else a sentence that says what stands in the way."""
+
+    def remarks(self, problem: Problem, inputs: Inputs) -> Sequence[str]:
+        """Sentences on what the backend has to do before it can compute the call, such as copies; for `explain`."""
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Prepared | None:
         """A shorter way for calls like this one, which is dense and has no other tensors than q, k and v.

@@ -24,6 +24,10 @@ class ReferenceBackend:
         """It does every call."""
         return None
 
+    def remarks(self, problem: Problem, inputs: Inputs) -> tuple[str, ...]:
+        """See `Backend.remarks`; any layout will do."""
+        return ()
+
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """Its own work is what takes time."""
 

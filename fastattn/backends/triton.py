@@ -49,6 +49,10 @@ class TritonBackend:
         shape = _launches().shape_of(p, packed=False)
         return config.why_not(shape, self._machine.architecture(p.device))
 
+    def remarks(self, problem: Problem, inputs: Inputs) -> tuple[str, ...]:
+        """See `Backend.remarks`; any layout will do."""
+        return ()
+
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """Triton looks at the arguments of each launch itself."""
 

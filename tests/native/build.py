@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from native_build import COMMON, ROOT, compiler, core_objects, kernel_flags, libraries
+from native_build import COMMON, ROOT, Object, compiler, core_objects, kernel_flags, libraries
 
 HERE = Path(__file__).parent
 # The threads of OpenMP are not instrumented: the core's own are used.
@@ -33,12 +33,13 @@ def run_simd_check(instruction_set: str, folder: Path) -> str:
 
 def run_core_check(flags: Sequence[str], folder: Path) -> int:
     """Compiles the core and core_check.cpp with additional flags and runs it; returns its exit status."""
-    objects = {**core_objects(), "main": (str(HERE.relative_to(ROOT) / "core_check.cpp"), COMMON)}
+    main = Object(str(HERE.relative_to(ROOT) / "core_check.cpp"), compiler(), COMMON)
+    objects = {**core_objects(), "main": main}
 
-    def compile_one(item: tuple[str, tuple[str, list[str]]]) -> str:
-        name, (source, own) = item
+    def compile_one(item: tuple[str, Object]) -> str:
+        name, (source, program, own) = item
         output = str(folder / f"{name}.o")
-        command = [compiler(), *own, "-O1", "-g", "-w", *flags, f"-I{ROOT / 'csrc'}", "-c", str(ROOT / source)]
+        command = [program, *own, "-O1", "-g", "-w", *flags, f"-I{ROOT / 'csrc'}", "-c", str(ROOT / source)]
         subprocess.run([*command, "-o", output], check=True)
         return output
 

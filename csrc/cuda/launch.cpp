@@ -1,0 +1,100 @@
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+#include <set>
+#include <mutex>
+#include <stdexcept>
+#include <utility>
+
+namespace fastattn {
+namespace cuda {
+namespace {
+
+std::string describe(cudaError_t error) {
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
+void check(cudaError_t error, const std::string& doing) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that the next call, which may be somebody else's, does not find it
+  throw std::runtime_error(doing + " failed with " + describe(error));
+}
+
+std::string describe(const Launch& launch) {
+  return std::string("kernel ") + launch.kernel.name + " (" + std::to_string(launch.blocks) + " blocks of " +
+         std::to_string(launch.kernel.threads) + " threads, " + std::to_string(launch.kernel.shared_bytes) +
+         " bytes of shared memory)";
+}
+
+// More than 48 KiB of shared memory must be asked for, once per kernel and GPU.
+void allow_shared_memory(const Launch& launch, int device) {
+  constexpr int kGranted = 48 * 1024;
+  if (launch.kernel.shared_bytes <= kGranted) return;
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!allowed.emplace(launch.kernel.function, device).second) return;
+  const cudaError_t error = cudaFuncSetAttribute(
+      launch.kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.kernel.shared_bytes);
+  if (error != cudaSuccess) allowed.erase({launch.kernel.function, device});
+  check(error, "asking for the shared memory of " + describe(launch));
+}
+
+// Makes a GPU the current one of this thread, and gives it back.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) : device_(device) {
+    check(cudaGetDevice(&before_), "asking for the current GPU");
+    if (device != before_) check(cudaSetDevice(device), "turning to GPU " + std::to_string(device));
+  }
+  ~CurrentDevice() {
+    if (device_ != before_) cudaSetDevice(before_);
+  }
+
+ private:
+  int device_, before_ = 0;
+};
+
+int attribute(cudaDeviceAttr what, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, what, device), "asking about GPU " + std::to_string(device));
+  return value;
+}
+
+}  // namespace
+
+std::string why_unavailable() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return describe(error);
+  }
+  return count > 0 ? "" : "there is none";
+}
+
+Device device_of(int index) {
+  Device device;
+  device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                      attribute(cudaDevAttrComputeCapabilityMinor, index);
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+  return device;
+}
+
+void run(const std::vector<Launch>& launches, int device, void* stream) {
+  const CurrentDevice current(device);
+  for (const Launch& launch : launches) {
+    if (launch.blocks == 0) continue;
+    if (launch.blocks > 0x7fffffff) throw std::runtime_error(describe(launch) + " has more blocks than a grid can have");
+    allow_shared_memory(launch, device);
+    void* arguments[] = {const_cast<Arguments*>(&launch.arguments)};
+    check(cudaLaunchKernel(launch.kernel.function, dim3(static_cast<unsigned>(launch.blocks)),
+                           dim3(static_cast<unsigned>(launch.kernel.threads)), arguments,
+                           static_cast<size_t>(launch.kernel.shared_bytes), static_cast<cudaStream_t>(stream)),
+          describe(launch));
+  }
+}
+
+}  // namespace cuda
+}  // namespace fastattn

@@ -1,0 +1,53 @@
+// Tensor-core products, and the loads of their operands. A fragment is what one lane of the warp holds of a matrix; with
+// g = lane / 4 and t = lane % 4 (PTX ISA 9.7.14.5):
+//   A, 16 x 16: 4 registers of 2 numbers: (row g, columns 2t), (row g + 8, same), (row g, columns 2t + 8), (g + 8, same)
+//   B, 16 x 8:  2 registers: (rows 2t, column g), (rows 2t + 8, column g)
+//   C, 16 x 8:  4 numbers: (row g, columns 2t and 2t + 1), (row g + 8, same)
+// So the C of two neighbouring products, rounded and packed, is the A of the next one.
+#pragma once
+
+#include <cstdint>
+
+namespace fastattn {
+namespace ptx {
+
+// Four 8 x 8 matrices of 16-bit numbers; lane 8 i + j gives the address of row j of matrix i (PTX ISA 9.7.14.5.15).
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// The same, transposed.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// c += a b (PTX ISA 9.7.14.5.8, sm_80 and up).
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c += a b with a of 16 x 8, its first two registers, and b of 8 x 8, its first (sm_75 and up).
+__device__ __forceinline__ void mma_m16n8k8_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+}  // namespace ptx
+}  // namespace fastattn

@@ -1,0 +1,70 @@
+// From the products of queries and keys to scores in units of log2, so that a probability is one exp2.
+#pragma once
+
+#include "../params.h"
+#include "ptx/arithmetic.h"
+
+namespace fastattn {
+namespace cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// tanh, within 4 units in the last place of float32. Near 0 the quotient would cancel; there the series is exact.
+__device__ __forceinline__ float tanh_of(float x) {
+  const float square = x * x;
+  const float series = x * (1.0f + square * (-0.33333333f + square * 0.13333333f));
+  const float e = ptx::ex2_approx(fminf(fabsf(x), 40.0f) * (2.0f * kLog2E));
+  const float quotient = copysignf(1.0f - 2.0f * ptx::rcp_approx(e + 1.0f), x);
+  return fabsf(x) < 0.1f ? series : x != x ? x : quotient;
+}
+
+// kGeneral: with softcap and ALiBi. Without, a score is the product times scale_log2.
+template <bool kGeneral>
+struct Scores {
+  float scale_log2;
+  float scale, softcap, slope;  // general calls alone; slope in units of log2
+  int offset;
+
+  __device__ __forceinline__ Scores(const Params& p, int64_t b, int head, int diagonal_offset)
+      : scale_log2(static_cast<float>(p.scale * 1.4426950408889634)) {
+    if constexpr (kGeneral) {
+      softcap = static_cast<float>(p.softcap);
+      scale = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
+      const float* slopes = static_cast<const float*>(p.alibi.data);
+      // The varlen rows behind the last sequence see nothing; there are no slopes for them.
+      const bool given = slopes != nullptr && b < p.batch;
+      slope = given ? slopes[b * p.alibi.stride_b + head * p.alibi.stride_h] * kLog2E : 0.0f;
+      offset = diagonal_offset;
+    }
+  }
+
+  // row, key: positions within the sequence.
+  __device__ __forceinline__ float operator()(float product, int row, int key) const {
+    if constexpr (kGeneral) {
+      const float score = softcap > 0 ? softcap * kLog2E * tanh_of(product * scale) : product * scale_log2;
+      return score - slope * abs(row + offset - key);
+    }
+    return product * scale_log2;
+  }
+
+  // The derivative of a score by scale times the product.
+  __device__ __forceinline__ float slope_of(float product) const {
+    if constexpr (kGeneral) {
+      if (softcap > 0) {
+        const float t = tanh_of(product * scale);
+        return 1.0f - t * t;
+      }
+    }
+    return 1.0f;
+  }
+
+  // exp2(score - reference); plain calls need one multiply-add for it.
+  __device__ __forceinline__ float probability(float product, int row, int key, float reference) const {
+    if constexpr (kGeneral) return ptx::ex2_approx((*this)(product, row, key) - reference);
+    return ptx::ex2_approx(fmaf(product, scale_log2, -reference));
+  }
+};
+
+}  // namespace cuda
+}  // namespace fastattn

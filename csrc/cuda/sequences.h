@@ -1,0 +1,77 @@
+// Which rows a block of threads works on, and which keys they see. Positions are 32-bit: the host refuses longer calls.
+#pragma once
+
+#include "../params.h"
+#include "tiles.h"
+
+namespace fastattn {
+namespace cuda {
+
+constexpr int kOpen = 1 << 29;  // a side of a window that ends nowhere; positions stay below 1 << 28
+
+// Which keys the queries of a sequence see: [first(i), last(i)) for query i.
+struct Visibility {
+  int offset, left, right, k_length;
+
+  __device__ __forceinline__ Visibility(const Params& p, const Sequence& s)
+      : offset(static_cast<int>(s.offset)),
+        left(p.window_left < 0 || p.window_left > kOpen ? kOpen : static_cast<int>(p.window_left)),
+        right(p.window_right < 0 || p.window_right > kOpen ? kOpen : static_cast<int>(p.window_right)),
+        k_length(static_cast<int>(s.k_length)) {}
+
+  __device__ __forceinline__ int first(int i) const { return max(i + offset - left, 0); }
+  __device__ __forceinline__ int last(int i) const { return min(i + offset + right + 1, k_length); }
+
+  // The queries that see key j are [first_query(j), last_query(j)), within the sequence.
+  __device__ __forceinline__ int first_query(int j) const { return max(j - offset - right, 0); }
+  __device__ __forceinline__ int last_query(int j, int q_length) const { return min(j - offset + left + 1, q_length); }
+};
+
+// What one block of threads works on. Blocks are numbered by tiles first, then heads, then sequences; in a varlen call
+// tiles are counted over all sequences.
+struct Tile {
+  int64_t b;
+  int head;
+  int row;  // first row, within the sequence
+  Sequence sequence;
+};
+
+// Sequence b of a varlen call owns the tiles from cu_seqlens[b] / rows + b on, which are at least as many as it needs:
+// a block finds its sequence by bisection, and the host need not know the lengths.
+__device__ __forceinline__ int64_t tile_owner(const int32_t* cu_seqlens, int64_t batch, int rows, int tile) {
+  int64_t low = 0, high = batch;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (cu_seqlens[middle] / rows + middle <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// The tile of this block, of kRows queries or, for the gradients of keys, of kRows keys.
+template <int kRows, bool kOfKeys = false>
+__device__ __forceinline__ Tile this_tile(const Params& p) {
+  const int32_t* cu_seqlens = kOfKeys ? p.cu_seqlens_k : p.cu_seqlens_q;
+  const int64_t total = kOfKeys ? p.seqlen_k : p.seqlen_q, heads = kOfKeys ? p.heads_kv : p.heads_q;
+  const int count = static_cast<int>(tiles(total, p.batch, cu_seqlens != nullptr, kRows));
+  // The last queries of a causal call see the most keys, and the first keys are seen by the most queries: these start
+  // first.
+  const int64_t index = blockIdx.x;
+  int number = static_cast<int>(kOfKeys ? index % count : count - 1 - index % count);
+  Tile tile;
+  tile.head = static_cast<int>(index / count % heads);
+  tile.b = index / count / heads;
+  if (cu_seqlens != nullptr) {
+    tile.b = tile_owner(cu_seqlens, p.batch, kRows, number);
+    number -= static_cast<int>(cu_seqlens[tile.b] / kRows + tile.b);
+  }
+  tile.row = number * kRows;
+  tile.sequence = sequence_of(p, tile.b);
+  return tile;
+}
+
+}  // namespace cuda
+}  // namespace fastattn

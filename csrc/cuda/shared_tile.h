@@ -1,0 +1,129 @@
+// Tiles of 16-bit numbers in shared memory: rows of kColumns numbers in chunks of 16 bytes, whose order within a row
+// depends on the row, so that the 8 rows that a quarter of a warp touches at once lie in different banks.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+#include "ptx/async_copy.h"
+#include "ptx/registers.h"
+
+namespace fastattn {
+namespace cuda {
+
+constexpr int kChunkBytes = 16;
+constexpr int kChunkNumbers = 8;
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+template <int kColumns>
+struct Swizzle {
+  static_assert(kColumns % 32 == 0, "rows of whole groups of four chunks");
+  static constexpr int kRowBytes = kColumns * 2;
+  // A row of a multiple of 128 bytes starts in bank 0: all 8 chunks of a group trade places. Other rows start in
+  // bank 0 and 16 in turn: groups of 4 chunks do, every second row.
+  static constexpr int kGroupBytes = kRowBytes % 128 == 0 ? 128 : 64;
+
+  static __device__ __forceinline__ int key(int row) { return kGroupBytes == 128 ? row & 7 : (row >> 1) & 3; }
+
+  // Byte offset of a chunk.
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + ((chunk ^ key(row)) * kChunkBytes);
+  }
+
+  // The offset 32 * step bytes (one step of a product) further along the row, from one of the first two chunks'.
+  static __device__ __forceinline__ uint32_t advance(uint32_t offset, int step) {
+    return (offset ^ (step * 32 % kGroupBytes)) + step * 32 / kGroupBytes * kGroupBytes;
+  }
+};
+
+// What a lane adds to a tile's address to load fragments of 16 x 16 numbers with ldmatrix. Rows that lie 8 apart have
+// the same order of chunks, so that further rows are a constant away.
+//   A operand, or transposed B: matrices (rows 0-7, chunk 0), (8-15, 0), (0-7, 1), (8-15, 1)
+//   B operand:                  matrices (rows 0-7, chunk 0), (0-7, 1), (8-15, 0), (8-15, 1)
+template <int kColumns>
+__device__ __forceinline__ uint32_t lane_offset_a(int lane) {
+  const uint32_t offset = Swizzle<kColumns>::offset(lane & 15, lane >> 4);
+  return kColumns <= 128 ? ptx::kept(offset) : offset;  // wider rows leave no register for it
+}
+template <int kColumns>
+__device__ __forceinline__ uint32_t lane_offset_b(int lane) {
+  return Swizzle<kColumns>::offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+}
+
+// A thread's part in copying tiles of kRows rows by kThreads threads: a chunk in every kThreads / kLanes-th row, and in
+// each group of kLanes chunks.
+template <int kRows, int kColumns, int kThreads>
+class TileCopy {
+  static constexpr int kLanes = Swizzle<kColumns>::kGroupBytes / kChunkBytes;
+  static constexpr int kGroups = kColumns / kChunkNumbers / kLanes;
+  static constexpr int kRowStep = kThreads / kLanes;
+  static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0, "whole steps, between which the order of chunks repeats");
+
+ public:
+  // columns: numbers in a row of the tensor, a multiple of 8; the tile's further columns become 0.
+  __device__ __forceinline__ TileCopy(const View& view, int64_t b, int64_t head, int64_t first_row, int columns)
+      : stride_(view.stride_s * 2) {
+    source_ = static_cast<const char*>(view.data) + (b * view.stride_b + head * view.stride_h) * 2 +
+              (first_row + row()) * stride_ + chunk() * kChunkBytes;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) exists_[g] = (chunk() + g * kLanes) * kChunkNumbers < columns;
+  }
+
+  // The row of a tile that this thread's first chunk lies in, and where in the tile.
+  static __device__ __forceinline__ int row() { return threadIdx.x / kLanes; }
+  static __device__ __forceinline__ uint32_t offset() { return Swizzle<kColumns>::offset(row(), chunk()); }
+
+  // Asks for the next tile, to `to`, a tile's address plus offset(). Of its rows, `left` exist from row() on; the others
+  // become 0.
+  __device__ __forceinline__ void next(uint32_t to, int left) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const char* from = source_ + g * kLanes * kChunkBytes;
+#pragma unroll
+      for (int r = 0; r < kRows; r += kRowStep, from += kRowStep * stride_)
+        ptx::cp_async_16(to + r * kColumns * 2 + g * kLanes * kChunkBytes, from, r < left && exists_[g]);
+    }
+    source_ += kRows * stride_;
+  }
+
+ private:
+  static __device__ __forceinline__ int chunk() { return threadIdx.x % kLanes; }
+
+  const char* source_;
+  int64_t stride_;  // bytes
+  bool exists_[kGroups];
+};
+
+// Keys and values, block after block.
+template <int kRows, int kColumns, int kThreads>
+class KeyValueCopy {
+  using Copy = TileCopy<kRows, kColumns, kThreads>;
+
+ public:
+  // From key first_key of sequence b to key end, of head head_kv.
+  __device__ __forceinline__ KeyValueCopy(const Params& p, const Sequence& s, int64_t b, int head_kv, int first_key,
+                                          int end)
+      : keys_(p.k, b, head_kv, s.k_begin + first_key, static_cast<int>(p.head_dim)),
+        values_(p.v, b, head_kv, s.k_begin + first_key, static_cast<int>(p.head_dim_v)),
+        offset_(ptx::kept(Copy::offset())),
+        left_(end - first_key - Copy::row()) {}
+
+  // Asks for the next block: keys to `tile`, values behind them. Past the end it is zeros.
+  __device__ __forceinline__ void next(uint32_t tile) {
+    keys_.next(tile + offset_, left_);
+    values_.next(tile + offset_ + kRows * kColumns * 2, left_);
+    left_ -= kRows;
+    ptx::cp_async_commit_group();
+  }
+
+ private:
+  Copy keys_, values_;
+  uint32_t offset_;
+  int left_;
+};
+
+}  // namespace cuda
+}  // namespace fastattn

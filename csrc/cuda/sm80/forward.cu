@@ -1,0 +1,26 @@
+// Compiled once per head dimension, FASTATTN_HEAD_DIM.
+#include "forward.h"
+
+#include "../kernel.h"
+#include "kernels.h"
+
+namespace fastattn {
+namespace cuda {
+
+using Bf16 = sm80::ForwardTraits<BFloat16, FASTATTN_HEAD_DIM, false>;
+using Bf16General = sm80::ForwardTraits<BFloat16, FASTATTN_HEAD_DIM, true>;
+using Fp16 = sm80::ForwardTraits<Float16, FASTATTN_HEAD_DIM, false>;
+using Fp16General = sm80::ForwardTraits<Float16, FASTATTN_HEAD_DIM, true>;
+
+FASTATTN_KERNEL(FASTATTN_NAME(sm80, forward, bf16, FASTATTN_HEAD_DIM), Bf16, sm80::forward)
+FASTATTN_KERNEL(FASTATTN_NAME(sm80, forward, bf16_general, FASTATTN_HEAD_DIM), Bf16General, sm80::forward)
+FASTATTN_KERNEL(FASTATTN_NAME(sm80, forward, fp16, FASTATTN_HEAD_DIM), Fp16, sm80::forward)
+FASTATTN_KERNEL(FASTATTN_NAME(sm80, forward, fp16_general, FASTATTN_HEAD_DIM), Fp16General, sm80::forward)
+
+template <>
+Kernel sm80::ForwardKernels<FASTATTN_HEAD_DIM>::get(DType dtype, bool general) {
+  return pick<Bf16, Bf16General, Fp16, Fp16General>(dtype, general);
+}
+
+}  // namespace cuda
+}  // namespace fastattn

@@ -1,0 +1,295 @@
+// Forward pass: one block of threads computes 128 queries of one head, over the keys that they see.
+//
+// Cost: 4 * head_dim flops and one exponential per score; each query is read once, each key and value once per tile.
+// On an A100 the tensor cores bound it (4 cycles per product, against 1 to 2 of floating point and 1 to 2 of
+// exponentials), so what counts is how few instructions stand between products. The tile sizes follow from registers:
+// 32 rows per warp use each fragment of K and V twice, and leave room for Q beside the accumulators up to head_dim 128.
+//
+// Blocks of keys go upward. `careful_block` masks and keeps the references of the softmax; `quick_block` does neither.
+// It is right for blocks that every row sees whole, while no probability grows too large for its stale reference,
+// which the sums tell afterwards; if one has, the block is done again, carefully.
+#pragma once
+
+#include "../arguments.h"
+#include "../numbers.h"
+#include "../sequences.h"
+#include "../softmax.h"
+#include "products.h"
+
+namespace fastattn {
+namespace cuda {
+namespace sm80 {
+
+template <class Number_, int kHeadDim_, bool kGeneral_>
+struct ForwardTraits {
+  using Number = Number_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kGeneral = kGeneral_;
+  static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1;  // of 16 rows, per warp
+  static constexpr int kWarps = 8 / kRowTiles;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = kWarps * kWarpRows;
+  static constexpr int kBlockN = kHeadDim == 64 && !kGeneral ? 96 : kHeadDim <= 64 ? 64 : 32;
+  static constexpr int kTileBytes = kBlockN * kHeadDim * 2;  // of K or V
+  static constexpr int kStageBytes = 2 * kTileBytes;
+  static constexpr int kQueryBytes = kRows * kHeadDim * 2;
+  // Two stages of keys and values. The queries pass through the second, and out leaves through the first.
+  static constexpr int kSharedBytes =
+      2 * kStageBytes > kStageBytes + kQueryBytes ? 2 * kStageBytes : kStageBytes + kQueryBytes;
+};
+
+template <class T>
+class Forward {
+  using Number = typename T::Number;
+  using Tile16 = float[T::kRowTiles][2][4];  // products of the warp's rows with 16 keys
+  static constexpr int kChunk = 16;          // keys per step
+  static constexpr int kChunkBytesInTile = kChunk * T::kHeadDim * 2;
+
+ public:
+  __device__ __forceinline__ Forward(const Params& p, const Tile& tile, uint32_t shared)
+      : p_(p),
+        tile_(tile),
+        shared_(shared),
+        lane_(threadIdx.x % 32),
+        warp_row_(threadIdx.x / 32 * T::kWarpRows),
+        sees_(p, tile.sequence),
+        scores_(p, tile.b, tile.head, sees_.offset),
+        key_(sees_.first(tile.row)),
+        last_row_(min(tile.row + T::kRows, int(tile.sequence.q_length)) - 1),
+        copy_(p, tile.sequence, tile.b, tile.head / int(p.heads_q / p.heads_kv), key_, sees_.last(last_row_)),
+        offset_k_(lane_offset_b<T::kHeadDim>(lane_)),
+        offset_v_(lane_offset_a<T::kHeadDim>(lane_)) {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < T::kHeadDim / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc_[m][n][e] = 0.0f;
+  }
+
+  __device__ __forceinline__ void run() {
+    const int end = sees_.last(last_row_);
+    // Blocks that start within [first_plain, last_plain] are seen whole by every row.
+    const int first_plain = sees_.first(last_row_), last_plain = sees_.last(tile_.row) - T::kBlockN;
+    load_queries();
+    bool loaded = false;
+    while (key_ < end) {
+      if (!loaded) next_block();
+      const bool ready = careful_block();
+      loaded = false;
+      key_ += T::kBlockN;
+      if (!ready || key_ < first_plain) continue;
+      for (; key_ <= last_plain; key_ += T::kBlockN) {
+        next_block();
+        loaded = !quick_block();
+        if (loaded) break;
+      }
+    }
+    store();
+  }
+
+ private:
+  // The queries, and the first block of keys and values.
+  __device__ __forceinline__ void load_queries() {
+    const uint32_t at = shared_ + T::kStageBytes;
+    using Copy = TileCopy<T::kRows, T::kHeadDim, T::kThreads>;
+    Copy queries(p_.q, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row, int(p_.head_dim));
+    queries.next(at + Copy::offset(), last_row_ + 1 - tile_.row - Copy::row());
+    stage_ = T::kStageBytes;
+    copy_.next(shared_);
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();
+    q_.load(at + warp_row_ * T::kHeadDim * 2, lane_);
+  }
+
+  // Turns to the next block, and asks for the one after it.
+  __device__ __forceinline__ void next_block() {
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // the block has arrived for all, and all are done with the one before
+    copy_.next(shared_ + stage_);
+    stage_ ^= T::kStageBytes;
+  }
+
+  __device__ __forceinline__ uint32_t key_tile() const { return shared_ + stage_; }
+  __device__ __forceinline__ uint32_t value_tile() const { return shared_ + stage_ + T::kTileBytes; }
+
+  __device__ __forceinline__ int row_of(int m, int r) const {
+    return tile_.row + warp_row_ + m * 16 + r * 8 + lane_ / 4;
+  }
+
+  __device__ __forceinline__ void products(Tile16& s, uint32_t keys) {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) s[m][e / 4][e % 4] = 0.0f;
+    multiply_transposed<Number, T::kRowTiles, T::kHeadDim>(s, q_, keys, offset_k_);
+  }
+
+  // Returns false, with nothing changed, if a probability may have grown too large.
+  __device__ __forceinline__ bool quick_block() {
+    uint32_t probs[T::kBlockN / kChunk][T::kRowTiles][4];
+    float sum[T::kRowTiles][2] = {};
+#pragma unroll
+    for (int c = 0; c < T::kBlockN / kChunk; ++c) {
+      Tile16 s;
+      products(s, key_tile() + c * kChunkBytesInTile);
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int column = key_ + c * kChunk + n * 8 + lane_ % 4 * 2 + e % 2;
+            s[m][n][e] = scores_.probability(s[m][n][e], row_of(m, e / 2), column, softmax_.reference[m][e / 2]);
+            sum[m][e / 2] += s[m][n][e];
+          }
+        pack<Number>(probs[c][m], s[m]);
+      }
+    }
+    bool fits = true;
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) fits = fits && sum[m][r] < Number::kLargestSum;
+    if (!__all_sync(kWholeWarp, fits)) return false;
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) softmax_.sum[m][r] += sum[m][r];
+#pragma unroll
+    for (int c = 0; c < T::kBlockN / kChunk; ++c)
+      multiply<Number, T::kRowTiles, T::kHeadDim>(acc_, probs[c], value_tile() + c * kChunkBytesInTile, offset_v_);
+    return true;
+  }
+
+  // Returns true if every row of the warp has a reference.
+  __device__ __forceinline__ bool careful_block() {
+    const int warp_first = min(tile_.row + warp_row_, last_row_);
+    const int warp_last = min(tile_.row + warp_row_ + T::kWarpRows - 1, last_row_);
+    const int first = sees_.first(warp_first), last = sees_.last(warp_last);
+    const int whole_first = sees_.first(warp_last), whole_last = sees_.last(warp_first);
+#pragma unroll 1
+    for (int c = 0; c < T::kBlockN / kChunk; ++c) {
+      const int key = key_ + c * kChunk;
+      if (key + kChunk <= first || key >= last) continue;
+      const bool whole = key >= whole_first && key + kChunk <= whole_last;
+      Tile16 s;
+      products(s, key_tile() + c * kChunkBytesInTile);
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            s[m][n][e] = scores_(s[m][n][e], row_of(m, e / 2), key + n * 8 + lane_ % 4 * 2 + e % 2);
+      if (!whole) mask(s, key);
+      softmax_.renew(s, acc_);
+      uint32_t probs[T::kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            s[m][n][e] = ptx::ex2_approx(s[m][n][e] - softmax_.base(m, e / 2));
+            softmax_.sum[m][e / 2] += s[m][n][e];
+          }
+        pack<Number>(probs[m], s[m]);
+      }
+      multiply<Number, T::kRowTiles, T::kHeadDim>(acc_, probs, value_tile() + c * kChunkBytesInTile, offset_v_);
+    }
+    return softmax_.ready();
+  }
+
+  __device__ __forceinline__ void mask(Tile16& s, int key) {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = min(row_of(m, r), last_row_);
+        const int first = sees_.first(row);
+        const unsigned span = max(sees_.last(row) - first, 0);
+        const int column = key + lane_ % 4 * 2 - first;
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (unsigned(column + n * 8 + e) >= span) s[m][n][2 * r + e] = -INFINITY;
+      }
+  }
+
+  __device__ __forceinline__ void store() {
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // all are done with the last block, where out passes through
+    const int rows = int(tile_.sequence.q_length);
+    const float* sinks = static_cast<const float*>(p_.sinks.data);
+    const float sink = sinks == nullptr ? 0.0f : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
+    const uint32_t warp_tile = warp_row_ * T::kHeadDim * 2;
+    char* out_tile = shared_memory() + warp_tile;
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const RowEnd end(softmax_.reference[m][r], quad_sum(softmax_.sum[m][r]), sinks != nullptr, sink);
+        const int row = row_of(m, r);
+        if (lane_ % 4 == 0 && row < rows && p_.lse.data != nullptr) {
+          float* lse = static_cast<float*>(p_.lse.data);
+          lse[tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
+              (tile_.sequence.q_begin + row) * p_.lse.stride_s] = end.lse * kLn2;
+        }
+#pragma unroll
+        for (int n = 0; n < T::kHeadDim / 8; ++n) {
+          const uint32_t two =
+              Number::pack(acc_[m][n][2 * r] * end.factor, acc_[m][n][2 * r + 1] * end.factor);
+          const int local = m * 16 + r * 8 + lane_ / 4;
+          *reinterpret_cast<uint32_t*>(out_tile + Swizzle<T::kHeadDim>::offset(local, n) + lane_ % 4 * 4) = two;
+        }
+      }
+    __syncwarp();
+    char* out = static_cast<char*>(p_.out.data) +
+                (tile_.b * p_.out.stride_b + tile_.head * p_.out.stride_h + tile_.sequence.q_begin * p_.out.stride_s) * 2;
+    constexpr int kRowChunks = T::kHeadDim / kChunkNumbers;
+#pragma unroll
+    for (int i = 0; i < T::kWarpRows * kRowChunks / 32; ++i) {
+      const int index = lane_ + i * 32, local = index / kRowChunks, chunk = index % kRowChunks;
+      const int row = tile_.row + warp_row_ + local;
+      if (row >= rows || chunk * kChunkNumbers >= p_.head_dim_v) continue;
+      const uint4 eight = *reinterpret_cast<const uint4*>(out_tile + Swizzle<T::kHeadDim>::offset(local, chunk));
+      *reinterpret_cast<uint4*>(out + (row * p_.out.stride_s) * 2 + chunk * kChunkBytes) = eight;
+    }
+  }
+
+  static __device__ __forceinline__ char* shared_memory() {
+    extern __shared__ __align__(128) char memory[];
+    return memory;
+  }
+
+  const Params& p_;
+  const Tile& tile_;
+  uint32_t shared_, stage_;
+  int lane_, warp_row_;
+  Visibility sees_;
+  int key_;       // where the current block begins
+  int last_row_;  // the tile's last that exists; those past it see what it sees
+  Scores<T::kGeneral> scores_;
+  KeyValueCopy<T::kBlockN, T::kHeadDim, T::kThreads> copy_;
+  uint32_t offset_k_, offset_v_;
+  RowFragments<T::kRowTiles, T::kHeadDim> q_;
+  Softmax<T::kRowTiles> softmax_;
+  float acc_[T::kRowTiles][T::kHeadDim / 8][4];
+};
+
+template <class T>
+__device__ __forceinline__ void forward(const Arguments& a) {
+  extern __shared__ __align__(128) char memory[];
+  __shared__ Tile tile;  // rarely needed, and registers are
+  if (threadIdx.x == 0) tile = this_tile<T::kRows>(a.p);
+  __syncthreads();
+  if (tile.row < 0 || tile.row >= tile.sequence.q_length) return;
+  Forward<T>(a.p, tile, shared_address(memory)).run();
+}
+
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace fastattn

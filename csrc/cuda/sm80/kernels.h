@@ -1,0 +1,18 @@
+// The families of kernels for compute capability 8.0 and up. Each head dimension is a translation unit of its own.
+#pragma once
+
+#include "../kernel.h"
+
+namespace fastattn {
+namespace cuda {
+namespace sm80 {
+
+// general: with softcap or ALiBi.
+template <int kHeadDim>
+struct ForwardKernels {
+  static Kernel get(DType dtype, bool general);
+};
+
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace fastattn

@@ -1,0 +1,74 @@
+// Products of 16-row fragments with tiles in shared memory, 16 rows or columns of the tile at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "../ptx/matrix.h"
+#include "../shared_tile.h"
+
+namespace fastattn {
+namespace cuda {
+namespace sm80 {
+
+// Rows of a tile in registers, as the A operand: kRowTiles times 16 rows of kColumns numbers.
+template <int kRowTiles, int kColumns>
+struct RowFragments {
+  uint32_t r[kRowTiles][kColumns / 16][4];
+
+  // From the rows that start at `tile`.
+  __device__ __forceinline__ void load(uint32_t tile, int lane) {
+    const uint32_t offset = lane_offset_a<kColumns>(lane);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int k = 0; k < kColumns / 16; ++k)
+        ptx::ldmatrix_x4(r[m][k], tile + m * 16 * kColumns * 2 + Swizzle<kColumns>::advance(offset, k));
+  }
+};
+
+// c[m][n] += rows[m] times 16 rows of a tile, transposed: the products of 16 queries with 16 keys. `tile` points to the
+// first of the rows, `offset` is lane_offset_b.
+template <class Number, int kRowTiles, int kColumns>
+__device__ __forceinline__ void multiply_transposed(float (&c)[kRowTiles][2][4],
+                                                    const RowFragments<kRowTiles, kColumns>& rows, uint32_t tile,
+                                                    uint32_t offset) {
+#pragma unroll
+  for (int k = 0; k < kColumns / 16; ++k) {
+    uint32_t b[4];
+    ptx::ldmatrix_x4(b, tile + Swizzle<kColumns>::advance(offset, k));
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      Number::mma(c[m][0], rows.r[m][k], b[0], b[1]);
+      Number::mma(c[m][1], rows.r[m][k], b[2], b[3]);
+    }
+  }
+}
+
+// acc[m] += a[m] times 16 rows of a tile: probabilities of 16 keys times their values. `offset` is lane_offset_a.
+template <class Number, int kRowTiles, int kColumns>
+__device__ __forceinline__ void multiply(float (&acc)[kRowTiles][kColumns / 8][4], const uint32_t (&a)[kRowTiles][4],
+                                         uint32_t tile, uint32_t offset) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 16; ++n) {
+    uint32_t b[4];
+    ptx::ldmatrix_x4_trans(b, tile + Swizzle<kColumns>::advance(offset, n));
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      Number::mma(acc[m][2 * n], a[m], b[0], b[1]);
+      Number::mma(acc[m][2 * n + 1], a[m], b[2], b[3]);
+    }
+  }
+}
+
+// Two neighbouring products as the A operand of the next one.
+template <class Number>
+__device__ __forceinline__ void pack(uint32_t (&a)[4], const float (&c)[2][4]) {
+  a[0] = Number::pack(c[0][0], c[0][1]);
+  a[1] = Number::pack(c[0][2], c[0][3]);
+  a[2] = Number::pack(c[1][0], c[1][1]);
+  a[3] = Number::pack(c[1][2], c[1][3]);
+}
+
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace fastattn
