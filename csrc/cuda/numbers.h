@@ -20,8 +20,14 @@ struct BFloat16 {
   static __device__ __forceinline__ float2 unpack(uint32_t two) {
     return {__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)};
   }
+  // c += a b
   static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    ptx::mma_m16n8k16_bf16(c, a, b0, b1);
+    ptx::mma_m16n8k16_bf16(c, a, b0, b1, c);
+  }
+  // c = a b
+  static __device__ __forceinline__ void product(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const float zeros[4] = {};
+    ptx::mma_m16n8k16_bf16(c, a, b0, b1, zeros);
   }
 };
 
@@ -31,8 +37,14 @@ struct Float16 {
   static __device__ __forceinline__ float2 unpack(uint32_t two) {
     return __half22float2(*reinterpret_cast<const __half2*>(&two));
   }
+  // c += a b
   static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    ptx::mma_m16n8k16_f16(c, a, b0, b1);
+    ptx::mma_m16n8k16_f16(c, a, b0, b1, c);
+  }
+  // c = a b
+  static __device__ __forceinline__ void product(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const float zeros[4] = {};
+    ptx::mma_m16n8k16_f16(c, a, b0, b1, zeros);
   }
 };
 

@@ -13,6 +13,7 @@ constexpr int kOpen = 1 << 29;  // a side of a window that ends nowhere; positio
 struct Visibility {
   int offset, left, right, k_length;
 
+  Visibility() = default;
   __device__ __forceinline__ Visibility(const Params& p, const Sequence& s)
       : offset(static_cast<int>(s.offset)),
         left(p.window_left < 0 || p.window_left > kOpen ? kOpen : static_cast<int>(p.window_left)),
@@ -32,8 +33,10 @@ struct Visibility {
 struct Tile {
   int64_t b;
   int head;
-  int row;  // first row, within the sequence
+  int row;       // first row, within the sequence
+  int last_row;  // the last that exists, or below `row`: there is none
   Sequence sequence;
+  Visibility sees;
 };
 
 // Sequence b of a varlen call owns the tiles from cu_seqlens[b] / rows + b on, which are at least as many as it needs:
@@ -70,6 +73,10 @@ __device__ __forceinline__ Tile this_tile(const Params& p) {
   }
   tile.row = number * kRows;
   tile.sequence = sequence_of(p, tile.b);
+  tile.sees = Visibility(p, tile.sequence);
+  const int64_t length = kOfKeys ? tile.sequence.k_length : tile.sequence.q_length;
+  // Wrong cu_seqlens may lead to a tile before the first row.
+  tile.last_row = tile.row < 0 ? tile.row - 1 : static_cast<int>(tile.row + kRows < length ? tile.row + kRows : length) - 1;
   return tile;
 }
 

@@ -97,6 +97,23 @@ class TileCopy {
   bool exists_[kGroups];
 };
 
+// Writes the rows of a warp's tile to a tensor: `rows` of them, `columns` numbers each, from first_row of the tensor on.
+template <int kRows, int kColumns>
+__device__ __forceinline__ void store_rows(const View& view, int64_t b, int64_t head, int64_t first_row, int rows,
+                                           int columns, const char* tile, int lane) {
+  constexpr int kLanes = Swizzle<kColumns>::kGroupBytes / kChunkBytes;
+  const int row = lane / kLanes, chunk = lane % kLanes;
+  char* to = static_cast<char*>(view.data) +
+             (b * view.stride_b + head * view.stride_h + (first_row + row) * view.stride_s) * 2 + chunk * kChunkBytes;
+#pragma unroll
+  for (int r = 0; r < kRows; r += 32 / kLanes, to += 32 / kLanes * view.stride_s * 2)
+#pragma unroll
+    for (int g = 0; g < kColumns / kChunkNumbers; g += kLanes)
+      if (row + r < rows && (chunk + g) * kChunkNumbers < columns)
+        *reinterpret_cast<uint4*>(to + g * kChunkBytes) =
+            *reinterpret_cast<const uint4*>(tile + Swizzle<kColumns>::offset(row + r, chunk + g));
+}
+
 // Keys and values, block after block.
 template <int kRows, int kColumns, int kThreads>
 class KeyValueCopy {

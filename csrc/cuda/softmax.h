@@ -24,10 +24,6 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 template <int kRowTiles>
 struct Softmax {
-  // A score may exceed the reference by this much, in units of log2, before the row is rescaled: probabilities up to
-  // 256 lose no accuracy, and few rows ever grow that much after their first keys.
-  static constexpr float kSlack = 8.0f;
-
   float reference[kRowTiles][2];  // -inf: the row has seen no key
   float sum[kRowTiles][2];        // of this lane's columns
 
@@ -46,31 +42,51 @@ struct Softmax {
     return __all_sync(kWholeWarp, set);
   }
 
-  // What to subtract from scores: a row without a reference has none but -inf.
-  __device__ __forceinline__ float base(int m, int r) const {
-    return reference[m][r] == -INFINITY ? 0.0f : reference[m][r];
+  // Scores to probabilities. A row that has no reference has no score but -inf.
+  __device__ __forceinline__ void probabilities(float (&scores)[kRowTiles][2][4]) const {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float base = reference[m][r] == -INFINITY ? 0.0f : reference[m][r];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          scores[m][i / 2][2 * r + i % 2] = ptx::ex2_approx(scores[m][i / 2][2 * r + i % 2] - base);
+      }
   }
 
-  // Renews the references if a score of this lane's two columns in each of two 16 x 8 products is too large for them,
-  // and rescales what has been summed up to here.
+  // Adds probabilities of two 16 x 8 products to `sums`.
+  static __device__ __forceinline__ void sum_up(float (&sums)[kRowTiles][2], const float (&probs)[kRowTiles][2][4]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sums[m][e % 4 / 2] += probs[m][e / 4][e % 4];
+  }
+
+  __device__ __forceinline__ void add(const float (&sums)[kRowTiles][2]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) sum[m][0] += sums[m][0], sum[m][1] += sums[m][1];
+  }
+
+  // True in all lanes if no probability of those that were summed here can have been too large.
+  static __device__ __forceinline__ bool fits(const float (&sums)[kRowTiles][2], float limit) {
+    bool fit = true;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) fit = fit && sums[m][0] < limit && sums[m][1] < limit;
+    return __all_sync(kWholeWarp, fit);
+  }
+
+  // Raises the references to the largest of these scores, two columns of each of two 16 x 8 products, and rescales what
+  // has been summed up to here.
   template <int kTiles>
   __device__ __forceinline__ void renew(const float (&scores)[kRowTiles][2][4], float (&acc)[kRowTiles][kTiles][4]) {
-    float top[kRowTiles][2];
-    bool grown = false;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        top[m][r] = fmaxf(fmaxf(scores[m][0][2 * r], scores[m][0][2 * r + 1]),
-                          fmaxf(scores[m][1][2 * r], scores[m][1][2 * r + 1]));
-        grown = grown || top[m][r] > reference[m][r] + kSlack;
-      }
-    if (!__any_sync(kWholeWarp, grown)) return;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float renewed = fmaxf(reference[m][r], quad_max(top[m][r]));
+        const float top = quad_max(fmaxf(fmaxf(scores[m][0][2 * r], scores[m][0][2 * r + 1]),
+                                         fmaxf(scores[m][1][2 * r], scores[m][1][2 * r + 1])));
+        const float renewed = fmaxf(reference[m][r], top);
         const float factor = reference[m][r] == -INFINITY ? 0.0f : ptx::ex2_approx(reference[m][r] - renewed);
         reference[m][r] = renewed;
         sum[m][r] *= factor;
@@ -81,24 +97,17 @@ struct Softmax {
 };
 
 // How a row ends: what its accumulated values are multiplied by, and its lse in units of log2. The sink, in the same
-// units, is one more probability without a value; a row that sees no key has none of it either.
+// units, -inf for none, is one more probability without a value; a row that sees no key has none of it either.
 struct RowEnd {
   float factor, lse;
 
-  __device__ __forceinline__ RowEnd(float reference, float row_sum, bool with_sink, float sink) {
-    if (reference == -INFINITY && row_sum == 0.0f) {
-      factor = 0.0f, lse = -INFINITY;
-      return;
-    }
-    float correction = 1.0f;
-    if (with_sink) {
-      const float top = fmaxf(reference, sink);
-      correction = ptx::ex2_approx(reference - top);
-      row_sum = row_sum * correction + ptx::ex2_approx(sink - top);
-      reference = top;
-    }
-    factor = correction / row_sum;
-    lse = reference + log2f(row_sum);
+  __device__ __forceinline__ RowEnd(float reference, float row_sum, float sink) {
+    const bool empty = reference == -INFINITY;
+    const float top = fmaxf(reference, sink);
+    const float correction = ptx::ex2_approx(reference - top);
+    const float total = row_sum * correction + ptx::ex2_approx(sink - top);
+    factor = empty ? 0.0f : correction * ptx::rcp_approx(total);
+    lse = empty ? -INFINITY : top + ptx::lg2_approx(total);
   }
 };
 

@@ -25,7 +25,7 @@ struct ForwardTraits {
   using Number = Number_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kGeneral = kGeneral_;
-  static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1;  // of 16 rows, per warp
+  static constexpr int kRowTiles = kHeadDim < 128 || (kHeadDim == 128 && !kGeneral) ? 2 : 1;  // of 16 rows, per warp
   static constexpr int kWarps = 8 / kRowTiles;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpRows = 16 * kRowTiles;
@@ -53,11 +53,10 @@ class Forward {
         shared_(shared),
         lane_(threadIdx.x % 32),
         warp_row_(threadIdx.x / 32 * T::kWarpRows),
-        sees_(p, tile.sequence),
+        sees_(tile.sees),
         scores_(p, tile.b, tile.head, sees_.offset),
         key_(sees_.first(tile.row)),
-        last_row_(min(tile.row + T::kRows, int(tile.sequence.q_length)) - 1),
-        copy_(p, tile.sequence, tile.b, tile.head / int(p.heads_q / p.heads_kv), key_, sees_.last(last_row_)),
+        copy_(p, tile.sequence, tile.b, tile.head / int(p.heads_q / p.heads_kv), key_, sees_.last(tile_.last_row)),
         offset_k_(lane_offset_b<T::kHeadDim>(lane_)),
         offset_v_(lane_offset_a<T::kHeadDim>(lane_)) {
 #pragma unroll
@@ -69,17 +68,16 @@ class Forward {
   }
 
   __device__ __forceinline__ void run() {
-    const int end = sees_.last(last_row_);
-    // Blocks that start within [first_plain, last_plain] are seen whole by every row.
-    const int first_plain = sees_.first(last_row_), last_plain = sees_.last(tile_.row) - T::kBlockN;
     load_queries();
     bool loaded = false;
-    while (key_ < end) {
+    while (key_ < sees_.last(tile_.last_row)) {
       if (!loaded) next_block();
-      const bool ready = careful_block();
+      careful_block();
       loaded = false;
       key_ += T::kBlockN;
-      if (!ready || key_ < first_plain) continue;
+      if (key_ < sees_.first(tile_.last_row) || !softmax_.ready()) continue;
+      // Blocks that start up to here are seen whole by every row.
+      const int last_plain = sees_.last(tile_.row) - T::kBlockN;
       for (; key_ <= last_plain; key_ += T::kBlockN) {
         next_block();
         loaded = !quick_block();
@@ -95,7 +93,7 @@ class Forward {
     const uint32_t at = shared_ + T::kStageBytes;
     using Copy = TileCopy<T::kRows, T::kHeadDim, T::kThreads>;
     Copy queries(p_.q, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row, int(p_.head_dim));
-    queries.next(at + Copy::offset(), last_row_ + 1 - tile_.row - Copy::row());
+    queries.next(at + Copy::offset(), tile_.last_row + 1 - tile_.row - Copy::row());
     stage_ = T::kStageBytes;
     copy_.next(shared_);
     ptx::cp_async_wait_group<0>();
@@ -118,146 +116,144 @@ class Forward {
     return tile_.row + warp_row_ + m * 16 + r * 8 + lane_ / 4;
   }
 
-  __device__ __forceinline__ void products(Tile16& s, uint32_t keys) {
+  // Key of an element of a product, from the product's first one on.
+  __device__ __forceinline__ int column_of(int n, int e) const { return n * 8 + lane_ % 4 * 2 + e; }
+
+  __device__ __forceinline__ void products(Tile16& s, uint32_t keys) const {
+    multiply_transposed<Number, T::kRowTiles, T::kHeadDim>(s, q_, keys, offset_k_);
+  }
+
+  // Products to probabilities, for rows that have references.
+  __device__ __forceinline__ void probabilities(Tile16& s, int key) const {
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
-      for (int e = 0; e < 8; ++e) s[m][e / 4][e % 4] = 0.0f;
-    multiply_transposed<Number, T::kRowTiles, T::kHeadDim>(s, q_, keys, offset_k_);
+      for (int e = 0; e < 8; ++e)
+        s[m][e / 4][e % 4] = scores_.probability(s[m][e / 4][e % 4], row_of(m, e % 4 / 2),
+                                                 key + column_of(e / 4, e % 2), softmax_.reference[m][e % 4 / 2]);
   }
 
   // Returns false, with nothing changed, if a probability may have grown too large.
   __device__ __forceinline__ bool quick_block() {
     uint32_t probs[T::kBlockN / kChunk][T::kRowTiles][4];
-    float sum[T::kRowTiles][2] = {};
+    float sums[T::kRowTiles][2] = {};
 #pragma unroll
     for (int c = 0; c < T::kBlockN / kChunk; ++c) {
       Tile16 s;
       products(s, key_tile() + c * kChunkBytesInTile);
+      probabilities(s, key_ + c * kChunk);
+      softmax_.sum_up(sums, s);
 #pragma unroll
-      for (int m = 0; m < T::kRowTiles; ++m) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int column = key_ + c * kChunk + n * 8 + lane_ % 4 * 2 + e % 2;
-            s[m][n][e] = scores_.probability(s[m][n][e], row_of(m, e / 2), column, softmax_.reference[m][e / 2]);
-            sum[m][e / 2] += s[m][n][e];
-          }
-        pack<Number>(probs[c][m], s[m]);
-      }
+      for (int m = 0; m < T::kRowTiles; ++m) pack<Number>(probs[c][m], s[m]);
     }
-    bool fits = true;
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) fits = fits && sum[m][r] < Number::kLargestSum;
-    if (!__all_sync(kWholeWarp, fits)) return false;
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) softmax_.sum[m][r] += sum[m][r];
+    if (!softmax_.fits(sums, Number::kLargestSum)) return false;
+    softmax_.add(sums);
 #pragma unroll
     for (int c = 0; c < T::kBlockN / kChunk; ++c)
       multiply<Number, T::kRowTiles, T::kHeadDim>(acc_, probs[c], value_tile() + c * kChunkBytesInTile, offset_v_);
     return true;
   }
 
-  // Returns true if every row of the warp has a reference.
-  __device__ __forceinline__ bool careful_block() {
-    const int warp_first = min(tile_.row + warp_row_, last_row_);
-    const int warp_last = min(tile_.row + warp_row_ + T::kWarpRows - 1, last_row_);
+  __device__ __forceinline__ void careful_block() {
+    const int warp_first = min(tile_.row + warp_row_, tile_.last_row);
+    const int warp_last = min(tile_.row + warp_row_ + T::kWarpRows - 1, tile_.last_row);
     const int first = sees_.first(warp_first), last = sees_.last(warp_last);
     const int whole_first = sees_.first(warp_last), whole_last = sees_.last(warp_first);
 #pragma unroll 1
     for (int c = 0; c < T::kBlockN / kChunk; ++c) {
       const int key = key_ + c * kChunk;
       if (key + kChunk <= first || key >= last) continue;
-      const bool whole = key >= whole_first && key + kChunk <= whole_last;
-      Tile16 s;
-      products(s, key_tile() + c * kChunkBytesInTile);
-#pragma unroll
-      for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            s[m][n][e] = scores_(s[m][n][e], row_of(m, e / 2), key + n * 8 + lane_ % 4 * 2 + e % 2);
-      if (!whole) mask(s, key);
-      softmax_.renew(s, acc_);
-      uint32_t probs[T::kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < T::kRowTiles; ++m) {
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            s[m][n][e] = ptx::ex2_approx(s[m][n][e] - softmax_.base(m, e / 2));
-            softmax_.sum[m][e / 2] += s[m][n][e];
-          }
-        pack<Number>(probs[m], s[m]);
-      }
-      multiply<Number, T::kRowTiles, T::kHeadDim>(acc_, probs, value_tile() + c * kChunkBytesInTile, offset_v_);
+      careful_chunk(c, key, key < whole_first, key + kChunk > whole_last);
     }
-    return softmax_.ready();
   }
 
-  __device__ __forceinline__ void mask(Tile16& s, int key) {
+  // 16 keys of the block, some of which may be hidden to the left or right of what some rows see.
+  __device__ __forceinline__ void careful_chunk(int c, int key, bool hides_left, bool hides_right) {
+    Tile16 s;
+    float sums[T::kRowTiles][2] = {};
+    bool done = false;
+    if (softmax_.ready()) {
+      products(s, key_tile() + c * kChunkBytesInTile);
+      probabilities(s, key);
+      hide(s, key, hides_left, hides_right, 0.0f);
+      softmax_.sum_up(sums, s);
+      done = softmax_.fits(sums, Number::kLargestSum);
+    }
+    if (!done) {
+      products(s, key_tile() + c * kChunkBytesInTile);
+      scores(s, key);
+      hide(s, key, hides_left, hides_right, -INFINITY);
+      softmax_.renew(s, acc_);
+      softmax_.probabilities(s);
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) sums[m][0] = sums[m][1] = 0.0f;
+      softmax_.sum_up(sums, s);
+    }
+    softmax_.add(sums);
+    uint32_t probs[T::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) pack<Number>(probs[m], s[m]);
+    multiply<Number, T::kRowTiles, T::kHeadDim>(acc_, probs, value_tile() + c * kChunkBytesInTile, offset_v_);
+  }
+
+  // Products to scores.
+  __device__ __forceinline__ void scores(Tile16& s, int key) const {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        s[m][e / 4][e % 4] = scores_(s[m][e / 4][e % 4], row_of(m, e % 4 / 2), key + column_of(e / 4, e % 2));
+  }
+
+  // Gives what a row does not see a value of its own.
+  __device__ __forceinline__ void hide(Tile16& x, int key, bool left, bool right, float value) const {
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = min(row_of(m, r), last_row_);
-        const int first = sees_.first(row);
-        const unsigned span = max(sees_.last(row) - first, 0);
-        const int column = key + lane_ % 4 * 2 - first;
+        const int row = min(row_of(m, r), tile_.last_row);
+        if (right) {
+          const int last = sees_.last(row) - key - column_of(0, 0);
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+          for (int i = 0; i < 4; ++i)
+            if (i / 2 * 8 + i % 2 >= last) x[m][i / 2][2 * r + i % 2] = value;
+        }
+        if (left) {
+          const int first = sees_.first(row) - key - column_of(0, 0);
 #pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (unsigned(column + n * 8 + e) >= span) s[m][n][2 * r + e] = -INFINITY;
+          for (int i = 0; i < 4; ++i)
+            if (i / 2 * 8 + i % 2 < first) x[m][i / 2][2 * r + i % 2] = value;
+        }
       }
   }
 
   __device__ __forceinline__ void store() {
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // all are done with the last block, where out passes through
-    const int rows = int(tile_.sequence.q_length);
     const float* sinks = static_cast<const float*>(p_.sinks.data);
-    const float sink = sinks == nullptr ? 0.0f : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
-    const uint32_t warp_tile = warp_row_ * T::kHeadDim * 2;
-    char* out_tile = shared_memory() + warp_tile;
+    const float sink = sinks == nullptr ? -INFINITY : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
+    char* out_tile = shared_memory() + warp_row_ * T::kHeadDim * 2;
+    float* lse = static_cast<float*>(p_.lse.data);
+    if (lse != nullptr)
+      lse += tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
+             (tile_.sequence.q_begin + row_of(0, 0)) * p_.lse.stride_s;
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const RowEnd end(softmax_.reference[m][r], quad_sum(softmax_.sum[m][r]), sinks != nullptr, sink);
-        const int row = row_of(m, r);
-        if (lane_ % 4 == 0 && row < rows && p_.lse.data != nullptr) {
-          float* lse = static_cast<float*>(p_.lse.data);
-          lse[tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
-              (tile_.sequence.q_begin + row) * p_.lse.stride_s] = end.lse * kLn2;
-        }
+        const RowEnd end(softmax_.reference[m][r], quad_sum(softmax_.sum[m][r]), sink);
+        if (lane_ % 4 == 0 && row_of(m, r) <= tile_.last_row && lse != nullptr)
+          lse[(m * 16 + r * 8) * p_.lse.stride_s] = end.lse * kLn2;
 #pragma unroll
         for (int n = 0; n < T::kHeadDim / 8; ++n) {
-          const uint32_t two =
-              Number::pack(acc_[m][n][2 * r] * end.factor, acc_[m][n][2 * r + 1] * end.factor);
-          const int local = m * 16 + r * 8 + lane_ / 4;
-          *reinterpret_cast<uint32_t*>(out_tile + Swizzle<T::kHeadDim>::offset(local, n) + lane_ % 4 * 4) = two;
+          const uint32_t two = Number::pack(acc_[m][n][2 * r] * end.factor, acc_[m][n][2 * r + 1] * end.factor);
+          const uint32_t at = Swizzle<T::kHeadDim>::offset(lane_ / 4, n) + (m * 16 + r * 8) * T::kHeadDim * 2;
+          *reinterpret_cast<uint32_t*>(out_tile + at + lane_ % 4 * 4) = two;
         }
       }
     __syncwarp();
-    char* out = static_cast<char*>(p_.out.data) +
-                (tile_.b * p_.out.stride_b + tile_.head * p_.out.stride_h + tile_.sequence.q_begin * p_.out.stride_s) * 2;
-    constexpr int kRowChunks = T::kHeadDim / kChunkNumbers;
-#pragma unroll
-    for (int i = 0; i < T::kWarpRows * kRowChunks / 32; ++i) {
-      const int index = lane_ + i * 32, local = index / kRowChunks, chunk = index % kRowChunks;
-      const int row = tile_.row + warp_row_ + local;
-      if (row >= rows || chunk * kChunkNumbers >= p_.head_dim_v) continue;
-      const uint4 eight = *reinterpret_cast<const uint4*>(out_tile + Swizzle<T::kHeadDim>::offset(local, chunk));
-      *reinterpret_cast<uint4*>(out + (row * p_.out.stride_s) * 2 + chunk * kChunkBytes) = eight;
-    }
+    store_rows<T::kWarpRows, T::kHeadDim>(p_.out, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row + warp_row_,
+                                          tile_.last_row + 1 - tile_.row - warp_row_, int(p_.head_dim_v), out_tile, lane_);
   }
 
   static __device__ __forceinline__ char* shared_memory() {
@@ -269,9 +265,8 @@ class Forward {
   const Tile& tile_;
   uint32_t shared_, stage_;
   int lane_, warp_row_;
-  Visibility sees_;
+  const Visibility& sees_;
   int key_;       // where the current block begins
-  int last_row_;  // the tile's last that exists; those past it see what it sees
   Scores<T::kGeneral> scores_;
   KeyValueCopy<T::kBlockN, T::kHeadDim, T::kThreads> copy_;
   uint32_t offset_k_, offset_v_;
@@ -286,7 +281,7 @@ __device__ __forceinline__ void forward(const Arguments& a) {
   __shared__ Tile tile;  // rarely needed, and registers are
   if (threadIdx.x == 0) tile = this_tile<T::kRows>(a.p);
   __syncthreads();
-  if (tile.row < 0 || tile.row >= tile.sequence.q_length) return;
+  if (tile.last_row < tile.row) return;
   Forward<T>(a.p, tile, shared_address(memory)).run();
 }
 

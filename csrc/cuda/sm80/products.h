@@ -26,7 +26,7 @@ struct RowFragments {
   }
 };
 
-// c[m][n] += rows[m] times 16 rows of a tile, transposed: the products of 16 queries with 16 keys. `tile` points to the
+// c[m][n] = rows[m] times 16 rows of a tile, transposed: the products of 16 queries with 16 keys. `tile` points to the
 // first of the rows, `offset` is lane_offset_b.
 template <class Number, int kRowTiles, int kColumns>
 __device__ __forceinline__ void multiply_transposed(float (&c)[kRowTiles][2][4],
@@ -38,8 +38,13 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[kRowTiles][2][4],
     ptx::ldmatrix_x4(b, tile + Swizzle<kColumns>::advance(offset, k));
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      Number::mma(c[m][0], rows.r[m][k], b[0], b[1]);
-      Number::mma(c[m][1], rows.r[m][k], b[2], b[3]);
+      if (k == 0) {
+        Number::product(c[m][0], rows.r[m][k], b[0], b[1]);
+        Number::product(c[m][1], rows.r[m][k], b[2], b[3]);
+      } else {
+        Number::mma(c[m][0], rows.r[m][k], b[0], b[1]);
+        Number::mma(c[m][1], rows.r[m][k], b[2], b[3]);
+      }
     }
   }
 }
