@@ -7,7 +7,8 @@ STAMP  := $(VENV)/.installed
 OLDEST_TRITON := build/triton-3.6.0
 # What the interpreter runs on the CPU, program by program: the meaning of the Triton kernels.
 KERNEL_TESTS := $(addprefix tests/test_,forward.py backward.py varlen.py kv_cache.py nonfinite.py dropout.py strides.py)
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/simd/*.h)
+NATIVE := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cpu/simd csrc/cuda csrc/cuda/ptx csrc/cuda/sm80,\
+            $(addprefix $(folder)/*,.h .cpp .cu)))
 CPP    := $(NATIVE) $(wildcard tests/native/*.cpp)
 
 .PHONY: demo test bench lint format sanitize clean

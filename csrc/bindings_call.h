@@ -32,7 +32,8 @@ inline constexpr std::pair<const char*, const int32_t* Params::*> kIndices[] = {
     {"cu_seqlens_k", &Params::cu_seqlens_k},
     {"block_table", &Params::block_table},
 };
-inline constexpr std::pair<const char*, const void* Params::*> kTables[] = {{"cos", &Params::cos}, {"sin", &Params::sin}};
+inline constexpr std::pair<const char*, const void* Params::*> kTables[] = {{"cos", &Params::cos},
+                                                                            {"sin", &Params::sin}};
 inline constexpr std::pair<const char*, int64_t Params::*> kSizes[] = {
     {"batch", &Params::batch},
     {"heads_q", &Params::heads_q},

@@ -75,8 +75,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fastattn. Addresses and strides are trusted: fastattn.problem has checked them.";
   m.def("why_unavailable", &fastattn::cuda::why_unavailable, "Empty, or why kernels cannot run here.");
   m.def("address_offsets", &fastattn::address_offsets, "Offsets of the addresses within a kernel's argument.");
-  m.attr("HEAD_DIMS") = py::tuple(py::cast(std::vector<int>(std::begin(fastattn::cuda::kHeadDims),
-                                                            std::end(fastattn::cuda::kHeadDims))));
+  m.attr("HEAD_DIMS") =
+      py::tuple(py::cast(std::vector<int>(std::begin(fastattn::cuda::kHeadDims), std::end(fastattn::cuda::kHeadDims))));
   py::enum_<Operation>(m, "Operation", py::module_local())
       .value("forward", Operation::kForward)
       .value("backward", Operation::kBackward)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from fastattn.backends.cuda import Architecture
 from fastattn.backends.native import Tensors, addresses
 
@@ -92,6 +93,7 @@ class _Memory:
 def kernels(architecture: int) -> dict[str, Any]:
     """The modules of PTX for an architecture, by the names of their kernels."""
     import triton
+
     from fastattn import _cuda
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

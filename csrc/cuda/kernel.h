@@ -26,14 +26,14 @@ template <class Traits>
 Kernel describe();
 
 // Defines a kernel that does BODY<TRAITS>(arguments), and describe<TRAITS>().
-#define FASTATTN_KERNEL(NAME, TRAITS, BODY)                                                                    \
-  extern "C" __global__ void __launch_bounds__(TRAITS::kThreads) NAME(const __grid_constant__ Arguments a) {  \
-    BODY<TRAITS>(a);                                                                                           \
-  }                                                                                                            \
-  template <>                                                                                                  \
-  Kernel describe<TRAITS>() {                                                                                  \
+#define FASTATTN_KERNEL(NAME, TRAITS, BODY)                                                                     \
+  extern "C" __global__ void __launch_bounds__(TRAITS::kThreads) NAME(const __grid_constant__ Arguments a) {    \
+    BODY<TRAITS>(a);                                                                                            \
+  }                                                                                                             \
+  template <>                                                                                                   \
+  Kernel describe<TRAITS>() {                                                                                   \
     return {FASTATTN_STRING(NAME), reinterpret_cast<const void*>(NAME), TRAITS::kThreads, TRAITS::kSharedBytes, \
-            TRAITS::kRows};                                                                                    \
+            TRAITS::kRows};                                                                                     \
   }
 
 // The kernel of a family for a type, plain or general.

@@ -2,8 +2,8 @@
 
 #include <cuda_runtime.h>
 
-#include <set>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <utility>
 
@@ -35,8 +35,8 @@ void allow_shared_memory(const Launch& launch, int device) {
   static std::set<std::pair<const void*, int>> allowed;
   const std::lock_guard<std::mutex> lock(mutex);
   if (!allowed.emplace(launch.kernel.function, device).second) return;
-  const cudaError_t error = cudaFuncSetAttribute(
-      launch.kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.kernel.shared_bytes);
+  const cudaError_t error = cudaFuncSetAttribute(launch.kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 launch.kernel.shared_bytes);
   if (error != cudaSuccess) allowed.erase({launch.kernel.function, device});
   check(error, "asking for the shared memory of " + describe(launch));
 }
@@ -76,8 +76,8 @@ std::string why_unavailable() {
 
 Device device_of(int index) {
   Device device;
-  device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
-                      attribute(cudaDevAttrComputeCapabilityMinor, index);
+  device.capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
   return device;
 }
@@ -86,7 +86,8 @@ void run(const std::vector<Launch>& launches, int device, void* stream) {
   const CurrentDevice current(device);
   for (const Launch& launch : launches) {
     if (launch.blocks == 0) continue;
-    if (launch.blocks > 0x7fffffff) throw std::runtime_error(describe(launch) + " has more blocks than a grid can have");
+    if (launch.blocks > 0x7fffffff)
+      throw std::runtime_error(describe(launch) + " has more blocks than a grid can have");
     allow_shared_memory(launch, device);
     void* arguments[] = {const_cast<Arguments*>(&launch.arguments)};
     check(cudaLaunchKernel(launch.kernel.function, dim3(static_cast<unsigned>(launch.blocks)),

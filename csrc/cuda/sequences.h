@@ -76,7 +76,8 @@ __device__ __forceinline__ Tile this_tile(const Params& p) {
   tile.sees = Visibility(p, tile.sequence);
   const int64_t length = kOfKeys ? tile.sequence.k_length : tile.sequence.q_length;
   // Wrong cu_seqlens may lead to a tile before the first row.
-  tile.last_row = tile.row < 0 ? tile.row - 1 : static_cast<int>(tile.row + kRows < length ? tile.row + kRows : length) - 1;
+  tile.last_row =
+      tile.row < 0 ? tile.row - 1 : static_cast<int>(tile.row + kRows < length ? tile.row + kRows : length) - 1;
   return tile;
 }
 

@@ -7,6 +7,7 @@
 #include "../params.h"
 #include "ptx/async_copy.h"
 #include "ptx/registers.h"
+#include "unrolled.h"
 
 namespace fastattn {
 namespace cuda {
@@ -33,10 +34,10 @@ struct Swizzle {
     return row * kRowBytes + ((chunk ^ key(row)) * kChunkBytes);
   }
 
-  // The offset 32 * step bytes (one step of a product) further along the row, from one of the first two chunks'.
-  static __device__ __forceinline__ uint32_t advance(uint32_t offset, int step) {
-    return (offset ^ (step * 32 % kGroupBytes)) + step * 32 / kGroupBytes * kGroupBytes;
-  }
+  // One step of a product further along the row is 32 bytes; from an offset of one of the first two chunks, step number
+  // `step` is at (offset ^ flip(step)) + jump(step).
+  static constexpr __host__ __device__ int flip(int step) { return step * 32 % kGroupBytes; }
+  static constexpr __host__ __device__ int jump(int step) { return step * 32 / kGroupBytes * kGroupBytes; }
 };
 
 // What a lane adds to a tile's address to load fragments of 16 x 16 numbers with ldmatrix. Rows that lie 8 apart have
@@ -76,16 +77,18 @@ class TileCopy {
   static __device__ __forceinline__ int row() { return threadIdx.x / kLanes; }
   static __device__ __forceinline__ uint32_t offset() { return Swizzle<kColumns>::offset(row(), chunk()); }
 
-  // Asks for the next tile, to `to`, a tile's address plus offset(). Of its rows, `left` exist from row() on; the others
-  // become 0.
+  // Asks for the next tile, to `to`, a tile's address plus offset(). Of its rows, `left` exist from row() on; the
+  // others become 0.
   __device__ __forceinline__ void next(uint32_t to, int left) {
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
+    unrolled<kGroups>([&](auto g) {
+      const int exist = exists_[g] ? left : 0;
       const char* from = source_ + g * kLanes * kChunkBytes;
-#pragma unroll
-      for (int r = 0; r < kRows; r += kRowStep, from += kRowStep * stride_)
-        ptx::cp_async_16(to + r * kColumns * 2 + g * kLanes * kChunkBytes, from, r < left && exists_[g]);
-    }
+      unrolled<kRows / kRowStep>([&](auto i) {
+        constexpr int kRow = i * kRowStep;
+        ptx::cp_async_16<kRow * kColumns * 2 + g * kLanes * kChunkBytes>(to, from, kRow < exist);
+        from += kRowStep * stride_;
+      });
+    });
     source_ += kRows * stride_;
   }
 
@@ -97,21 +100,25 @@ class TileCopy {
   bool exists_[kGroups];
 };
 
-// Writes the rows of a warp's tile to a tensor: `rows` of them, `columns` numbers each, from first_row of the tensor on.
+// Writes the rows of a warp's tile to a tensor: `rows` of them, `columns` numbers each, from first_row of the tensor
+// on.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void store_rows(const View& view, int64_t b, int64_t head, int64_t first_row, int rows,
                                            int columns, const char* tile, int lane) {
-  constexpr int kLanes = Swizzle<kColumns>::kGroupBytes / kChunkBytes;
-  const int row = lane / kLanes, chunk = lane % kLanes;
+  // 8 rows at once, so that the order of chunks repeats; the 8 lanes that read at once do so in two rows whose orders
+  // differ by half a group of 128 bytes.
+  constexpr int kLanes = 4;
+  const int row = Swizzle<kColumns>::kGroupBytes == 128 ? lane / 8 + (lane & 4) : lane / 4, chunk = lane % kLanes;
   char* to = static_cast<char*>(view.data) +
              (b * view.stride_b + head * view.stride_h + (first_row + row) * view.stride_s) * 2 + chunk * kChunkBytes;
+  unrolled<kColumns / kChunkNumbers / kLanes>([&](auto g) {
+    const char* from = tile + Swizzle<kColumns>::offset(row, chunk + g * kLanes);
+    const int exist = (chunk + g * kLanes) * kChunkNumbers < columns ? rows - row : 0;
+    char* out = to + g * kLanes * kChunkBytes;
 #pragma unroll
-  for (int r = 0; r < kRows; r += 32 / kLanes, to += 32 / kLanes * view.stride_s * 2)
-#pragma unroll
-    for (int g = 0; g < kColumns / kChunkNumbers; g += kLanes)
-      if (row + r < rows && (chunk + g) * kChunkNumbers < columns)
-        *reinterpret_cast<uint4*>(to + g * kChunkBytes) =
-            *reinterpret_cast<const uint4*>(tile + Swizzle<kColumns>::offset(row + r, chunk + g));
+    for (int r = 0; r < kRows; r += 8, out += 8 * view.stride_s * 2)
+      if (r < exist) *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(from + r * kColumns * 2);
+  });
 }
 
 // Keys and values, block after block.

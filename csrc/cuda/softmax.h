@@ -76,6 +76,20 @@ struct Softmax {
     return __all_sync(kWholeWarp, fit);
   }
 
+  // The largest of a row's scores in two 16 x 8 products.
+  static __device__ __forceinline__ float row_max(const float (&scores)[2][4], int r) {
+    return quad_max(
+        fmaxf(fmaxf(scores[0][2 * r], scores[0][2 * r + 1]), fmaxf(scores[1][2 * r], scores[1][2 * r + 1])));
+  }
+
+  // First references.
+  __device__ __forceinline__ void start(const float (&scores)[kRowTiles][2][4]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) reference[m][r] = row_max(scores[m], r);
+  }
+
   // Raises the references to the largest of these scores, two columns of each of two 16 x 8 products, and rescales what
   // has been summed up to here.
   template <int kTiles>
@@ -84,9 +98,7 @@ struct Softmax {
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float top = quad_max(fmaxf(fmaxf(scores[m][0][2 * r], scores[m][0][2 * r + 1]),
-                                         fmaxf(scores[m][1][2 * r], scores[m][1][2 * r + 1])));
-        const float renewed = fmaxf(reference[m][r], top);
+        const float renewed = fmaxf(reference[m][r], row_max(scores[m], r));
         const float factor = reference[m][r] == -INFINITY ? 0.0f : ptx::ex2_approx(reference[m][r] - renewed);
         reference[m][r] = renewed;
         sum[m][r] *= factor;

@@ -16,6 +16,7 @@ from .native import (
     as_grads,
     described,
     empty_grads,
+    gradient_tensors,
     in_memory,
     native_inputs,
     seed_of,

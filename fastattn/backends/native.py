@@ -6,7 +6,7 @@ The modules know no torch. They are handed sizes and strides once (their class `
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 
 Tensors = dict[str, Tensor]
 """The tensors of a call by the names under which the native modules know them (kTensors in csrc/bindings_call.h)."""
-
-Call = TypeVar("Call")
 
 
 def native_inputs(problem: Problem, inputs: Inputs) -> Tensors:
@@ -114,7 +112,7 @@ def seed_of(inputs: Inputs) -> int:
     return 0 if inputs.seed is None else int(inputs.seed)
 
 
-def described(call: type[Call], problem: Problem, tensors: Tensors) -> Call:
+def described(call: Any, problem: Problem, tensors: Tensors) -> Any:
     """The native description for these tensors, of a module's class `Call`; made once per problem and layout."""
     return _described(call, problem, tuple([(name, x.shape, x.stride(), x.dtype) for name, x in tensors.items()]))
 

@@ -6,14 +6,13 @@
 namespace fastattn {
 namespace ptx {
 
-// 16 bytes, past the first-level cache; zeros where `valid` is false, and then the source is not read.
+// 16 bytes, past the first-level cache, to kOffset bytes from `shared`; zeros where `valid` is false, and then the
+// source is not read.
+template <int kOffset = 0>
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %3], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0), "n"(kOffset)
                : "memory");
-}
-
-__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
 // Closes the group of copies asked for since the last one.

@@ -1,8 +1,8 @@
-// Tensor-core products, and the loads of their operands. A fragment is what one lane of the warp holds of a matrix; with
-// g = lane / 4 and t = lane % 4 (PTX ISA 9.7.14.5):
-//   A, 16 x 16: 4 registers of 2 numbers: (row g, columns 2t), (row g + 8, same), (row g, columns 2t + 8), (g + 8, same)
-//   B, 16 x 8:  2 registers: (rows 2t, column g), (rows 2t + 8, column g)
-//   C, 16 x 8:  4 numbers: (row g, columns 2t and 2t + 1), (row g + 8, same)
+// Tensor-core products, and the loads of their operands. A fragment is what one lane of the warp holds of a matrix;
+// with g = lane / 4 and t = lane % 4 (PTX ISA 9.7.14.5):
+//   A, 16 x 16: 4 registers of 2 numbers: (row g, columns 2t), (row g + 8, same), (row g, columns 2t + 8), (g + 8,
+//   same) B, 16 x 8:  2 registers: (rows 2t, column g), (rows 2t + 8, column g) C, 16 x 8:  4 numbers: (row g, columns
+//   2t and 2t + 1), (row g + 8, same)
 // So the C of two neighbouring products, rounded and packed, is the A of the next one.
 #pragma once
 
@@ -11,19 +11,22 @@
 namespace fastattn {
 namespace ptx {
 
-// Four 8 x 8 matrices of 16-bit numbers; lane 8 i + j gives the address of row j of matrix i (PTX ISA 9.7.14.5.15).
+// Four 8 x 8 matrices of 16-bit numbers; lane 8 i + j gives the address of row j of matrix i, but for kOffset bytes
+// (PTX ISA 9.7.14.5.15).
+template <int kOffset = 0>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared)
+               : "r"(shared), "n"(kOffset)
                : "memory");
 }
 
 // The same, transposed.
+template <int kOffset = 0>
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared)
+               : "r"(shared), "n"(kOffset)
                : "memory");
 }
 
@@ -37,7 +40,7 @@ __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t 
 }
 
 __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                                  const float (&c)[4]) {
+                                                 const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%10, %11, %12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])

@@ -1,7 +1,6 @@
 // Compiled once per head dimension, FASTATTN_HEAD_DIM.
-#include "forward.h"
-
 #include "../kernel.h"
+#include "forward.h"
 #include "kernels.h"
 
 namespace fastattn {

@@ -30,7 +30,7 @@ struct ForwardTraits {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kBlockN = kHeadDim == 64 && !kGeneral ? 96 : kHeadDim <= 64 ? 64 : 32;
+  static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   static constexpr int kTileBytes = kBlockN * kHeadDim * 2;  // of K or V
   static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kQueryBytes = kRows * kHeadDim * 2;
@@ -44,7 +44,6 @@ class Forward {
   using Number = typename T::Number;
   using Tile16 = float[T::kRowTiles][2][4];  // products of the warp's rows with 16 keys
   static constexpr int kChunk = 16;          // keys per step
-  static constexpr int kChunkBytesInTile = kChunk * T::kHeadDim * 2;
 
  public:
   __device__ __forceinline__ Forward(const Params& p, const Tile& tile, uint32_t shared)
@@ -69,25 +68,28 @@ class Forward {
 
   __device__ __forceinline__ void run() {
     load_queries();
-    bool loaded = false;
+    // Blocks that start within [first_plain, last_plain] are seen whole by every row.
+    if (key_ >= first_plain() && key_ <= last_plain()) start();
     while (key_ < sees_.last(tile_.last_row)) {
+      bool loaded = false;
+      if (key_ >= first_plain() && softmax_.ready())
+        for (const int last = last_plain(); key_ <= last; key_ += T::kBlockN) {
+          next_block();
+          loaded = !quick_block();
+          if (loaded) break;
+        }
+      if (key_ >= sees_.last(tile_.last_row)) break;
       if (!loaded) next_block();
       careful_block();
-      loaded = false;
       key_ += T::kBlockN;
-      if (key_ < sees_.first(tile_.last_row) || !softmax_.ready()) continue;
-      // Blocks that start up to here are seen whole by every row.
-      const int last_plain = sees_.last(tile_.row) - T::kBlockN;
-      for (; key_ <= last_plain; key_ += T::kBlockN) {
-        next_block();
-        loaded = !quick_block();
-        if (loaded) break;
-      }
     }
     store();
   }
 
  private:
+  __device__ __forceinline__ int first_plain() const { return sees_.first(tile_.last_row); }
+  __device__ __forceinline__ int last_plain() const { return sees_.last(tile_.row) - T::kBlockN; }
+
   // The queries, and the first block of keys and values.
   __device__ __forceinline__ void load_queries() {
     const uint32_t at = shared_ + T::kStageBytes;
@@ -101,6 +103,14 @@ class Forward {
     q_.load(at + warp_row_ * T::kHeadDim * 2, lane_);
   }
 
+  // Takes the first references from the first 16 keys.
+  __device__ __forceinline__ void start() {
+    Tile16 s;
+    multiply_transposed<Number>(s, q_, shared_ + offset_k_);
+    scores(s, key_);
+    softmax_.start(s);
+  }
+
   // Turns to the next block, and asks for the one after it.
   __device__ __forceinline__ void next_block() {
     ptx::cp_async_wait_group<0>();
@@ -109,8 +119,9 @@ class Forward {
     stage_ ^= T::kStageBytes;
   }
 
-  __device__ __forceinline__ uint32_t key_tile() const { return shared_ + stage_; }
-  __device__ __forceinline__ uint32_t value_tile() const { return shared_ + stage_ + T::kTileBytes; }
+  // Where this lane reads keys and values of the current block.
+  __device__ __forceinline__ uint32_t keys() const { return shared_ + stage_ + offset_k_; }
+  __device__ __forceinline__ uint32_t values() const { return shared_ + stage_ + T::kTileBytes + offset_v_; }
 
   __device__ __forceinline__ int row_of(int m, int r) const {
     return tile_.row + warp_row_ + m * 16 + r * 8 + lane_ / 4;
@@ -118,10 +129,6 @@ class Forward {
 
   // Key of an element of a product, from the product's first one on.
   __device__ __forceinline__ int column_of(int n, int e) const { return n * 8 + lane_ % 4 * 2 + e; }
-
-  __device__ __forceinline__ void products(Tile16& s, uint32_t keys) const {
-    multiply_transposed<Number, T::kRowTiles, T::kHeadDim>(s, q_, keys, offset_k_);
-  }
 
   // Products to probabilities, for rows that have references.
   __device__ __forceinline__ void probabilities(Tile16& s, int key) const {
@@ -137,53 +144,54 @@ class Forward {
   __device__ __forceinline__ bool quick_block() {
     uint32_t probs[T::kBlockN / kChunk][T::kRowTiles][4];
     float sums[T::kRowTiles][2] = {};
-#pragma unroll
-    for (int c = 0; c < T::kBlockN / kChunk; ++c) {
+    unrolled<T::kBlockN / kChunk>([&](auto c) {
       Tile16 s;
-      products(s, key_tile() + c * kChunkBytesInTile);
+      multiply_transposed<Number, c * kChunk>(s, q_, keys());
       probabilities(s, key_ + c * kChunk);
       softmax_.sum_up(sums, s);
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) pack<Number>(probs[c][m], s[m]);
-    }
+    });
     if (!softmax_.fits(sums, Number::kLargestSum)) return false;
     softmax_.add(sums);
-#pragma unroll
-    for (int c = 0; c < T::kBlockN / kChunk; ++c)
-      multiply<Number, T::kRowTiles, T::kHeadDim>(acc_, probs[c], value_tile() + c * kChunkBytesInTile, offset_v_);
+    unrolled<T::kBlockN / kChunk>([&](auto c) { multiply<Number, T::kHeadDim, c * kChunk>(acc_, probs[c], values()); });
     return true;
   }
 
   __device__ __forceinline__ void careful_block() {
     const int warp_first = min(tile_.row + warp_row_, tile_.last_row);
     const int warp_last = min(tile_.row + warp_row_ + T::kWarpRows - 1, tile_.last_row);
-    const int first = sees_.first(warp_first), last = sees_.last(warp_last);
     const int whole_first = sees_.first(warp_last), whole_last = sees_.last(warp_first);
+    const int first = max(sees_.first(warp_first) - key_, 0) / kChunk;
+    const int end = min((sees_.last(warp_last) - key_ + kChunk - 1) / kChunk, T::kBlockN / kChunk);
+    bool ready = softmax_.ready();
 #pragma unroll 1
-    for (int c = 0; c < T::kBlockN / kChunk; ++c) {
+    for (int c = first; c < end; ++c) {
       const int key = key_ + c * kChunk;
-      if (key + kChunk <= first || key >= last) continue;
-      careful_chunk(c, key, key < whole_first, key + kChunk > whole_last);
+      careful_chunk(c, ready, key<whole_first, key + kChunk> whole_last);
     }
   }
 
-  // 16 keys of the block, some of which may be hidden to the left or right of what some rows see.
-  __device__ __forceinline__ void careful_chunk(int c, int key, bool hides_left, bool hides_right) {
+  // 16 keys of the block, some of which may be hidden to the left or right of what some rows see. `ready`: each row of
+  // the warp has a reference.
+  __device__ __forceinline__ void careful_chunk(int c, bool& ready, bool hides_left, bool hides_right) {
+    const int key = key_ + c * kChunk, row_offset = c * kChunk * T::kHeadDim * 2;
     Tile16 s;
     float sums[T::kRowTiles][2] = {};
     bool done = false;
-    if (softmax_.ready()) {
-      products(s, key_tile() + c * kChunkBytesInTile);
+    if (ready) {
+      multiply_transposed<Number>(s, q_, keys() + row_offset);
       probabilities(s, key);
       hide(s, key, hides_left, hides_right, 0.0f);
       softmax_.sum_up(sums, s);
       done = softmax_.fits(sums, Number::kLargestSum);
     }
     if (!done) {
-      products(s, key_tile() + c * kChunkBytesInTile);
+      multiply_transposed<Number>(s, q_, keys() + row_offset);
       scores(s, key);
       hide(s, key, hides_left, hides_right, -INFINITY);
       softmax_.renew(s, acc_);
+      ready = softmax_.ready();
       softmax_.probabilities(s);
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m) sums[m][0] = sums[m][1] = 0.0f;
@@ -193,7 +201,7 @@ class Forward {
     uint32_t probs[T::kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) pack<Number>(probs[m], s[m]);
-    multiply<Number, T::kRowTiles, T::kHeadDim>(acc_, probs, value_tile() + c * kChunkBytesInTile, offset_v_);
+    multiply<Number, T::kHeadDim>(acc_, probs, values() + row_offset);
   }
 
   // Products to scores.
@@ -234,16 +242,15 @@ class Forward {
     const float sink = sinks == nullptr ? -INFINITY : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
     char* out_tile = shared_memory() + warp_row_ * T::kHeadDim * 2;
     float* lse = static_cast<float*>(p_.lse.data);
-    if (lse != nullptr)
-      lse += tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
-             (tile_.sequence.q_begin + row_of(0, 0)) * p_.lse.stride_s;
+    const bool stores_lse = lane_ % 4 == 0 && lse != nullptr;
+    lse += tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
+           (tile_.sequence.q_begin + row_of(0, 0)) * p_.lse.stride_s;
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const RowEnd end(softmax_.reference[m][r], quad_sum(softmax_.sum[m][r]), sink);
-        if (lane_ % 4 == 0 && row_of(m, r) <= tile_.last_row && lse != nullptr)
-          lse[(m * 16 + r * 8) * p_.lse.stride_s] = end.lse * kLn2;
+        if (stores_lse && row_of(m, r) <= tile_.last_row) lse[(m * 16 + r * 8) * p_.lse.stride_s] = end.lse * kLn2;
 #pragma unroll
         for (int n = 0; n < T::kHeadDim / 8; ++n) {
           const uint32_t two = Number::pack(acc_[m][n][2 * r] * end.factor, acc_[m][n][2 * r + 1] * end.factor);
@@ -253,7 +260,8 @@ class Forward {
       }
     __syncwarp();
     store_rows<T::kWarpRows, T::kHeadDim>(p_.out, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row + warp_row_,
-                                          tile_.last_row + 1 - tile_.row - warp_row_, int(p_.head_dim_v), out_tile, lane_);
+                                          tile_.last_row + 1 - tile_.row - warp_row_, int(p_.head_dim_v), out_tile,
+                                          lane_);
   }
 
   static __device__ __forceinline__ char* shared_memory() {
@@ -266,7 +274,7 @@ class Forward {
   uint32_t shared_, stage_;
   int lane_, warp_row_;
   const Visibility& sees_;
-  int key_;       // where the current block begins
+  int key_;  // where the current block begins
   Scores<T::kGeneral> scores_;
   KeyValueCopy<T::kBlockN, T::kHeadDim, T::kThreads> copy_;
   uint32_t offset_k_, offset_v_;

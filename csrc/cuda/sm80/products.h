@@ -17,28 +17,28 @@ struct RowFragments {
 
   // From the rows that start at `tile`.
   __device__ __forceinline__ void load(uint32_t tile, int lane) {
-    const uint32_t offset = lane_offset_a<kColumns>(lane);
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int k = 0; k < kColumns / 16; ++k)
-        ptx::ldmatrix_x4(r[m][k], tile + m * 16 * kColumns * 2 + Swizzle<kColumns>::advance(offset, k));
+    const uint32_t at = tile + lane_offset_a<kColumns>(lane);
+    unrolled<kRowTiles>([&](auto m) {
+      unrolled<kColumns / 16>([&](auto k) {
+        using S = Swizzle<kColumns>;
+        ptx::ldmatrix_x4<m * 16 * S::kRowBytes + S::jump(k)>(r[m][k], at ^ S::flip(k));
+      });
+    });
   }
 };
 
-// c[m][n] = rows[m] times 16 rows of a tile, transposed: the products of 16 queries with 16 keys. `tile` points to the
-// first of the rows, `offset` is lane_offset_b.
-template <class Number, int kRowTiles, int kColumns>
+// c[m][n] = rows[m] times 16 rows of a tile, transposed: the products of 16 queries with 16 keys. `at` is the tile's
+// address plus lane_offset_b, kRow the first of the rows.
+template <class Number, int kRow = 0, int kRowTiles, int kColumns>
 __device__ __forceinline__ void multiply_transposed(float (&c)[kRowTiles][2][4],
-                                                    const RowFragments<kRowTiles, kColumns>& rows, uint32_t tile,
-                                                    uint32_t offset) {
-#pragma unroll
-  for (int k = 0; k < kColumns / 16; ++k) {
+                                                    const RowFragments<kRowTiles, kColumns>& rows, uint32_t at) {
+  unrolled<kColumns / 16>([&](auto k) {
+    using S = Swizzle<kColumns>;
     uint32_t b[4];
-    ptx::ldmatrix_x4(b, tile + Swizzle<kColumns>::advance(offset, k));
+    ptx::ldmatrix_x4<kRow * S::kRowBytes + S::jump(k)>(b, at ^ S::flip(k));
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      if (k == 0) {
+      if constexpr (k == 0) {
         Number::product(c[m][0], rows.r[m][k], b[0], b[1]);
         Number::product(c[m][1], rows.r[m][k], b[2], b[3]);
       } else {
@@ -46,23 +46,24 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[kRowTiles][2][4],
         Number::mma(c[m][1], rows.r[m][k], b[2], b[3]);
       }
     }
-  }
+  });
 }
 
-// acc[m] += a[m] times 16 rows of a tile: probabilities of 16 keys times their values. `offset` is lane_offset_a.
-template <class Number, int kRowTiles, int kColumns>
+// acc[m] += a[m] times 16 rows of a tile: probabilities of 16 keys times their values. `at` is the tile's address plus
+// lane_offset_a, kRow the first of the rows.
+template <class Number, int kColumns, int kRow = 0, int kRowTiles>
 __device__ __forceinline__ void multiply(float (&acc)[kRowTiles][kColumns / 8][4], const uint32_t (&a)[kRowTiles][4],
-                                         uint32_t tile, uint32_t offset) {
-#pragma unroll
-  for (int n = 0; n < kColumns / 16; ++n) {
+                                         uint32_t at) {
+  unrolled<kColumns / 16>([&](auto n) {
+    using S = Swizzle<kColumns>;
     uint32_t b[4];
-    ptx::ldmatrix_x4_trans(b, tile + Swizzle<kColumns>::advance(offset, n));
+    ptx::ldmatrix_x4_trans<kRow * S::kRowBytes + S::jump(n)>(b, at ^ S::flip(n));
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
       Number::mma(acc[m][2 * n], a[m], b[0], b[1]);
       Number::mma(acc[m][2 * n + 1], a[m], b[2], b[3]);
     }
-  }
+  });
 }
 
 // Two neighbouring products as the A operand of the next one.
