@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastattn.backends.cuda import Architecture
 from fastattn.backends.native import Tensors, addresses
 
 from .simulator import ptxsim
@@ -23,11 +23,10 @@ from .simulator import ptxsim
 class Simulator:
     """See `fastattn.backends.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like."""
 
-    def __init__(self, capability: int, multiprocessors: int = 4) -> None:
-        self._architecture = Architecture(capability, multiprocessors)
+    def __init__(self, capability: int = 80) -> None:
+        self._capability = capability
         self.findings: list[Any] = []
         self.kernels: list[str] = []
-        self.counters: list[Any] = []
 
     def why_unavailable(self) -> str | None:
         return None
@@ -35,35 +34,25 @@ class Simulator:
     def why_not(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"its tensors are on {device}, not on the CPU."
 
-    def architecture(self, device: torch.device) -> Architecture:
-        return self._architecture
+    def capability(self, device: torch.device) -> int:
+        return self._capability
 
-    def run(self, device: torch.device, call: Any, operation: str, tensors: Tensors, seed: int) -> None:
-        from fastattn import _cuda
-
-        kind, where = getattr(_cuda.Operation, operation), addresses(tensors)
-        size = call.workspace_bytes(kind, where, *self._architecture)
-        workspace = torch.full((max(size, 16),), 0xFF, dtype=torch.uint8)
-        memory = _Memory([*tensors.values(), workspace])
-        for launch in call.plan(kind, where, seed, *self._architecture, workspace.data_ptr()):
-            self.launch(launch, memory)
-
-    def launch(self, launch: tuple[str, int, int, int, bytes], memory: _Memory) -> None:
-        name, blocks, threads, shared_bytes, argument = launch
+    def run(self, device: torch.device, call: Any, tensors: Tensors) -> None:
+        name, blocks, threads, shared_bytes, argument = call.plan_forward(addresses(tensors))
         if blocks == 0:
             return
-        module = kernels(75 if self._architecture.capability < 80 else 80)[name]
+        memory = _Memory(tensors.values())
+        module = kernels()[name]
         struct = ptxsim().Struct(len(argument), memory.fields(argument))
         counters = module.launch(name, (blocks,), threads, [struct], shared_bytes=shared_bytes)
         self.kernels.append(name)
-        self.counters.append(counters)
         self.findings += [f for f in counters.findings if not f[0].startswith("note:")]
 
 
 class _Memory:
     """The storages that kernels may touch, by address."""
 
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self.arrays: list[tuple[int, int, np.ndarray]] = []
         for x in tensors:
             storage = x.untyped_storage()
@@ -89,23 +78,25 @@ class _Memory:
         raise AssertionError(f"a kernel is handed the address {address:#x}, which lies in no tensor of the call")
 
 
-@lru_cache
-def kernels(architecture: int) -> dict[str, Any]:
-    """The modules of PTX for an architecture, by the names of their kernels."""
+def cuobjdump(*arguments: str, cwd: str | None = None) -> str:
+    """What it prints about the module; the tool comes with Triton."""
     import triton
 
     from fastattn import _cuda
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run(
+        [str(tool), *arguments, _cuda.__file__], cwd=cwd, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@lru_cache
+def kernels() -> dict[str, Any]:
+    """The module's PTX, by the names of its kernels."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [str(tools / "cuobjdump"), "-xptx", f"sm_{architecture}.ptx", _cuda.__file__],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
-        for file in sorted(Path(folder).glob(f"*.sm_{architecture}.ptx")):
+        cuobjdump("-xptx", "sm_80.ptx", cwd=folder)
+        for file in Path(folder).glob("*.sm_80.ptx"):
             module = _Lazy(file.read_text())
             for name in module.names:
                 found[name] = module

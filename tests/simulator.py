@@ -26,6 +26,17 @@ def ptxsim() -> Any:
     return ptxsim
 
 
+def missing() -> str | None:
+    """Why there is no simulator. One that is there and broken is a failure."""
+    try:
+        ptxsim()
+    except ModuleNotFoundError as error:
+        if error.name != "ptxsim":
+            raise
+        return f"needs the PTX simulator ptxsim, which is not here: {error}"
+    return None
+
+
 class Simulator:
     """See `fastattn.kernels.machine.Machine`. `findings` collects races, reads of what nobody wrote and the like."""
 

@@ -27,16 +27,10 @@ from fastattn.backends.triton import TritonBackend
 
 from . import simulator
 
-try:
-    simulator.ptxsim()
-    _without: str | None = None
-except ModuleNotFoundError as error:
-    if error.name != "ptxsim":  # a simulator that is there and broken is a failure
-        raise
-    _without = str(error)
+_without = simulator.missing()
 
 pytestmark = [
-    pytest.mark.skipif(_without is not None, reason=f"needs the PTX simulator ptxsim, which is not here: {_without}"),
+    pytest.mark.skipif(_without is not None, reason=str(_without)),
     pytest.mark.skipif(interpreting(), reason="kernels are not compiled in the interpreter"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]

@@ -1,4 +1,4 @@
-// What every kernel is launched with: the call, and the memory that kernels of one call share.
+// What every kernel is launched with: the call, and numbers that the host derives from it once.
 #pragma once
 
 #include "../params.h"
@@ -8,16 +8,9 @@ namespace cuda {
 
 struct Arguments {
   Params p;
-
-  // Calls with few queries: each split of the keys writes a result of its own, which `combine` merges.
-  int32_t splits = 1;
-  int32_t split_keys = 0;        // keys per split, a multiple of kSplitGranularity
-  float* partial_out = nullptr;  // (splits, batch, heads_q, seqlen_q, head_dim_v), contiguous
-  float* partial_lse = nullptr;  // (splits, batch, heads_q, seqlen_q), contiguous, in units of log2
-
-  // Backward, written by `statistics`: (batch, heads_q, seqlen_q), contiguous.
-  float* row_lse = nullptr;  // lse in units of log2; +inf for a row that sees nothing, so that its probabilities are 0
-  float* delta = nullptr;    // rowsum(dout * out) - dlse
+  float scale_log2 = 0;     // scale * log2(e): a product times this is a score in units of log2
+  float softcap_log2 = 0;   // softcap * log2(e); 0 = off
+  float softcap_scale = 0;  // scale / softcap
 };
 
 }  // namespace cuda

@@ -56,12 +56,6 @@ class CurrentDevice {
   int device_, before_ = 0;
 };
 
-int attribute(cudaDeviceAttr what, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, what, device), "asking about GPU " + std::to_string(device));
-  return value;
-}
-
 }  // namespace
 
 std::string why_unavailable() {
@@ -74,27 +68,16 @@ std::string why_unavailable() {
   return count > 0 ? "" : "there is none";
 }
 
-Device device_of(int index) {
-  Device device;
-  device.capability =
-      10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
-  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
-  return device;
-}
-
-void run(const std::vector<Launch>& launches, int device, void* stream) {
+void run(const Launch& launch, int device, void* stream) {
+  if (launch.blocks == 0) return;
+  if (launch.blocks > 0x7fffffff) throw std::runtime_error(describe(launch) + " has more blocks than a grid can have");
   const CurrentDevice current(device);
-  for (const Launch& launch : launches) {
-    if (launch.blocks == 0) continue;
-    if (launch.blocks > 0x7fffffff)
-      throw std::runtime_error(describe(launch) + " has more blocks than a grid can have");
-    allow_shared_memory(launch, device);
-    void* arguments[] = {const_cast<Arguments*>(&launch.arguments)};
-    check(cudaLaunchKernel(launch.kernel.function, dim3(static_cast<unsigned>(launch.blocks)),
-                           dim3(static_cast<unsigned>(launch.kernel.threads)), arguments,
-                           static_cast<size_t>(launch.kernel.shared_bytes), static_cast<cudaStream_t>(stream)),
-          describe(launch));
-  }
+  allow_shared_memory(launch, device);
+  void* arguments[] = {const_cast<Arguments*>(&launch.arguments)};
+  check(cudaLaunchKernel(launch.kernel.function, dim3(static_cast<unsigned>(launch.blocks)),
+                         dim3(static_cast<unsigned>(launch.kernel.threads)), arguments,
+                         static_cast<size_t>(launch.kernel.shared_bytes), static_cast<cudaStream_t>(stream)),
+        describe(launch));
 }
 
 }  // namespace cuda

@@ -1,9 +1,6 @@
 // The two types of half precision, as the kernels compute with them: 16 bits in memory, products summed in float32.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "ptx/arithmetic.h"
@@ -17,9 +14,6 @@ struct BFloat16 {
   // bound keeps sums far from its end.
   static constexpr float kLargestSum = 1e9f;
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return ptx::cvt_rn_bf16x2(low, high); }
-  static __device__ __forceinline__ float2 unpack(uint32_t two) {
-    return {__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)};
-  }
   // c += a b
   static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     ptx::mma_m16n8k16_bf16(c, a, b0, b1, c);
@@ -34,9 +28,6 @@ struct BFloat16 {
 struct Float16 {
   static constexpr float kLargestSum = 3e4f;  // each probability must stay below 65504
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return ptx::cvt_rn_f16x2(low, high); }
-  static __device__ __forceinline__ float2 unpack(uint32_t two) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&two));
-  }
   // c += a b
   static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     ptx::mma_m16n8k16_f16(c, a, b0, b1, c);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "sm80/kernels.h"
 #include "tiles.h"
@@ -22,32 +23,25 @@ Kernel of_family(const Params& p) {
   if (dim <= 96) return Family<96>::get(p.dtype, general(p));
   if (dim <= 128) return Family<128>::get(p.dtype, general(p));
   if (dim <= 192) return Family<192>::get(p.dtype, general(p));
-  if (dim <= 256) return Family<256>::get(p.dtype, general(p));
-  throw std::invalid_argument("head_dim is above 256");
+  if (dim <= kLargestHeadDim) return Family<kLargestHeadDim>::get(p.dtype, general(p));
+  throw std::invalid_argument("head_dim is above " + std::to_string(kLargestHeadDim));
 }
 
 int64_t query_blocks(const Params& p, int rows) {
   return tiles(p.seqlen_q, p.batch, varlen(p), rows) * p.heads_q * (varlen(p) ? 1 : p.batch);
 }
 
-std::vector<Launch> forward(const Params& p, const Device& device) {
+}  // namespace
+
+Launch plan_forward(const Params& p) {
+  constexpr double kLog2E = 1.4426950408889634;
   const Kernel kernel = of_family<sm80::ForwardKernels>(p);
   Arguments a;
   a.p = p;
-  return {{kernel, query_blocks(p, kernel.rows), a}};
-}
-
-}  // namespace
-
-int64_t workspace_bytes(Operation operation, const Params& p, const Device& device) { return 0; }
-
-std::vector<Launch> plan(Operation operation, const Params& p, const Device& device, void* workspace) {
-  switch (operation) {
-    case Operation::kForward:
-      return forward(p, device);
-    default:
-      throw std::invalid_argument("not yet");
-  }
+  a.scale_log2 = static_cast<float>(p.scale * kLog2E);
+  a.softcap_log2 = static_cast<float>(p.softcap * kLog2E);
+  a.softcap_scale = p.softcap > 0 ? static_cast<float>(p.scale / p.softcap) : 0.0f;
+  return {kernel, query_blocks(p, kernel.rows), a};
 }
 
 }  // namespace cuda

@@ -1,7 +1,7 @@
 // From the products of queries and keys to scores in units of log2, so that a probability is one exp2.
 #pragma once
 
-#include "../params.h"
+#include "arguments.h"
 #include "ptx/arithmetic.h"
 
 namespace fastattn {
@@ -22,19 +22,17 @@ __device__ __forceinline__ float tanh_of(float x) {
 // kGeneral: with softcap and ALiBi. Without, a score is the product times scale_log2.
 template <bool kGeneral>
 struct Scores {
-  float scale_log2;
-  float scale, softcap, slope;  // general calls alone; slope in units of log2
-  int offset;
+  const Arguments& a;  // in constant memory, where it takes no registers
+  float slope;         // general calls alone, in units of log2
+  int offset;          // likewise
 
-  __device__ __forceinline__ Scores(const Params& p, int64_t b, int head, int diagonal_offset)
-      : scale_log2(static_cast<float>(p.scale * 1.4426950408889634)) {
+  __device__ __forceinline__ Scores(const Arguments& a, int64_t b, int head, int diagonal_offset) : a(a) {
     if constexpr (kGeneral) {
-      softcap = static_cast<float>(p.softcap);
-      scale = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
-      const float* slopes = static_cast<const float*>(p.alibi.data);
+      const View& alibi = a.p.alibi;
+      const float* slopes = static_cast<const float*>(alibi.data);
       // The varlen rows behind the last sequence see nothing; there are no slopes for them.
-      const bool given = slopes != nullptr && b < p.batch;
-      slope = given ? slopes[b * p.alibi.stride_b + head * p.alibi.stride_h] * kLog2E : 0.0f;
+      const bool given = slopes != nullptr && b < a.p.batch;
+      slope = given ? slopes[b * alibi.stride_b + head * alibi.stride_h] * kLog2E : 0.0f;
       offset = diagonal_offset;
     }
   }
@@ -42,27 +40,17 @@ struct Scores {
   // row, key: positions within the sequence.
   __device__ __forceinline__ float operator()(float product, int row, int key) const {
     if constexpr (kGeneral) {
-      const float score = softcap > 0 ? softcap * kLog2E * tanh_of(product * scale) : product * scale_log2;
+      const float score =
+          a.softcap_log2 > 0 ? a.softcap_log2 * tanh_of(product * a.softcap_scale) : product * a.scale_log2;
       return score - slope * abs(row + offset - key);
     }
-    return product * scale_log2;
-  }
-
-  // The derivative of a score by scale times the product.
-  __device__ __forceinline__ float slope_of(float product) const {
-    if constexpr (kGeneral) {
-      if (softcap > 0) {
-        const float t = tanh_of(product * scale);
-        return 1.0f - t * t;
-      }
-    }
-    return 1.0f;
+    return product * a.scale_log2;
   }
 
   // exp2(score - reference); plain calls need one multiply-add for it.
   __device__ __forceinline__ float probability(float product, int row, int key, float reference) const {
     if constexpr (kGeneral) return ptx::ex2_approx((*this)(product, row, key) - reference);
-    return ptx::ex2_approx(fmaf(product, scale_log2, -reference));
+    return ptx::ex2_approx(fmaf(product, a.scale_log2, -reference));
   }
 };
 

@@ -37,6 +37,8 @@ struct Tile {
   int last_row;  // the last that exists, or below `row`: there is none
   Sequence sequence;
   Visibility sees;
+  // Some row sees each of the keys [first_key, end_key), and all rows see those in [whole_first, whole_last).
+  int first_key, end_key, whole_first, whole_last;
 };
 
 // Sequence b of a varlen call owns the tiles from cu_seqlens[b] / rows + b on, which are at least as many as it needs:
@@ -78,6 +80,10 @@ __device__ __forceinline__ Tile this_tile(const Params& p) {
   // Wrong cu_seqlens may lead to a tile before the first row.
   tile.last_row =
       tile.row < 0 ? tile.row - 1 : static_cast<int>(tile.row + kRows < length ? tile.row + kRows : length) - 1;
+  tile.first_key = tile.sees.first(tile.row);
+  tile.end_key = tile.sees.last(tile.last_row);
+  tile.whole_first = tile.sees.first(tile.last_row);
+  tile.whole_last = tile.sees.last(tile.row);
   return tile;
 }
 

@@ -46,8 +46,7 @@ struct Swizzle {
 //   B operand:                  matrices (rows 0-7, chunk 0), (0-7, 1), (8-15, 0), (8-15, 1)
 template <int kColumns>
 __device__ __forceinline__ uint32_t lane_offset_a(int lane) {
-  const uint32_t offset = Swizzle<kColumns>::offset(lane & 15, lane >> 4);
-  return kColumns <= 128 ? ptx::kept(offset) : offset;  // wider rows leave no register for it
+  return ptx::kept(Swizzle<kColumns>::offset(lane & 15, lane >> 4));
 }
 template <int kColumns>
 __device__ __forceinline__ uint32_t lane_offset_b(int lane) {
@@ -69,8 +68,7 @@ class TileCopy {
       : stride_(view.stride_s * 2) {
     source_ = static_cast<const char*>(view.data) + (b * view.stride_b + head * view.stride_h) * 2 +
               (first_row + row()) * stride_ + chunk() * kChunkBytes;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) exists_[g] = (chunk() + g * kLanes) * kChunkNumbers < columns;
+    columns_ = columns - chunk() * kChunkNumbers;
   }
 
   // The row of a tile that this thread's first chunk lies in, and where in the tile.
@@ -80,14 +78,15 @@ class TileCopy {
   // Asks for the next tile, to `to`, a tile's address plus offset(). Of its rows, `left` exist from row() on; the
   // others become 0.
   __device__ __forceinline__ void next(uint32_t to, int left) {
-    unrolled<kGroups>([&](auto g) {
-      const int exist = exists_[g] ? left : 0;
-      const char* from = source_ + g * kLanes * kChunkBytes;
-      unrolled<kRows / kRowStep>([&](auto i) {
-        constexpr int kRow = i * kRowStep;
-        ptx::cp_async_16<kRow * kColumns * 2 + g * kLanes * kChunkBytes>(to, from, kRow < exist);
-        from += kRowStep * stride_;
+    const char* from = source_;
+    unrolled<kRows / kRowStep>([&](auto i) {
+      constexpr int kRow = i * kRowStep;
+      unrolled<kGroups>([&](auto g) {
+        constexpr int kChunk = g * kLanes;
+        const bool exists = kRow < left && kChunk * kChunkNumbers < columns_;
+        ptx::cp_async_16<kRow * kColumns * 2 + kChunk * kChunkBytes>(to, from + kChunk * kChunkBytes, exists);
       });
+      from += kRowStep * stride_;
     });
     source_ += kRows * stride_;
   }
@@ -97,7 +96,7 @@ class TileCopy {
 
   const char* source_;
   int64_t stride_;  // bytes
-  bool exists_[kGroups];
+  int columns_;     // from this thread's first chunk on
 };
 
 // Writes the rows of a warp's tile to a tensor: `rows` of them, `columns` numbers each, from first_row of the tensor
@@ -127,26 +126,22 @@ class KeyValueCopy {
   using Copy = TileCopy<kRows, kColumns, kThreads>;
 
  public:
-  // From key first_key of sequence b to key end, of head head_kv.
-  __device__ __forceinline__ KeyValueCopy(const Params& p, const Sequence& s, int64_t b, int head_kv, int first_key,
-                                          int end)
+  // From key first_key of sequence b on, of head head_kv.
+  __device__ __forceinline__ KeyValueCopy(const Params& p, const Sequence& s, int64_t b, int head_kv, int first_key)
       : keys_(p.k, b, head_kv, s.k_begin + first_key, static_cast<int>(p.head_dim)),
         values_(p.v, b, head_kv, s.k_begin + first_key, static_cast<int>(p.head_dim_v)),
-        offset_(ptx::kept(Copy::offset())),
-        left_(end - first_key - Copy::row()) {}
+        offset_(ptx::kept(Copy::offset())) {}
 
-  // Asks for the next block: keys to `tile`, values behind them. Past the end it is zeros.
-  __device__ __forceinline__ void next(uint32_t tile) {
-    keys_.next(tile + offset_, left_);
-    values_.next(tile + offset_ + kRows * kColumns * 2, left_);
-    left_ -= kRows;
+  // Asks for the next block: keys to `tile`, values behind them. Of its rows, `rows` exist; the others become 0.
+  __device__ __forceinline__ void next(uint32_t tile, int rows) {
+    keys_.next(tile + offset_, rows - Copy::row());
+    values_.next(tile + offset_ + kRows * kColumns * 2, rows - Copy::row());
     ptx::cp_async_commit_group();
   }
 
  private:
   Copy keys_, values_;
   uint32_t offset_;
-  int left_;
 };
 
 }  // namespace cuda

@@ -114,7 +114,7 @@ struct RowEnd {
   float factor, lse;
 
   __device__ __forceinline__ RowEnd(float reference, float row_sum, float sink) {
-    const bool empty = reference == -INFINITY;
+    const bool empty = reference == -INFINITY && row_sum == 0.0f;  // a row of NaN has no reference, but a sum
     const float top = fmaxf(reference, sink);
     const float correction = ptx::ex2_approx(reference - top);
     const float total = row_sum * correction + ptx::ex2_approx(sink - top);

@@ -1,26 +1,19 @@
-"""The CUDA C++ kernels (csrc/cuda): the hot paths in half precision. What they do not compute, Triton does."""
+"""The CUDA C++ kernels (csrc/cuda): forward passes in half precision.
+
+Gradients and calls with a cache are not there yet, so `dispatch.BACKENDS` leaves this backend out.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..problem import Inputs, Problem
-from . import Grads, Needs, empty_lse, empty_out
-from .native import (
-    Tensors,
-    addresses,
-    as_grads,
-    described,
-    empty_grads,
-    gradient_tensors,
-    native_inputs,
-    seed_of,
-    written,
-)
+from . import Grads, empty_lse, empty_out
+from .native import Tensors, addresses, described, native_inputs
 
 try:
     from .. import _cuda
@@ -29,22 +22,9 @@ except ImportError as error:  # built without nvcc
     _import_error = str(error)
 
 _LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
-_MOST_QUERIES_WITH_CACHE = 16
 _CHUNK = 8  # numbers in the 16 bytes that kernels read at once
-_UNSUPPORTED = {
-    "mask": "it has a mask",
-    "bias": "it has a bias",
-    "dropout": "it has dropout",
-}
-_READ_IN_CHUNKS = ("q", "k", "v", "k_new", "v_new", "dout", "out")
+_READ_IN_CHUNKS = ("q", "k", "v")
 """Tensors whose rows must be contiguous, and lie at multiples of 16 bytes."""
-
-
-class Architecture(NamedTuple):
-    """A GPU, as far as plans depend on it. capability: 10 * major + minor."""
-
-    capability: int
-    multiprocessors: int
 
 
 class Machine(Protocol):
@@ -56,11 +36,11 @@ class Machine(Protocol):
     def why_not(self, device: torch.device) -> str | None:
         """None if kernels can run on tensors there, else a sentence."""
 
-    def architecture(self, device: torch.device) -> Architecture:
-        """The GPU of tensors there."""
+    def capability(self, device: torch.device) -> int:
+        """The compute capability of the GPU of tensors there, times 10."""
 
-    def run(self, device: torch.device, call: _cuda.Call, operation: str, tensors: Tensors, seed: int) -> None:
-        """Runs an operation of `_cuda.Operation` on tensors of this device."""
+    def run(self, device: torch.device, call: _cuda.Call, tensors: Tensors) -> None:
+        """Runs a forward pass on tensors of this device."""
 
 
 class Gpu:
@@ -77,29 +57,24 @@ class Gpu:
         """See `Machine`."""
         return None if device.type == "cuda" else f"its tensors are on {device}, and this backend runs on NVIDIA GPUs."
 
-    def architecture(self, device: torch.device) -> Architecture:
+    def capability(self, device: torch.device) -> int:
         """See `Machine`."""
-        return _architecture(device)
+        return _capability(device)
 
-    def run(self, device: torch.device, call: _cuda.Call, operation: str, tensors: Tensors, seed: int) -> None:
+    def run(self, device: torch.device, call: _cuda.Call, tensors: Tensors) -> None:
         """See `Machine`."""
-        kind, where = getattr(_cuda.Operation, operation), addresses(tensors)
-        workspace = torch.empty(
-            call.workspace_bytes(kind, where, *_architecture(device)), dtype=torch.uint8, device=device
-        )
-        stream = torch.cuda.current_stream(device).cuda_stream
         index = torch.cuda.current_device() if device.index is None else device.index
-        call.run(kind, where, seed, index, stream, workspace.data_ptr())
+        call.forward(addresses(tensors), index, torch.cuda.current_stream(device).cuda_stream)
 
 
 @lru_cache
-def _architecture(device: torch.device) -> Architecture:
-    properties = torch.cuda.get_device_properties(device)
-    return Architecture(10 * properties.major + properties.minor, properties.multi_processor_count)
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 class CudaBackend:
-    """Kernels compiled ahead for Turing and for Ampere and later."""
+    """Kernels compiled ahead, for compute capability 8.0 and up."""
 
     name = "cuda"
 
@@ -122,74 +97,45 @@ class CudaBackend:
             return f"its dtype is {p.dtype}, and these kernels compute in torch.float16 and torch.bfloat16."
         if reason := self._machine.why_not(p.device):
             return reason
-        for feature, sentence in _UNSUPPORTED.items():
+        if p.kind == "cache":
+            return "it is a call with a cache, which these kernels do not compute."
+        for feature in ("mask", "bias", "dropout"):
             if feature in p.features:
-                return f"{sentence}, which these kernels do not compute."
+                return f"it uses {feature}, which these kernels do not compute."
         for name in ("seqlen_q", "seqlen_k"):
             if getattr(p, name) >= _LONGEST:
                 return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
         for name in ("head_dim", "head_dim_v"):
             if getattr(p, name) % _CHUNK:
                 return f"{name} is {getattr(p, name)}, and this backend takes multiples of {_CHUNK}."
-        if p.kind == "cache":
-            if p.seqlen_q > _MOST_QUERIES_WITH_CACHE:
-                return (
-                    f"seqlen_q is {p.seqlen_q}, and this backend takes at most {_MOST_QUERIES_WITH_CACHE} queries "
-                    "with a cache."
-                )
-            if p.page_size % 16:
-                return f"page_size is {p.page_size}, and this backend takes multiples of 16."
-        return _why_not_head_dims(p, self._machine.architecture(p.device).capability)
+        return _why_not_head_dims(p, self._machine.capability(p.device))
 
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
         """See `Backend.remarks`."""
-        named = {name: x for name, x in inputs._asdict().items() if x is not None and name in _READ_IN_CHUNKS}
-        return [
-            f"{name} is copied first, as {reason}." for name, x in named.items() if (reason := _why_not_in_chunks(x))
-        ]
+        reasons = {name: _why_not_in_chunks(getattr(inputs, name)) for name in _READ_IN_CHUNKS}
+        return [f"{name} is copied first, as {reason}." for name, reason in reasons.items() if reason]
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """The general way is the only one."""
 
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
-        return self._attend("forward", problem, inputs)[:2]
-
-    def backward(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        needs: Needs,
-    ) -> Grads:
-        """See `Backend.backward`."""
-        grads = empty_grads(problem, inputs, needs)
-        tensors = gradient_tensors(native_inputs(problem, inputs), out, lse, dout, dlse, grads)
-        self._run("backward", problem, inputs, tensors)
-        return as_grads(inputs, grads)
-
-    def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """See `Backend.decode`."""
-        out, lse, tensors = self._attend("with_cache", problem, inputs)
-        written(inputs, tensors)
+        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+        tensors = native_inputs(problem, inputs)
+        for name in _READ_IN_CHUNKS:
+            if _why_not_in_chunks(tensors[name]):
+                tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
+        tensors |= {"out": out, "lse": lse}
+        self._machine.run(problem.device, described(_cuda.Call, problem, tensors), tensors)
         return out, lse
 
-    def _attend(self, operation: str, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor, Tensors]:
-        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        tensors = {**native_inputs(problem, inputs), "out": out, "lse": lse}
-        return out, lse, self._run(operation, problem, inputs, tensors)
+    def backward(self, problem: Problem, *_: object) -> Grads:
+        """Raises NotImplementedError."""
+        raise NotImplementedError("the backend 'cuda' computes forward passes only; use another one for gradients")
 
-    def _run(self, operation: str, problem: Problem, inputs: Inputs, tensors: Tensors) -> Tensors:
-        """Returns the tensors that the kernels really took."""
-        for name in _READ_IN_CHUNKS:
-            if name in tensors and _why_not_in_chunks(tensors[name]):
-                tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
-        call = described(_cuda.Call, problem, tensors)
-        self._machine.run(problem.device, call, operation, tensors, seed_of(inputs))
-        return tensors
+    def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Raises NotImplementedError; `why_not` refuses such calls."""
+        raise NotImplementedError("the backend 'cuda' computes forward passes only, without a cache")
 
 
 def _why_not_in_chunks(x: Tensor) -> str | None:
@@ -210,10 +156,8 @@ def _why_not_head_dims(p: Problem, capability: int) -> str | None:
     """None if there are kernels for the head dimensions on a GPU, else a sentence."""
     number = f"{capability // 10}.{capability % 10}"
     largest = max(p.head_dim, p.head_dim_v)
-    if capability < 75:
-        return f"the GPU has compute capability {number}, and this backend needs at least 7.5."
     if capability < 80:
-        return f"the GPU has compute capability {number}, and there are no kernels for it yet."
-    if largest > _cuda.HEAD_DIMS[-1]:
-        return f"head_dim is {largest}, and this backend takes at most {_cuda.HEAD_DIMS[-1]}."
+        return f"the GPU has compute capability {number}, and this backend needs at least 8.0."
+    if largest > _cuda.LARGEST_HEAD_DIM:
+        return f"head_dim is {largest}, and this backend takes at most {_cuda.LARGEST_HEAD_DIM}."
     return None

@@ -46,16 +46,16 @@ class Forward {
   static constexpr int kChunk = 16;          // keys per step
 
  public:
-  __device__ __forceinline__ Forward(const Params& p, const Tile& tile, uint32_t shared)
-      : p_(p),
+  __device__ __forceinline__ Forward(const Arguments& a, const Tile& tile, uint32_t shared)
+      : p_(a.p),
         tile_(tile),
         shared_(shared),
         lane_(threadIdx.x % 32),
         warp_row_(threadIdx.x / 32 * T::kWarpRows),
         sees_(tile.sees),
-        scores_(p, tile.b, tile.head, sees_.offset),
-        key_(sees_.first(tile.row)),
-        copy_(p, tile.sequence, tile.b, tile.head / int(p.heads_q / p.heads_kv), key_, sees_.last(tile_.last_row)),
+        scores_(a, tile.b, tile.head, sees_.offset),
+        key_(tile.first_key),
+        copy_(p_, tile.sequence, tile.b, tile.head / int(p_.heads_q / p_.heads_kv), key_),
         offset_k_(lane_offset_b<T::kHeadDim>(lane_)),
         offset_v_(lane_offset_a<T::kHeadDim>(lane_)) {
 #pragma unroll
@@ -68,17 +68,16 @@ class Forward {
 
   __device__ __forceinline__ void run() {
     load_queries();
-    // Blocks that start within [first_plain, last_plain] are seen whole by every row.
-    if (key_ >= first_plain() && key_ <= last_plain()) start();
-    while (key_ < sees_.last(tile_.last_row)) {
+    if (whole_block()) start();
+    while (key_ < tile_.end_key) {
       bool loaded = false;
-      if (key_ >= first_plain() && softmax_.ready())
-        for (const int last = last_plain(); key_ <= last; key_ += T::kBlockN) {
+      if (key_ >= tile_.whole_first && softmax_.ready())
+        for (; key_ + T::kBlockN <= tile_.whole_last; key_ += T::kBlockN) {
           next_block();
           loaded = !quick_block();
           if (loaded) break;
         }
-      if (key_ >= sees_.last(tile_.last_row)) break;
+      if (key_ >= tile_.end_key) break;
       if (!loaded) next_block();
       careful_block();
       key_ += T::kBlockN;
@@ -87,8 +86,10 @@ class Forward {
   }
 
  private:
-  __device__ __forceinline__ int first_plain() const { return sees_.first(tile_.last_row); }
-  __device__ __forceinline__ int last_plain() const { return sees_.last(tile_.row) - T::kBlockN; }
+  // Every row of the tile sees the whole of the current block.
+  __device__ __forceinline__ bool whole_block() const {
+    return key_ >= tile_.whole_first && key_ + T::kBlockN <= tile_.whole_last;
+  }
 
   // The queries, and the first block of keys and values.
   __device__ __forceinline__ void load_queries() {
@@ -97,7 +98,7 @@ class Forward {
     Copy queries(p_.q, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row, int(p_.head_dim));
     queries.next(at + Copy::offset(), tile_.last_row + 1 - tile_.row - Copy::row());
     stage_ = T::kStageBytes;
-    copy_.next(shared_);
+    copy_.next(shared_, tile_.end_key - key_);
     ptx::cp_async_wait_group<0>();
     __syncthreads();
     q_.load(at + warp_row_ * T::kHeadDim * 2, lane_);
@@ -115,7 +116,7 @@ class Forward {
   __device__ __forceinline__ void next_block() {
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // the block has arrived for all, and all are done with the one before
-    copy_.next(shared_ + stage_);
+    copy_.next(shared_ + stage_, tile_.end_key - key_ - T::kBlockN);
     stage_ ^= T::kStageBytes;
   }
 
@@ -290,7 +291,7 @@ __device__ __forceinline__ void forward(const Arguments& a) {
   if (threadIdx.x == 0) tile = this_tile<T::kRows>(a.p);
   __syncthreads();
   if (tile.last_row < tile.row) return;
-  Forward<T>(a.p, tile, shared_address(memory)).run();
+  Forward<T>(a, tile, shared_address(memory)).run();
 }
 
 }  // namespace sm80
