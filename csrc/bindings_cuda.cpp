@@ -1,4 +1,6 @@
 // The Python module fastattn._cuda: calls described once, then launched with addresses and a stream.
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings_call.h"
@@ -9,30 +11,51 @@ namespace fastattn {
 namespace {
 
 using cuda::Arguments;
+using cuda::Gpu;
 using cuda::Launch;
+using cuda::Operation;
+using cuda::Plan;
+
+constexpr std::pair<const char*, Operation> kOperations[] = {{"forward", Operation::kForward}};
+
+Operation operation_of(const std::string& wanted) {
+  for (const auto& [name, operation] : kOperations)
+    if (wanted == name) return operation;
+  throw py::value_error("no operation is called " + wanted);
+}
 
 class Call : public Description {
  public:
   using Description::Description;
 
-  // What `forward` would launch: (kernel, blocks, threads, bytes of shared memory, bytes of its argument).
-  py::tuple plan_forward(const py::dict& addresses) const {
-    const Launch launch = planned(addresses);
-    return py::make_tuple(launch.kernel.name, launch.blocks, launch.kernel.threads, launch.kernel.shared_bytes,
-                          py::bytes(reinterpret_cast<const char*>(&launch.arguments), sizeof(Arguments)));
+  // The memory that an operation needs besides its tensors.
+  int64_t workspace_bytes(const std::string& operation, int capability, int multiprocessors) const {
+    return cuda::plan(operation_of(operation), p_, {capability, multiprocessors}, nullptr).workspace_bytes;
   }
 
-  void forward(const py::dict& addresses, int device, uintptr_t stream) const {
-    const Launch launch = planned(addresses);
+  // What `run` would launch: (kernel, blocks, threads, bytes of shared memory, bytes of its argument) each.
+  std::vector<py::tuple> plan(const std::string& operation, const py::dict& addresses, int capability,
+                              int multiprocessors) const {
+    std::vector<py::tuple> launches;
+    for (const Launch& x : planned(operation, addresses, {capability, multiprocessors}).launches)
+      launches.push_back(py::make_tuple(x.kernel.name, x.blocks, x.kernel.threads, x.kernel.shared_bytes,
+                                        py::bytes(reinterpret_cast<const char*>(&x.arguments), sizeof(Arguments))));
+    return launches;
+  }
+
+  void run(const std::string& operation, const py::dict& addresses, int capability, int multiprocessors, int device,
+           uintptr_t stream) const {
+    const Plan plan = planned(operation, addresses, {capability, multiprocessors});
     py::gil_scoped_release release;
-    cuda::run(launch, device, reinterpret_cast<void*>(stream));
+    for (const Launch& launch : plan.launches) cuda::run(launch, device, reinterpret_cast<void*>(stream));
   }
 
  private:
-  Launch planned(const py::dict& addresses) const {
+  Plan planned(const std::string& operation, const py::dict& addresses, const Gpu& gpu) const {
     const Params p = at(addresses, 0);
     require_memory(p);
-    return cuda::plan_forward(p);
+    void* workspace = addresses.contains("workspace") ? address<void*>(addresses["workspace"]) : nullptr;
+    return cuda::plan(operation_of(operation), p, gpu, workspace);
   }
 };
 
@@ -61,6 +84,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("LARGEST_HEAD_DIM") = fastattn::cuda::kLargestHeadDim;
   py::class_<Call>(m, "Call", py::module_local())
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())
-      .def("plan_forward", &Call::plan_forward)
-      .def("forward", &Call::forward);
+      .def("workspace_bytes", &Call::workspace_bytes)
+      .def("plan", &Call::plan)
+      .def("run", &Call::run);
 }

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastattn.backends.cuda import Processor
 from fastattn.backends.native import Tensors, addresses
 
 from .simulator import ptxsim
@@ -23,8 +24,8 @@ from .simulator import ptxsim
 class Simulator:
     """See `fastattn.backends.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like."""
 
-    def __init__(self, capability: int = 80) -> None:
-        self._capability = capability
+    def __init__(self, capability: int = 80, multiprocessors: int = 4) -> None:
+        self._processor = Processor(capability, multiprocessors)
         self.findings: list[Any] = []
         self.kernels: list[str] = []
 
@@ -34,19 +35,18 @@ class Simulator:
     def why_not(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"its tensors are on {device}, not on the CPU."
 
-    def capability(self, device: torch.device) -> int:
-        return self._capability
+    def processor(self, device: torch.device) -> Processor:
+        return self._processor
 
-    def run(self, device: torch.device, call: Any, tensors: Tensors) -> None:
-        name, blocks, threads, shared_bytes, argument = call.plan_forward(addresses(tensors))
-        if blocks == 0:
-            return
+    def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
         memory = _Memory(tensors.values())
-        module = kernels()[name]
-        struct = ptxsim().Struct(len(argument), memory.fields(argument))
-        counters = module.launch(name, (blocks,), threads, [struct], shared_bytes=shared_bytes)
-        self.kernels.append(name)
-        self.findings += [f for f in counters.findings if not f[0].startswith("note:")]
+        for name, blocks, threads, shared_bytes, argument in call.plan(operation, addresses(tensors), *self._processor):
+            if blocks == 0:
+                continue
+            struct = ptxsim().Struct(len(argument), memory.fields(argument))
+            counters = kernels()[name].launch(name, (blocks,), threads, [struct], shared_bytes=shared_bytes)
+            self.kernels.append(name)
+            self.findings += [f for f in counters.findings if not f[0].startswith("note:")]
 
 
 class _Memory:

@@ -14,28 +14,26 @@ struct BFloat16 {
   // bound keeps sums far from its end.
   static constexpr float kLargestSum = 1e9f;
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return ptx::cvt_rn_bf16x2(low, high); }
-  // c += a b
-  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    ptx::mma_m16n8k16_bf16(c, a, b0, b1, c);
+  static __device__ __forceinline__ float2 unpack(uint32_t two) {
+    return {__uint_as_float(two << 16), __uint_as_float(two & 0xffff0000u)};
   }
-  // c = a b
-  static __device__ __forceinline__ void product(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const float zeros[4] = {};
-    ptx::mma_m16n8k16_bf16(c, a, b0, b1, zeros);
+  // d = a b + c
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                             const float (&c)[4]) {
+    ptx::mma_m16n8k16_bf16(d, a, b0, b1, c);
   }
 };
 
 struct Float16 {
   static constexpr float kLargestSum = 3e4f;  // each probability must stay below 65504
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return ptx::cvt_rn_f16x2(low, high); }
-  // c += a b
-  static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    ptx::mma_m16n8k16_f16(c, a, b0, b1, c);
+  static __device__ __forceinline__ float2 unpack(uint32_t two) {
+    return {ptx::cvt_f32_f16(static_cast<uint16_t>(two)), ptx::cvt_f32_f16(static_cast<uint16_t>(two >> 16))};
   }
-  // c = a b
-  static __device__ __forceinline__ void product(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const float zeros[4] = {};
-    ptx::mma_m16n8k16_f16(c, a, b0, b1, zeros);
+  // d = a b + c
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                             const float (&c)[4]) {
+    ptx::mma_m16n8k16_f16(d, a, b0, b1, c);
   }
 };
 

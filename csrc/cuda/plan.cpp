@@ -31,17 +31,31 @@ int64_t query_blocks(const Params& p, int rows) {
   return tiles(p.seqlen_q, p.batch, varlen(p), rows) * p.heads_q * (varlen(p) ? 1 : p.batch);
 }
 
-}  // namespace
-
-Launch plan_forward(const Params& p) {
+Arguments arguments_of(const Params& p) {
   constexpr double kLog2E = 1.4426950408889634;
-  const Kernel kernel = of_family<sm80::ForwardKernels>(p);
   Arguments a;
   a.p = p;
   a.scale_log2 = static_cast<float>(p.scale * kLog2E);
   a.softcap_log2 = static_cast<float>(p.softcap * kLog2E);
   a.softcap_scale = p.softcap > 0 ? static_cast<float>(p.scale / p.softcap) : 0.0f;
-  return {kernel, query_blocks(p, kernel.rows), a};
+  return a;
+}
+
+Plan plan_forward(const Params& p) {
+  const Kernel kernel = of_family<sm80::ForwardKernels>(p);
+  Plan plan;
+  plan.launches.push_back({kernel, query_blocks(p, kernel.rows), arguments_of(p)});
+  return plan;
+}
+
+}  // namespace
+
+Plan plan(Operation operation, const Params& p, const Gpu& gpu, void* workspace) {
+  switch (operation) {
+    case Operation::kForward:
+      return plan_forward(p);
+  }
+  throw std::invalid_argument("no such operation");
 }
 
 }  // namespace cuda

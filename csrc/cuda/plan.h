@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernel.h"
 
@@ -14,10 +15,25 @@ struct Launch {
   Arguments arguments;
 };
 
+// Launches, one behind the other, and the memory that they hand numbers on in.
+struct Plan {
+  std::vector<Launch> launches;
+  int64_t workspace_bytes = 0;
+};
+
+// What a plan depends on besides the call.
+struct Gpu {
+  int capability;  // times 10
+  int multiprocessors;
+};
+
+enum class Operation { kForward };
+
 constexpr int kLargestHeadDim = 256;
 
-// The forward pass of a dense or varlen call, on GPUs of compute capability 8.0 and up.
-Launch plan_forward(const Params& p);
+// The plan of an operation, with workspace_bytes of memory from `workspace` on, which begins at a multiple of 256
+// bytes. How much is needed does not depend on where it lies.
+Plan plan(Operation operation, const Params& p, const Gpu& gpu, void* workspace);
 
 }  // namespace cuda
 }  // namespace fastattn

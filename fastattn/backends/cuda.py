@@ -6,7 +6,7 @@ Gradients and calls with a cache are not there yet, so `dispatch.BACKENDS` leave
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ _READ_IN_CHUNKS = ("q", "k", "v")
 """Tensors whose rows must be contiguous, and lie at multiples of 16 bytes."""
 
 
+class Processor(NamedTuple):
+    """What plans depend on besides the call: compute capability times 10, and streaming multiprocessors."""
+
+    capability: int
+    multiprocessors: int
+
+
 class Machine(Protocol):
     """What runs planned calls."""
 
@@ -36,11 +43,11 @@ class Machine(Protocol):
     def why_not(self, device: torch.device) -> str | None:
         """None if kernels can run on tensors there, else a sentence."""
 
-    def capability(self, device: torch.device) -> int:
-        """The compute capability of the GPU of tensors there, times 10."""
+    def processor(self, device: torch.device) -> Processor:
+        """The GPU of tensors there."""
 
-    def run(self, device: torch.device, call: _cuda.Call, tensors: Tensors) -> None:
-        """Runs a forward pass on tensors of this device."""
+    def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
+        """Runs an operation ("forward") of a call on tensors of this device."""
 
 
 class Gpu:
@@ -57,20 +64,21 @@ class Gpu:
         """See `Machine`."""
         return None if device.type == "cuda" else f"its tensors are on {device}, and this backend runs on NVIDIA GPUs."
 
-    def capability(self, device: torch.device) -> int:
+    def processor(self, device: torch.device) -> Processor:
         """See `Machine`."""
-        return _capability(device)
+        return _processor(device)
 
-    def run(self, device: torch.device, call: _cuda.Call, tensors: Tensors) -> None:
+    def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
         """See `Machine`."""
         index = torch.cuda.current_device() if device.index is None else device.index
-        call.forward(addresses(tensors), index, torch.cuda.current_stream(device).cuda_stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        call.run(operation, addresses(tensors), *_processor(device), index, stream)
 
 
 @lru_cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def _processor(device: torch.device) -> Processor:
+    properties = torch.cuda.get_device_properties(device)
+    return Processor(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 class CudaBackend:
@@ -108,7 +116,7 @@ class CudaBackend:
         for name in ("head_dim", "head_dim_v"):
             if getattr(p, name) % _CHUNK:
                 return f"{name} is {getattr(p, name)}, and this backend takes multiples of {_CHUNK}."
-        return _why_not_head_dims(p, self._machine.capability(p.device))
+        return _why_not_head_dims(p, self._machine.processor(p.device).capability)
 
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
         """See `Backend.remarks`."""
@@ -126,8 +134,15 @@ class CudaBackend:
             if _why_not_in_chunks(tensors[name]):
                 tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
         tensors |= {"out": out, "lse": lse}
-        self._machine.run(problem.device, described(_cuda.Call, problem, tensors), tensors)
+        self._run("forward", problem, tensors)
         return out, lse
+
+    def _run(self, operation: str, problem: Problem, tensors: Tensors) -> None:
+        call = described(_cuda.Call, problem, tensors)
+        size = call.workspace_bytes(operation, *self._machine.processor(problem.device))
+        if size:
+            tensors = tensors | {"workspace": torch.empty(size, dtype=torch.uint8, device=problem.device)}
+        self._machine.run(problem.device, operation, call, tensors)
 
     def backward(self, problem: Problem, *_: object) -> Grads:
         """Raises NotImplementedError."""

@@ -40,5 +40,12 @@ __device__ __forceinline__ uint32_t cvt_rn_f16x2(float low, float high) {
   return y;
 }
 
+// float16, as its bits, to float32 (PTX ISA 9.7.9.22).
+__device__ __forceinline__ float cvt_f32_f16(uint16_t x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
 }  // namespace ptx
 }  // namespace fastattn

@@ -107,7 +107,7 @@ class Forward {
   // Takes the first references from the first 16 keys.
   __device__ __forceinline__ void start() {
     Tile16 s;
-    multiply_transposed<Number>(s, q_, shared_ + offset_k_);
+    multiply_transposed<Number, T::kHeadDim>(s, q_, shared_ + offset_k_);
     scores(s, key_);
     softmax_.start(s);
   }
@@ -147,7 +147,7 @@ class Forward {
     float sums[T::kRowTiles][2] = {};
     unrolled<T::kBlockN / kChunk>([&](auto c) {
       Tile16 s;
-      multiply_transposed<Number, c * kChunk>(s, q_, keys());
+      multiply_transposed<Number, T::kHeadDim, c * kChunk>(s, q_, keys());
       probabilities(s, key_ + c * kChunk);
       softmax_.sum_up(sums, s);
 #pragma unroll
@@ -181,14 +181,14 @@ class Forward {
     float sums[T::kRowTiles][2] = {};
     bool done = false;
     if (ready) {
-      multiply_transposed<Number>(s, q_, keys() + row_offset);
+      multiply_transposed<Number, T::kHeadDim>(s, q_, keys() + row_offset);
       probabilities(s, key);
       hide(s, key, hides_left, hides_right, 0.0f);
       softmax_.sum_up(sums, s);
       done = softmax_.fits(sums, Number::kLargestSum);
     }
     if (!done) {
-      multiply_transposed<Number>(s, q_, keys() + row_offset);
+      multiply_transposed<Number, T::kHeadDim>(s, q_, keys() + row_offset);
       scores(s, key);
       hide(s, key, hides_left, hides_right, -INFINITY);
       softmax_.renew(s, acc_);

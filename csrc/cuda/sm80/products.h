@@ -10,10 +10,15 @@ namespace fastattn {
 namespace cuda {
 namespace sm80 {
 
-// Rows of a tile in registers, as the A operand: kRowTiles times 16 rows of kColumns numbers.
+// The A operand of 16 rows and 16 columns.
+struct Fragment {
+  uint32_t r[4];
+};
+
+// kRowTiles times 16 rows of kColumns numbers as A operands, kept in registers.
 template <int kRowTiles, int kColumns>
 struct RowFragments {
-  uint32_t r[kRowTiles][kColumns / 16][4];
+  Fragment kept[kRowTiles][kColumns / 16];
 
   // From the rows that start at `tile`.
   __device__ __forceinline__ void load(uint32_t tile, int lane) {
@@ -21,32 +26,61 @@ struct RowFragments {
     unrolled<kRowTiles>([&](auto m) {
       unrolled<kColumns / 16>([&](auto k) {
         using S = Swizzle<kColumns>;
-        ptx::ldmatrix_x4<m * 16 * S::kRowBytes + S::jump(k)>(r[m][k], at ^ S::flip(k));
+        ptx::ldmatrix_x4<m * 16 * S::kRowBytes + S::jump(k)>(kept[m][k].r, at ^ S::flip(k));
       });
     });
   }
+  template <int m, int k>
+  __device__ __forceinline__ Fragment get() const {
+    return kept[m][k];
+  }
 };
 
-// c[m][n] = rows[m] times 16 rows of a tile, transposed: the products of 16 queries with 16 keys. `at` is the tile's
-// address plus lane_offset_b, kRow the first of the rows.
-template <class Number, int kRow = 0, int kRowTiles, int kColumns>
-__device__ __forceinline__ void multiply_transposed(float (&c)[kRowTiles][2][4],
-                                                    const RowFragments<kRowTiles, kColumns>& rows, uint32_t at) {
+// The same, loaded from shared memory each time, where registers do not suffice.
+template <int kRowTiles, int kColumns>
+struct SharedRows {
+  uint32_t at;
+
+  __device__ __forceinline__ void load(uint32_t tile, int lane) { at = tile + lane_offset_a<kColumns>(lane); }
+  template <int m, int k>
+  __device__ __forceinline__ Fragment get() const {
+    using S = Swizzle<kColumns>;
+    Fragment a;
+    ptx::ldmatrix_x4<m * 16 * S::kRowBytes + S::jump(k)>(a.r, at ^ S::flip(k));
+    return a;
+  }
+};
+
+// c[m][n] = start[m][n] + rows[m] times 16 rows of a tile, transposed: the products of 16 queries with 16 keys. `at` is
+// the tile's address plus lane_offset_b, kRow the first of the rows; start(m, n) is what an accumulator begins with.
+template <class Number, int kColumns, int kRow = 0, int kRowTiles, class Rows, class Start>
+__device__ __forceinline__ void multiply_transposed(float (&c)[kRowTiles][2][4], const Rows& rows, uint32_t at,
+                                                    const Start& start) {
   unrolled<kColumns / 16>([&](auto k) {
     using S = Swizzle<kColumns>;
     uint32_t b[4];
     ptx::ldmatrix_x4<kRow * S::kRowBytes + S::jump(k)>(b, at ^ S::flip(k));
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      if constexpr (k == 0) {
-        Number::product(c[m][0], rows.r[m][k], b[0], b[1]);
-        Number::product(c[m][1], rows.r[m][k], b[2], b[3]);
-      } else {
-        Number::mma(c[m][0], rows.r[m][k], b[0], b[1]);
-        Number::mma(c[m][1], rows.r[m][k], b[2], b[3]);
-      }
-    }
+    unrolled<kRowTiles>([&](auto m) {
+      const Fragment a = rows.template get<m, k>();
+      unrolled<2>([&](auto n) {
+        if constexpr (k == 0) {
+          Number::mma(c[m][n], a.r, b[2 * n], b[2 * n + 1], start(m, n));
+        } else {
+          Number::mma(c[m][n], a.r, b[2 * n], b[2 * n + 1], c[m][n]);
+        }
+      });
+    });
   });
+}
+
+struct Zeros {
+  float zeros[4] = {};
+  __device__ __forceinline__ const float (&operator()(int, int) const)[4] { return zeros; }
+};
+
+template <class Number, int kColumns, int kRow = 0, int kRowTiles, class Rows>
+__device__ __forceinline__ void multiply_transposed(float (&c)[kRowTiles][2][4], const Rows& rows, uint32_t at) {
+  multiply_transposed<Number, kColumns, kRow>(c, rows, at, Zeros());
 }
 
 // acc[m] += a[m] times 16 rows of a tile: probabilities of 16 keys times their values. `at` is the tile's address plus
@@ -60,8 +94,8 @@ __device__ __forceinline__ void multiply(float (&acc)[kRowTiles][kColumns / 8][4
     ptx::ldmatrix_x4_trans<kRow * S::kRowBytes + S::jump(n)>(b, at ^ S::flip(n));
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      Number::mma(acc[m][2 * n], a[m], b[0], b[1]);
-      Number::mma(acc[m][2 * n + 1], a[m], b[2], b[3]);
+      Number::mma(acc[m][2 * n], a[m], b[0], b[1], acc[m][2 * n]);
+      Number::mma(acc[m][2 * n + 1], a[m], b[2], b[3], acc[m][2 * n + 1]);
     }
   });
 }
