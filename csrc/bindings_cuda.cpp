@@ -16,7 +16,8 @@ using cuda::Launch;
 using cuda::Operation;
 using cuda::Plan;
 
-constexpr std::pair<const char*, Operation> kOperations[] = {{"forward", Operation::kForward}};
+constexpr std::pair<const char*, Operation> kOperations[] = {{"forward", Operation::kForward},
+                                                             {"backward", Operation::kBackward}};
 
 Operation operation_of(const std::string& wanted) {
   for (const auto& [name, operation] : kOperations)
@@ -69,6 +70,7 @@ std::vector<int64_t> address_offsets() {
   for (const auto& [name, field] : kTensors) add((a.p.*field).data);
   for (const auto& [name, field] : kIndices) add(a.p.*field);
   for (const auto& [name, field] : kTables) add(a.p.*field);
+  for (const auto field : {&Arguments::row_lse, &Arguments::minus_delta}) add(a.*field);
   return offsets;
 }
 

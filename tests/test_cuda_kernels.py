@@ -1,7 +1,7 @@
 """The CUDA C++ kernels as built, executed in a simulator of PTX: results, races, bounds.
 
 Needs the simulator `ptxsim` on the path, or beside the project in ../shared, and a module built with nvcc; the tests
-skip without them. The module computes forward passes so far, and automatic choice leaves the backend out.
+skip without them. Automatic choice leaves the backend out as long as it computes no calls with a cache.
 """
 
 from __future__ import annotations
@@ -133,16 +133,8 @@ def test_nothing_is_spilled() -> None:
     found = dict(stack for of_unit in stacks for stack in of_unit)
     if not found:
         pytest.skip("the module was built without machine code for sm_80 (FASTATTN_CUDA_ARCHITECTURES)")
-    assert len(found) == 24
+    assert len(found) == 24 + 24 + 24 + 8 + 3
     assert set(found.values()) == {"0"}
-
-
-def test_gradients_are_refused(use_backends: Callable[..., None]) -> None:
-    use_backends(cuda.CudaBackend(cuda_simulator.Simulator()), *dispatch.BACKENDS)
-    q = torch.zeros(1, 1, 16, 64, dtype=BF16, requires_grad=True)
-    out = fastattn.attention(q, q, q, backend="cuda")
-    with pytest.raises(NotImplementedError, match="forward passes only"):
-        out.sum().backward()
 
 
 def test_explain_names_copies(use_backends: Callable[..., None]) -> None:

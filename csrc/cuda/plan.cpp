@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "rows.h"
 #include "sm80/kernels.h"
 #include "tiles.h"
 
@@ -16,7 +17,7 @@ bool general(const Params& p) { return p.softcap > 0 || p.alibi.data != nullptr;
 
 // The kernel of a family for the call's head dimension, padded.
 template <template <int> class Family>
-Kernel of_family(const Params& p) {
+auto of_family(const Params& p) {
   const int64_t dim = std::max(p.head_dim, p.head_dim_v);
   if (dim <= 32) return Family<32>::get(p.dtype, general(p));
   if (dim <= 64) return Family<64>::get(p.dtype, general(p));
@@ -29,6 +30,10 @@ Kernel of_family(const Params& p) {
 
 int64_t query_blocks(const Params& p, int rows) {
   return tiles(p.seqlen_q, p.batch, varlen(p), rows) * p.heads_q * (varlen(p) ? 1 : p.batch);
+}
+
+int64_t key_blocks(const Params& p, int rows) {
+  return tiles(p.seqlen_k, p.batch, varlen(p), rows) * p.heads_kv * (varlen(p) ? 1 : p.batch);
 }
 
 Arguments arguments_of(const Params& p) {
@@ -48,12 +53,58 @@ Plan plan_forward(const Params& p) {
   return plan;
 }
 
+// Parts of a workspace, one behind the other.
+class Workspace {
+ public:
+  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
+
+  // Room for a number of floats; null where there is no workspace yet.
+  float* floats(int64_t count) {
+    constexpr int64_t kAlignment = 256;
+    char* part = begin_ == nullptr ? nullptr : begin_ + bytes_;
+    bytes_ += (count * 4 + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<float*>(part);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* begin_;
+  int64_t bytes_ = 0;
+};
+
+Plan plan_backward(const Params& p, void* workspace) {
+  const int64_t entries = varlen(p) ? 1 : p.batch;
+  Workspace memory(workspace);
+  Arguments a = arguments_of(p);
+  a.row_lse = memory.floats(entries * p.heads_q * p.seqlen_q);
+  a.minus_delta = memory.floats(entries * p.heads_q * p.seqlen_q);
+  Plan plan;
+  plan.workspace_bytes = memory.bytes();
+  const auto launch = [&](const Kernel& kernel, int64_t blocks) { plan.launches.push_back({kernel, blocks, a}); };
+
+  const Kernel statistics = row_statistics_kernel(p.dtype);
+  launch(statistics, tiles(p.seqlen_q, 1, false, statistics.rows) * p.heads_q * entries);
+  if (p.dsinks.data != nullptr) launch(sink_gradient_kernel(), p.heads_q);
+  if (p.dq.data != nullptr) {
+    const Kernel kernel = of_family<sm80::QueryGradientKernels>(p);
+    launch(kernel, query_blocks(p, kernel.rows));
+  }
+  const sm80::KeyGradients kernels = of_family<sm80::KeyGradientKernels>(p);
+  const bool together = kernels.keys.function == kernels.values.function;
+  if (p.dk.data != nullptr || (together && p.dv.data != nullptr))
+    launch(kernels.keys, key_blocks(p, kernels.keys.rows));
+  if (p.dv.data != nullptr && !together) launch(kernels.values, key_blocks(p, kernels.values.rows));
+  return plan;
+}
+
 }  // namespace
 
 Plan plan(Operation operation, const Params& p, const Gpu& gpu, void* workspace) {
   switch (operation) {
     case Operation::kForward:
       return plan_forward(p);
+    case Operation::kBackward:
+      return plan_backward(p, workspace);
   }
   throw std::invalid_argument("no such operation");
 }

@@ -37,8 +37,10 @@ struct Tile {
   int last_row;  // the last that exists, or below `row`: there is none
   Sequence sequence;
   Visibility sees;
-  // Some row sees each of the keys [first_key, end_key), and all rows see those in [whole_first, whole_last).
-  int first_key, end_key, whole_first, whole_last;
+  int group;  // heads of queries per head of keys
+  // Queries see keys, and keys are seen by queries: these are the columns. Some row has each of [first, end), and all
+  // rows have those in [whole_first, whole_end).
+  int first, end, whole_first, whole_end;
 };
 
 // Sequence b of a varlen call owns the tiles from cu_seqlens[b] / rows + b on, which are at least as many as it needs:
@@ -80,10 +82,13 @@ __device__ __forceinline__ Tile this_tile(const Params& p) {
   // Wrong cu_seqlens may lead to a tile before the first row.
   tile.last_row =
       tile.row < 0 ? tile.row - 1 : static_cast<int>(tile.row + kRows < length ? tile.row + kRows : length) - 1;
-  tile.first_key = tile.sees.first(tile.row);
-  tile.end_key = tile.sees.last(tile.last_row);
-  tile.whole_first = tile.sees.first(tile.last_row);
-  tile.whole_last = tile.sees.last(tile.row);
+  tile.group = static_cast<int>(p.heads_q / p.heads_kv);
+  const Visibility& sees = tile.sees;
+  const int q_length = static_cast<int>(tile.sequence.q_length);
+  tile.first = kOfKeys ? sees.first_query(tile.row) : sees.first(tile.row);
+  tile.end = kOfKeys ? sees.last_query(tile.last_row, q_length) : sees.last(tile.last_row);
+  tile.whole_first = kOfKeys ? sees.first_query(tile.last_row) : sees.first(tile.last_row);
+  tile.whole_end = kOfKeys ? sees.last_query(tile.row, q_length) : sees.last(tile.row);
   return tile;
 }
 

@@ -19,6 +19,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The shared memory that a launch asks for.
+__device__ __forceinline__ char* dynamic_shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
 template <int kColumns>
 struct Swizzle {
   static_assert(kColumns % 32 == 0, "rows of whole groups of four chunks");
@@ -91,6 +97,9 @@ class TileCopy {
     source_ += kRows * stride_;
   }
 
+  // Moves on by numbers, not rows.
+  __device__ __forceinline__ void skip(int64_t numbers) { source_ += numbers * 2; }
+
  private:
   static __device__ __forceinline__ int chunk() { return threadIdx.x % kLanes; }
 
@@ -98,6 +107,19 @@ class TileCopy {
   int64_t stride_;  // bytes
   int columns_;     // from this thread's first chunk on
 };
+
+// Rounds this lane's part of a row into a warp's tile: row 8 r + lane / 4 of 16-row tile m, of which acc[n] is the
+// product of columns 8 n to 8 n + 7, times a factor.
+template <class Number, int kColumns>
+__device__ __forceinline__ void put_row(char* tile, int m, int r, const float (&acc)[kColumns / 8][4], float factor,
+                                        int lane) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    const uint32_t at = Swizzle<kColumns>::offset(lane / 4, n) + (m * 16 + r * 8) * kColumns * 2;
+    *reinterpret_cast<uint32_t*>(tile + at + lane % 4 * 4) =
+        Number::pack(acc[n][2 * r] * factor, acc[n][2 * r + 1] * factor);
+  }
+}
 
 // Writes the rows of a warp's tile to a tensor: `rows` of them, `columns` numbers each, from first_row of the tensor
 // on.

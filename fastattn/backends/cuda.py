@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels (csrc/cuda): forward passes in half precision.
+"""The CUDA C++ kernels (csrc/cuda): forward and backward passes in half precision.
 
-Gradients and calls with a cache are not there yet, so `dispatch.BACKENDS` leaves this backend out.
+Calls with a cache are not there yet, so `dispatch.BACKENDS` leaves this backend out.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Inputs, Problem
-from . import Grads, empty_lse, empty_out
-from .native import Tensors, addresses, described, native_inputs
+from . import Grads, Needs, empty_lse, empty_out
+from .native import Tensors, addresses, as_grads, described, empty_grads, gradient_tensors, native_inputs
 
 try:
     from .. import _cuda
@@ -23,7 +23,7 @@ except ImportError as error:  # built without nvcc
 
 _LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
 _CHUNK = 8  # numbers in the 16 bytes that kernels read at once
-_READ_IN_CHUNKS = ("q", "k", "v")
+_READ_IN_CHUNKS = ("q", "k", "v", "out", "dout")
 """Tensors whose rows must be contiguous, and lie at multiples of 16 bytes."""
 
 
@@ -47,7 +47,7 @@ class Machine(Protocol):
         """The GPU of tensors there."""
 
     def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
-        """Runs an operation ("forward") of a call on tensors of this device."""
+        """Runs an operation ("forward" or "backward") of a call on tensors of this device."""
 
 
 class Gpu:
@@ -120,7 +120,7 @@ class CudaBackend:
 
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
         """See `Backend.remarks`."""
-        reasons = {name: _why_not_in_chunks(getattr(inputs, name)) for name in _READ_IN_CHUNKS}
+        reasons = {name: _why_not_in_chunks(x) for name, x in zip("qkv", inputs, strict=False)}
         return [f"{name} is copied first, as {reason}." for name, reason in reasons.items() if reason]
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
@@ -129,11 +129,7 @@ class CudaBackend:
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        tensors = native_inputs(problem, inputs)
-        for name in _READ_IN_CHUNKS:
-            if _why_not_in_chunks(tensors[name]):
-                tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
-        tensors |= {"out": out, "lse": lse}
+        tensors = _in_chunks(native_inputs(problem, inputs)) | {"out": out, "lse": lse}
         self._run("forward", problem, tensors)
         return out, lse
 
@@ -144,13 +140,35 @@ class CudaBackend:
             tensors = tensors | {"workspace": torch.empty(size, dtype=torch.uint8, device=problem.device)}
         self._machine.run(problem.device, operation, call, tensors)
 
-    def backward(self, problem: Problem, *_: object) -> Grads:
-        """Raises NotImplementedError."""
-        raise NotImplementedError("the backend 'cuda' computes forward passes only; use another one for gradients")
+    def backward(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        needs: Needs,
+    ) -> Grads:
+        """See `Backend.backward`."""
+        grads = empty_grads(problem, inputs, needs)
+        tensors = gradient_tensors(native_inputs(problem, inputs), out, lse, dout, dlse, grads)
+        self._run("backward", problem, _in_chunks(tensors))
+        return as_grads(inputs, grads)
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Raises NotImplementedError; `why_not` refuses such calls."""
-        raise NotImplementedError("the backend 'cuda' computes forward passes only, without a cache")
+        raise NotImplementedError("the backend 'cuda' computes no calls with a cache")
+
+
+def _in_chunks(tensors: Tensors) -> Tensors:
+    """The tensors, with copies of those that kernels cannot read as they are."""
+    copies = {
+        name: tensors[name].clone(memory_format=torch.contiguous_format)
+        for name in _READ_IN_CHUNKS
+        if name in tensors and _why_not_in_chunks(tensors[name])
+    }
+    return tensors | copies
 
 
 def _why_not_in_chunks(x: Tensor) -> str | None:

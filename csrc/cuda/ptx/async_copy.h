@@ -15,6 +15,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// 4 bytes, likewise.
+template <int kOffset = 0>
+__device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0 + %3], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0),
+               "n"(kOffset)
+               : "memory");
+}
+
 // Closes the group of copies asked for since the last one.
 __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

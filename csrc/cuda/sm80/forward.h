@@ -11,6 +11,7 @@
 #pragma once
 
 #include "../arguments.h"
+#include "../masks.h"
 #include "../numbers.h"
 #include "../sequences.h"
 #include "../softmax.h"
@@ -54,8 +55,8 @@ class Forward {
         warp_row_(threadIdx.x / 32 * T::kWarpRows),
         sees_(tile.sees),
         scores_(a, tile.b, tile.head, sees_.offset),
-        key_(tile.first_key),
-        copy_(p_, tile.sequence, tile.b, tile.head / int(p_.heads_q / p_.heads_kv), key_),
+        key_(tile.first),
+        copy_(p_, tile.sequence, tile.b, tile.head / tile.group, key_),
         offset_k_(lane_offset_b<T::kHeadDim>(lane_)),
         offset_v_(lane_offset_a<T::kHeadDim>(lane_)) {
 #pragma unroll
@@ -69,15 +70,15 @@ class Forward {
   __device__ __forceinline__ void run() {
     load_queries();
     if (whole_block()) start();
-    while (key_ < tile_.end_key) {
+    while (key_ < tile_.end) {
       bool loaded = false;
       if (key_ >= tile_.whole_first && softmax_.ready())
-        for (; key_ + T::kBlockN <= tile_.whole_last; key_ += T::kBlockN) {
+        for (; key_ + T::kBlockN <= tile_.whole_end; key_ += T::kBlockN) {
           next_block();
           loaded = !quick_block();
           if (loaded) break;
         }
-      if (key_ >= tile_.end_key) break;
+      if (key_ >= tile_.end) break;
       if (!loaded) next_block();
       careful_block();
       key_ += T::kBlockN;
@@ -88,7 +89,7 @@ class Forward {
  private:
   // Every row of the tile sees the whole of the current block.
   __device__ __forceinline__ bool whole_block() const {
-    return key_ >= tile_.whole_first && key_ + T::kBlockN <= tile_.whole_last;
+    return key_ >= tile_.whole_first && key_ + T::kBlockN <= tile_.whole_end;
   }
 
   // The queries, and the first block of keys and values.
@@ -98,7 +99,7 @@ class Forward {
     Copy queries(p_.q, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row, int(p_.head_dim));
     queries.next(at + Copy::offset(), tile_.last_row + 1 - tile_.row - Copy::row());
     stage_ = T::kStageBytes;
-    copy_.next(shared_, tile_.end_key - key_);
+    copy_.next(shared_, tile_.end - key_);
     ptx::cp_async_wait_group<0>();
     __syncthreads();
     q_.load(at + warp_row_ * T::kHeadDim * 2, lane_);
@@ -116,7 +117,7 @@ class Forward {
   __device__ __forceinline__ void next_block() {
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // the block has arrived for all, and all are done with the one before
-    copy_.next(shared_ + stage_, tile_.end_key - key_ - T::kBlockN);
+    copy_.next(shared_ + stage_, tile_.end - key_ - T::kBlockN);
     stage_ ^= T::kStageBytes;
   }
 
@@ -183,14 +184,14 @@ class Forward {
     if (ready) {
       multiply_transposed<Number, T::kHeadDim>(s, q_, keys() + row_offset);
       probabilities(s, key);
-      hide(s, key, hides_left, hides_right, 0.0f);
+      hide_unseen(s, key, hides_left, hides_right, 0.0f);
       softmax_.sum_up(sums, s);
       done = softmax_.fits(sums, Number::kLargestSum);
     }
     if (!done) {
       multiply_transposed<Number, T::kHeadDim>(s, q_, keys() + row_offset);
       scores(s, key);
-      hide(s, key, hides_left, hides_right, -INFINITY);
+      hide_unseen(s, key, hides_left, hides_right, -INFINITY);
       softmax_.renew(s, acc_);
       ready = softmax_.ready();
       softmax_.probabilities(s);
@@ -215,25 +216,11 @@ class Forward {
   }
 
   // Gives what a row does not see a value of its own.
-  __device__ __forceinline__ void hide(Tile16& x, int key, bool left, bool right, float value) const {
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = min(row_of(m, r), tile_.last_row);
-        if (right) {
-          const int last = sees_.last(row) - key - column_of(0, 0);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (i / 2 * 8 + i % 2 >= last) x[m][i / 2][2 * r + i % 2] = value;
-        }
-        if (left) {
-          const int first = sees_.first(row) - key - column_of(0, 0);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (i / 2 * 8 + i % 2 < first) x[m][i / 2][2 * r + i % 2] = value;
-        }
-      }
+  __device__ __forceinline__ void hide_unseen(Tile16& x, int key, bool left, bool right, float value) const {
+    const int column = key + column_of(0, 0);
+    hide(
+        x, left, right, [&](int m, int r) { return sees_.first(min(row_of(m, r), tile_.last_row)) - column; },
+        [&](int m, int r) { return sees_.last(min(row_of(m, r), tile_.last_row)) - column; }, value);
   }
 
   __device__ __forceinline__ void store() {
@@ -241,7 +228,7 @@ class Forward {
     __syncthreads();  // all are done with the last block, where out passes through
     const float* sinks = static_cast<const float*>(p_.sinks.data);
     const float sink = sinks == nullptr ? -INFINITY : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
-    char* out_tile = shared_memory() + warp_row_ * T::kHeadDim * 2;
+    char* out_tile = dynamic_shared_memory() + warp_row_ * T::kHeadDim * 2;
     float* lse = static_cast<float*>(p_.lse.data);
     const bool stores_lse = lane_ % 4 == 0 && lse != nullptr;
     lse += tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
@@ -252,22 +239,12 @@ class Forward {
       for (int r = 0; r < 2; ++r) {
         const RowEnd end(softmax_.reference[m][r], quad_sum(softmax_.sum[m][r]), sink);
         if (stores_lse && row_of(m, r) <= tile_.last_row) lse[(m * 16 + r * 8) * p_.lse.stride_s] = end.lse * kLn2;
-#pragma unroll
-        for (int n = 0; n < T::kHeadDim / 8; ++n) {
-          const uint32_t two = Number::pack(acc_[m][n][2 * r] * end.factor, acc_[m][n][2 * r + 1] * end.factor);
-          const uint32_t at = Swizzle<T::kHeadDim>::offset(lane_ / 4, n) + (m * 16 + r * 8) * T::kHeadDim * 2;
-          *reinterpret_cast<uint32_t*>(out_tile + at + lane_ % 4 * 4) = two;
-        }
+        put_row<Number, T::kHeadDim>(out_tile, m, r, acc_[m], end.factor, lane_);
       }
     __syncwarp();
     store_rows<T::kWarpRows, T::kHeadDim>(p_.out, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row + warp_row_,
                                           tile_.last_row + 1 - tile_.row - warp_row_, int(p_.head_dim_v), out_tile,
                                           lane_);
-  }
-
-  static __device__ __forceinline__ char* shared_memory() {
-    extern __shared__ __align__(128) char memory[];
-    return memory;
   }
 
   const Params& p_;
@@ -286,12 +263,11 @@ class Forward {
 
 template <class T>
 __device__ __forceinline__ void forward(const Arguments& a) {
-  extern __shared__ __align__(128) char memory[];
   __shared__ Tile tile;  // rarely needed, and registers are
   if (threadIdx.x == 0) tile = this_tile<T::kRows>(a.p);
   __syncthreads();
   if (tile.last_row < tile.row) return;
-  Forward<T>(a, tile, shared_address(memory)).run();
+  Forward<T>(a, tile, shared_address(dynamic_shared_memory())).run();
 }
 
 }  // namespace sm80

@@ -13,6 +13,21 @@ struct ForwardKernels {
   static Kernel get(DType dtype, bool general);
 };
 
+template <int kHeadDim>
+struct QueryGradientKernels {
+  static Kernel get(DType dtype, bool general);
+};
+
+// The gradients of keys and of values: one kernel for both, or one for each.
+struct KeyGradients {
+  Kernel keys, values;
+};
+
+template <int kHeadDim>
+struct KeyGradientKernels {
+  static KeyGradients get(DType dtype, bool general);
+};
+
 }  // namespace sm80
 }  // namespace cuda
 }  // namespace fastattn

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../ptx/matrix.h"
 #include "../shared_tile.h"
@@ -50,6 +51,9 @@ struct SharedRows {
     return a;
   }
 };
+
+template <bool kInRegisters, int kRowTiles, int kColumns>
+using RowOperand = std::conditional_t<kInRegisters, RowFragments<kRowTiles, kColumns>, SharedRows<kRowTiles, kColumns>>;
 
 // c[m][n] = start[m][n] + rows[m] times 16 rows of a tile, transposed: the products of 16 queries with 16 keys. `at` is
 // the tile's address plus lane_offset_b, kRow the first of the rows; start(m, n) is what an accumulator begins with.

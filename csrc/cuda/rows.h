@@ -1,0 +1,13 @@
+// The kernels of rows.cu.
+#pragma once
+
+#include "kernel.h"
+
+namespace fastattn {
+namespace cuda {
+
+Kernel row_statistics_kernel(DType dtype);
+Kernel sink_gradient_kernel();
+
+}  // namespace cuda
+}  // namespace fastattn

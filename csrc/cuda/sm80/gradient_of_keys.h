@@ -1,0 +1,308 @@
+// Gradients of keys and values: one block of threads owns 64 to 128 keys of one head, and goes through the queries that
+// see them, of each head of queries that shares it in turn.
+//
+// Products are transposed, keys by queries: so P^T and dS^T come out as the A operands of dv += P^T dout and
+// dk += dS^T q, and no probability passes through shared memory. As in gradient_of_queries.h, the products of values
+// and dout start at -delta. Cost: 8 * head_dim flops and one exponential per score. Above head_dim 128 the registers
+// hold the sums of one gradient: the kernel is launched for each, at the cost of a fifth product.
+#pragma once
+
+#include "../arguments.h"
+#include "../masks.h"
+#include "../numbers.h"
+#include "../row_statistics.h"
+#include "../sequences.h"
+#include "products.h"
+
+namespace fastattn {
+namespace cuda {
+namespace sm80 {
+
+// Which gradients a kernel computes.
+enum class Of { kBoth, kKeys, kValues };
+
+template <class Number_, int kHeadDim_, bool kGeneral_, Of kOf>
+struct KeyGradientTraits {
+  using Number = Number_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kOfKeys = kOf != Of::kValues, kOfValues = kOf != Of::kKeys;
+  static constexpr int kRowTiles = kHeadDim <= 64 && !kGeneral ? 2 : 1;  // of 16 keys, per warp
+  static constexpr int kWarps = kHeadDim <= 128 ? 8 / kRowTiles : 4;
+  static constexpr bool kKeysInRegisters = kHeadDim <= 192 || !kGeneral || !kOfKeys;
+  static constexpr bool kValuesInRegisters =
+      kHeadDim == 32 || (kRowTiles == 1 && kHeadDim <= 192 && !(kGeneral && kHeadDim == 128));
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = kWarps * kWarpRows;
+  // At least the rows that all threads copy at once.
+  static constexpr int kBlockM = kHeadDim > 128 ? 16 : kHeadDim == 128 ? 32 : 64;
+  static constexpr int kTileBytes = kBlockM * kHeadDim * 2;  // of queries or dout
+  static constexpr int kStatisticBytes = 4 * kBlockM;
+  // Queries, dout, lse, and -delta twice.
+  static constexpr int kStageBytes = 2 * kTileBytes + 4 * kStatisticBytes;
+  static constexpr int kRowBytes = kRows * kHeadDim * 2;
+  // Two stages, and the keys and values that do not fit into registers. The others pass through the stages, and so do
+  // the gradients on their way out.
+  static constexpr int kStagesBytes = 2 * kStageBytes > kRowBytes ? 2 * kStageBytes : kRowBytes;
+  static constexpr int kValuesAt = kValuesInRegisters ? 0 : kStagesBytes;
+  static constexpr int kKeysAt = kKeysInRegisters ? 0 : kStagesBytes + kRowBytes;
+  static constexpr int kSharedBytes =
+      kStagesBytes + (kOfKeys && !kValuesInRegisters ? kRowBytes : 0) + (kKeysInRegisters ? 0 : kRowBytes);
+};
+
+// The queries of all heads that share a head of keys, block after block, with dout and their statistics.
+template <class T>
+class QueryCopy {
+  using Copy = TileCopy<T::kBlockM, T::kHeadDim, T::kThreads>;
+
+ public:
+  __device__ __forceinline__ QueryCopy(const Arguments& a, const Tile& tile)
+      : a_(a),
+        tile_(tile),
+        queries_(a.p.q, tile.b, tile.head * tile.group, first(), static_cast<int>(a.p.head_dim)),
+        douts_(a.p.dout, tile.b, tile.head * tile.group, first(), static_cast<int>(a.p.head_dim_v)),
+        statistic_(statistic(a.p, a.p.cu_seqlens_q != nullptr ? 0 : tile.b, tile.head * tile.group, first()) +
+                   threadIdx.x),
+        offset_(ptx::kept(Copy::offset())) {}
+
+  // Asks for the next block, to `stage`. Of its rows, `rows` exist; the others become 0.
+  __device__ __forceinline__ void next(uint32_t stage, int rows) {
+    queries_.next(stage + offset_, rows - Copy::row());
+    douts_.next(stage + offset_ + T::kTileBytes, rows - Copy::row());
+    const int row = threadIdx.x;
+    if (row < T::kBlockM) {
+      const uint32_t at = stage + 2 * T::kTileBytes + 4 * row, pair = at + 4 * (row & ~1);
+      ptx::cp_async_4(at, a_.row_lse + statistic_, row < rows);
+      ptx::cp_async_4<T::kStatisticBytes>(pair, a_.minus_delta + statistic_, row < rows);
+      ptx::cp_async_4<T::kStatisticBytes + 8>(pair, a_.minus_delta + statistic_, row < rows);
+    }
+    statistic_ += T::kBlockM;
+    ptx::cp_async_commit_group();
+  }
+
+  // Turns to the first block of the next head.
+  __device__ __forceinline__ void next_head() {
+    const int64_t rows = (tile_.end - tile_.first + T::kBlockM - 1) / T::kBlockM * T::kBlockM;
+    queries_.skip(a_.p.q.stride_h - rows * a_.p.q.stride_s);
+    douts_.skip(a_.p.dout.stride_h - rows * a_.p.dout.stride_s);
+    statistic_ += a_.p.seqlen_q - rows;
+  }
+
+ private:
+  __device__ __forceinline__ int64_t first() const { return tile_.sequence.q_begin + tile_.first; }
+
+  const Arguments& a_;
+  const Tile& tile_;
+  Copy queries_, douts_;
+  int64_t statistic_;
+  uint32_t offset_;
+};
+
+template <class T>
+class KeyGradient {
+  using Number = typename T::Number;
+  using Tile16 = float[T::kRowTiles][2][4];  // products of the warp's keys with 16 queries
+  static constexpr int kChunk = 16;          // queries per step
+
+ public:
+  __device__ __forceinline__ KeyGradient(const Arguments& a, const Tile& tile, uint32_t shared)
+      : p_(a.p),
+        tile_(tile),
+        shared_(shared),
+        stage_(0),
+        lane_(threadIdx.x % 32),
+        warp_row_(threadIdx.x / 32 * T::kWarpRows),
+        sees_(tile.sees),
+        a_(a),
+        copy_(a, tile),
+        offset_b_(lane_offset_b<T::kHeadDim>(lane_)),
+        offset_a_(lane_offset_a<T::kHeadDim>(lane_)) {
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < T::kHeadDim / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (T::kOfKeys) dk_[m][n][e] = 0.0f;
+          if (T::kOfValues) dv_[m][n][e] = 0.0f;
+        }
+  }
+
+  __device__ __forceinline__ void run() {
+    load_rows(p_.k, int(p_.head_dim), keys_, T::kKeysAt);
+    if (T::kOfKeys) load_rows(p_.v, int(p_.head_dim_v), values_, T::kValuesAt);
+    if (tile_.first < tile_.end) {
+      __syncthreads();  // all have their keys and values
+      copy_.next(shared_, rows_from(tile_.first));
+      for (int head = 0; head < tile_.group; ++head) {
+        const Scores<T::kGeneral> scores(a_, tile_.b, tile_.head * tile_.group + head, sees_.offset);
+        int query = tile_.first;
+        while (query < tile_.end) {
+          if (query >= tile_.whole_first)
+            for (; query + T::kBlockM <= tile_.whole_end; query += T::kBlockM) {
+              next_block(query, head);
+              quick_block(scores, query);
+            }
+          if (query >= tile_.end) break;
+          next_block(query, head);
+          careful_block(scores, query);
+          query += T::kBlockM;
+        }
+      }
+    }
+    if (T::kOfKeys) store(dk_, p_.dk, int(p_.head_dim), static_cast<float>(p_.scale));
+    if (T::kOfValues) store(dv_, p_.dv, int(p_.head_dim_v), 1.0f);
+  }
+
+ private:
+  template <class Rows>
+  __device__ __forceinline__ void load_rows(const View& view, int columns, Rows& rows, uint32_t to) {
+    using Copy = TileCopy<T::kRows, T::kHeadDim, T::kThreads>;
+    Copy copy(view, tile_.b, tile_.head, tile_.sequence.k_begin + tile_.row, columns);
+    __syncthreads();  // all are done with what passed here before
+    copy.next(shared_ + to + Copy::offset(), tile_.last_row + 1 - tile_.row - Copy::row());
+    ptx::cp_async_commit_group();
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();
+    rows.load(shared_ + to + warp_row_ * T::kHeadDim * 2, lane_);
+  }
+
+  __device__ __forceinline__ int rows_from(int query) const {
+    return static_cast<int>(tile_.sequence.q_length) - query;
+  }
+
+  // Turns to the block that starts at `query`, and asks for the one after it, which may be the next head's first.
+  __device__ __forceinline__ void next_block(int query, int head) {
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // the block has arrived for all, and all are done with the one before
+    stage_ ^= T::kStageBytes;
+    int next = query + T::kBlockM;
+    if (next >= tile_.end) {
+      if (head + 1 == tile_.group) return;
+      copy_.next_head();
+      next = tile_.first;
+    }
+    copy_.next(shared_ + stage_, rows_from(next));
+  }
+
+  // Key of this lane's row r of 16-row tile m.
+  __device__ __forceinline__ int row_of(int m, int r) const {
+    return tile_.row + warp_row_ + m * 16 + r * 8 + lane_ / 4;
+  }
+
+  // Query of an element of a product, from the product's first one on.
+  __device__ __forceinline__ int column_of(int n, int e) const { return n * 8 + lane_ % 4 * 2 + e; }
+
+  __device__ __forceinline__ void quick_block(const Scores<T::kGeneral>& scores, int query) {
+    unrolled<T::kBlockM / kChunk>(
+        [&](auto c) { chunk<c * kChunk, false>(scores, query + c * kChunk, 0, false, false); });
+  }
+
+  __device__ __forceinline__ void careful_block(const Scores<T::kGeneral>& scores, int query) {
+    const int q_length = static_cast<int>(tile_.sequence.q_length);
+    const int warp_first = min(tile_.row + warp_row_, tile_.last_row);
+    const int warp_last = min(tile_.row + warp_row_ + T::kWarpRows - 1, tile_.last_row);
+    const int whole_first = sees_.first_query(warp_last), whole_end = sees_.last_query(warp_first, q_length);
+    const int first = max(sees_.first_query(warp_first) - query, 0) / kChunk;
+    const int end = min((sees_.last_query(warp_last, q_length) - query + kChunk - 1) / kChunk, T::kBlockM / kChunk);
+#pragma unroll 1
+    for (int c = first; c < end; ++c) {
+      const int at = query + c * kChunk;
+      const bool left = at<whole_first, right = at + kChunk> whole_end;
+      chunk<0, true>(scores, at, c * kChunk, left, right);
+    }
+  }
+
+  // 16 queries, from row kRow + row of the block's tiles on.
+  template <int kRow, bool kHides>
+  __device__ __forceinline__ void chunk(const Scores<T::kGeneral>& scores, int query, int row, bool hides_left,
+                                        bool hides_right) {
+    constexpr int kDout = T::kBlockM + kRow;  // dout lies behind the queries
+    const uint32_t stage = shared_ + (stage_ ^ T::kStageBytes), queries = stage + row * T::kHeadDim * 2;
+    const auto hide_unseen = [&](Tile16& x) {
+      const int column = query + column_of(0, 0), q_length = static_cast<int>(tile_.sequence.q_length);
+      hide(
+          x, hides_left, hides_right,
+          [&](int m, int r) { return sees_.first_query(min(row_of(m, r), tile_.last_row)) - column; },
+          [&](int m, int r) { return sees_.last_query(min(row_of(m, r), tile_.last_row), q_length) - column; }, 0.0f);
+    };
+    const char* statistics = dynamic_shared_memory() + (stage - shared_) + 2 * T::kTileBytes + 4 * (kRow + row);
+    Tile16 s, change;
+    multiply_transposed<Number, T::kHeadDim, kRow>(s, keys_, queries + offset_b_);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float2 lse = *reinterpret_cast<const float2*>(statistics + 4 * column_of(n, 0));
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          s[m][n][e] = scores.probability(s[m][n][e], query + column_of(n, e % 2), row_of(m, e / 2),
+                                          e % 2 == 0 ? lse.x : lse.y, change[m][n][e]);
+    }
+    if constexpr (kHides) hide_unseen(s);
+    uint32_t packed[T::kRowTiles][4];
+    if constexpr (T::kOfValues) {
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) pack<Number>(packed[m], s[m]);
+      multiply<Number, T::kHeadDim, kDout>(dv_, packed, queries + offset_a_);
+    }
+    if constexpr (T::kOfKeys) {
+      float start[2][4];
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        *reinterpret_cast<float4*>(start[n]) =
+            *reinterpret_cast<const float4*>(statistics + T::kStatisticBytes + 4 * (kRow + row) + 8 * column_of(n, 0));
+      Tile16 ds;
+      multiply_transposed<Number, T::kHeadDim, kDout>(ds, values_, queries + offset_b_,
+                                                      [&](int, int n) -> const float (&)[4] { return start[n]; });
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) ds[m][e / 4][e % 4] *= s[m][e / 4][e % 4] * change[m][e / 4][e % 4];
+      if constexpr (kHides) hide_unseen(ds);
+#pragma unroll
+      for (int m = 0; m < T::kRowTiles; ++m) pack<Number>(packed[m], ds[m]);
+      multiply<Number, T::kHeadDim, kRow>(dk_, packed, queries + offset_a_);
+    }
+  }
+
+  __device__ __forceinline__ void store(const float (&acc)[T::kRowTiles][T::kHeadDim / 8][4], const View& to,
+                                        int columns, float factor) {
+    if (to.data == nullptr) return;
+    __syncthreads();  // all are done with what lay where the rows pass through
+    char* rows = dynamic_shared_memory() + warp_row_ * T::kHeadDim * 2;
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) put_row<Number, T::kHeadDim>(rows, m, r, acc[m], factor, lane_);
+    __syncwarp();
+    store_rows<T::kWarpRows, T::kHeadDim>(to, tile_.b, tile_.head, tile_.sequence.k_begin + tile_.row + warp_row_,
+                                          tile_.last_row + 1 - tile_.row - warp_row_, columns, rows, lane_);
+  }
+
+  const Params& p_;
+  const Tile& tile_;
+  uint32_t shared_, stage_;  // stage_: where the next block goes
+  int lane_, warp_row_;
+  const Visibility& sees_;
+  const Arguments& a_;
+  QueryCopy<T> copy_;
+  uint32_t offset_b_, offset_a_;
+  RowOperand<T::kKeysInRegisters, T::kRowTiles, T::kHeadDim> keys_;
+  RowOperand<T::kValuesInRegisters, T::kRowTiles, T::kHeadDim> values_;
+  float dk_[T::kRowTiles][T::kHeadDim / 8][4], dv_[T::kRowTiles][T::kHeadDim / 8][4];
+};
+
+template <class T>
+__device__ __forceinline__ void gradient_of_keys(const Arguments& a) {
+  __shared__ Tile tile;  // rarely needed, and registers are
+  if (threadIdx.x == 0) tile = this_tile<T::kRows, true>(a.p);
+  __syncthreads();
+  if (tile.last_row < tile.row) return;
+  KeyGradient<T>(a, tile, shared_address(dynamic_shared_memory())).run();
+}
+
+}  // namespace sm80
+}  // namespace cuda
+}  // namespace fastattn
