@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
-import fastattn
 from fastattn import dispatch
 from fastattn.backends import cuda
 

@@ -37,37 +37,37 @@ struct Scores {
     }
   }
 
-  // row, key: positions within the sequence. change: what the score changes by per change of the product, over the
-  // scale.
-  __device__ __forceinline__ float score(float product, int row, int key, float& change) const {
-    change = 1.0f;
+  // row, key: positions within the sequence.
+  __device__ __forceinline__ float operator()(float product, int row, int key) const {
     if constexpr (kGeneral) {
-      float score = product * a.scale_log2;
-      if (a.softcap_log2 > 0) {
-        const float capped = tanh_of(product * a.softcap_scale);
-        score = a.softcap_log2 * capped;
-        change = 1.0f - capped * capped;
-      }
-      return score - slope * abs(row + offset - key);
+      const float score =
+          a.softcap_log2 > 0 ? a.softcap_log2 * tanh_of(product * a.softcap_scale) : product * a.scale_log2;
+      return score - distance(row, key);
     }
     return product * a.scale_log2;
   }
 
   // exp2(score - reference); plain calls need one multiply-add for it.
-  __device__ __forceinline__ float probability(float product, int row, int key, float reference, float& change) const {
-    if constexpr (kGeneral) return ptx::ex2_approx(score(product, row, key, change) - reference);
-    change = 1.0f;
+  __device__ __forceinline__ float probability(float product, int row, int key, float reference) const {
+    if constexpr (kGeneral) return ptx::ex2_approx((*this)(product, row, key) - reference);
     return ptx::ex2_approx(fmaf(product, a.scale_log2, -reference));
   }
 
-  __device__ __forceinline__ float operator()(float product, int row, int key) const {
-    float change;
-    return score(product, row, key, change);
+  // The same, and what the score changes by per change of the product, over the scale.
+  __device__ __forceinline__ float probability(float product, int row, int key, float reference, float& change) const {
+    change = 1.0f;
+    if constexpr (kGeneral)
+      if (a.softcap_log2 > 0) {
+        const float capped = tanh_of(product * a.softcap_scale);
+        change = 1.0f - capped * capped;
+        return ptx::ex2_approx(a.softcap_log2 * capped - distance(row, key) - reference);
+      }
+    return probability(product, row, key, reference);
   }
-  __device__ __forceinline__ float probability(float product, int row, int key, float reference) const {
-    float change;
-    return probability(product, row, key, reference, change);
-  }
+
+ private:
+  // What ALiBi takes from a score.
+  __device__ __forceinline__ float distance(int row, int key) const { return slope * abs(row + offset - key); }
 };
 
 }  // namespace cuda

@@ -120,7 +120,7 @@ class CudaBackend:
 
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
         """See `Backend.remarks`."""
-        reasons = {name: _why_not_in_chunks(x) for name, x in zip("qkv", inputs, strict=False)}
+        reasons = {name: _why_not_in_chunks(x) for name, x in zip("qkv", (inputs.q, inputs.k, inputs.v), strict=True)}
         return [f"{name} is copied first, as {reason}." for name, reason in reasons.items() if reason]
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:

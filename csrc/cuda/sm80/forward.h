@@ -51,14 +51,12 @@ class Forward {
       : p_(a.p),
         tile_(tile),
         shared_(shared),
-        lane_(threadIdx.x % 32),
-        warp_row_(threadIdx.x / 32 * T::kWarpRows),
         sees_(tile.sees),
         scores_(a, tile.b, tile.head, sees_.offset),
         key_(tile.first),
         copy_(p_, tile.sequence, tile.b, tile.head / tile.group, key_),
-        offset_k_(lane_offset_b<T::kHeadDim>(lane_)),
-        offset_v_(lane_offset_a<T::kHeadDim>(lane_)) {
+        offset_k_(lane_offset_b<T::kHeadDim>(lane())),
+        offset_v_(lane_offset_a<T::kHeadDim>(lane())) {
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
@@ -87,6 +85,10 @@ class Forward {
   }
 
  private:
+  // Not kept: registers are what is short here.
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 * T::kWarpRows; }
+
   // Every row of the tile sees the whole of the current block.
   __device__ __forceinline__ bool whole_block() const {
     return key_ >= tile_.whole_first && key_ + T::kBlockN <= tile_.whole_end;
@@ -102,7 +104,7 @@ class Forward {
     copy_.next(shared_, tile_.end - key_);
     ptx::cp_async_wait_group<0>();
     __syncthreads();
-    q_.load(at + warp_row_ * T::kHeadDim * 2, lane_);
+    q_.load(at + warp_row() * T::kHeadDim * 2, lane());
   }
 
   // Takes the first references from the first 16 keys.
@@ -126,11 +128,11 @@ class Forward {
   __device__ __forceinline__ uint32_t values() const { return shared_ + stage_ + T::kTileBytes + offset_v_; }
 
   __device__ __forceinline__ int row_of(int m, int r) const {
-    return tile_.row + warp_row_ + m * 16 + r * 8 + lane_ / 4;
+    return tile_.row + warp_row() + m * 16 + r * 8 + lane() / 4;
   }
 
   // Key of an element of a product, from the product's first one on.
-  __device__ __forceinline__ int column_of(int n, int e) const { return n * 8 + lane_ % 4 * 2 + e; }
+  __device__ __forceinline__ int column_of(int n, int e) const { return n * 8 + lane() % 4 * 2 + e; }
 
   // Products to probabilities, for rows that have references.
   __device__ __forceinline__ void probabilities(Tile16& s, int key) const {
@@ -161,8 +163,8 @@ class Forward {
   }
 
   __device__ __forceinline__ void careful_block() {
-    const int warp_first = min(tile_.row + warp_row_, tile_.last_row);
-    const int warp_last = min(tile_.row + warp_row_ + T::kWarpRows - 1, tile_.last_row);
+    const int warp_first = min(tile_.row + warp_row(), tile_.last_row);
+    const int warp_last = min(tile_.row + warp_row() + T::kWarpRows - 1, tile_.last_row);
     const int whole_first = sees_.first(warp_last), whole_last = sees_.last(warp_first);
     const int first = max(sees_.first(warp_first) - key_, 0) / kChunk;
     const int end = min((sees_.last(warp_last) - key_ + kChunk - 1) / kChunk, T::kBlockN / kChunk);
@@ -228,9 +230,9 @@ class Forward {
     __syncthreads();  // all are done with the last block, where out passes through
     const float* sinks = static_cast<const float*>(p_.sinks.data);
     const float sink = sinks == nullptr ? -INFINITY : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
-    char* out_tile = dynamic_shared_memory() + warp_row_ * T::kHeadDim * 2;
+    char* out_tile = dynamic_shared_memory() + warp_row() * T::kHeadDim * 2;
     float* lse = static_cast<float*>(p_.lse.data);
-    const bool stores_lse = lane_ % 4 == 0 && lse != nullptr;
+    const bool stores_lse = lane() % 4 == 0 && lse != nullptr;
     lse += tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
            (tile_.sequence.q_begin + row_of(0, 0)) * p_.lse.stride_s;
 #pragma unroll
@@ -239,18 +241,17 @@ class Forward {
       for (int r = 0; r < 2; ++r) {
         const RowEnd end(softmax_.reference[m][r], quad_sum(softmax_.sum[m][r]), sink);
         if (stores_lse && row_of(m, r) <= tile_.last_row) lse[(m * 16 + r * 8) * p_.lse.stride_s] = end.lse * kLn2;
-        put_row<Number, T::kHeadDim>(out_tile, m, r, acc_[m], end.factor, lane_);
+        put_row<Number, T::kHeadDim>(out_tile, m, r, acc_[m], end.factor, lane());
       }
     __syncwarp();
-    store_rows<T::kWarpRows, T::kHeadDim>(p_.out, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row + warp_row_,
-                                          tile_.last_row + 1 - tile_.row - warp_row_, int(p_.head_dim_v), out_tile,
-                                          lane_);
+    store_rows<T::kWarpRows, T::kHeadDim>(p_.out, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row + warp_row(),
+                                          tile_.last_row + 1 - tile_.row - warp_row(), int(p_.head_dim_v), out_tile,
+                                          lane());
   }
 
   const Params& p_;
   const Tile& tile_;
   uint32_t shared_, stage_;
-  int lane_, warp_row_;
   const Visibility& sees_;
   int key_;  // where the current block begins
   Scores<T::kGeneral> scores_;
