@@ -6,6 +6,7 @@
 #include "bindings_call.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "cuda/splits.h"
 
 namespace fastattn {
 namespace {
@@ -16,7 +17,8 @@ using cuda::Launch;
 using cuda::Operation;
 using cuda::Plan;
 
-constexpr std::pair<const char*, Operation> kOperations[] = {{"forward", Operation::kForward}};
+constexpr std::pair<const char*, Operation> kOperations[] = {{"forward", Operation::kForward},
+                                                             {"decode", Operation::kDecode}};
 
 Operation operation_of(const std::string& wanted) {
   for (const auto& [name, operation] : kOperations)
@@ -69,6 +71,9 @@ std::vector<int64_t> address_offsets() {
   for (const auto& [name, field] : kTensors) add((a.p.*field).data);
   for (const auto& [name, field] : kIndices) add(a.p.*field);
   for (const auto& [name, field] : kTables) add(a.p.*field);
+  add(a.rotated.data);
+  add(a.part_out);
+  add(a.part_lse);
   return offsets;
 }
 
@@ -81,6 +86,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fastattn. Addresses and strides are trusted: fastattn.problem has checked them.";
   m.def("why_unavailable", &fastattn::cuda::why_unavailable, "Empty, or why kernels cannot run here.");
   m.def("address_offsets", &fastattn::address_offsets, "Offsets of the addresses within a kernel's argument.");
+  m.def("splits", &fastattn::cuda::splits, "How many splits a call with a cache gets: blocks, keys, slots.");
   m.attr("LARGEST_HEAD_DIM") = fastattn::cuda::kLargestHeadDim;
   py::class_<Call>(m, "Call", py::module_local())
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())

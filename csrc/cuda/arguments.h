@@ -11,6 +11,12 @@ struct Arguments {
   float scale_log2 = 0;     // scale * log2(e): a product times this is a score in units of log2
   float softcap_log2 = 0;   // softcap * log2(e); 0 = off
   float softcap_scale = 0;  // scale / softcap
+
+  // Calls with a cache: in the workspace. `splits` parts of the keys give a result each; a single one is the result.
+  int32_t splits = 1;
+  View rotated;               // like q; null without rotary embedding
+  float* part_out = nullptr;  // (splits, batch, heads_q, seqlen_q, head_dim_v), contiguous
+  float* part_lse = nullptr;  // (splits, batch, heads_q, seqlen_q), contiguous, in units of log2
 };
 
 }  // namespace cuda

@@ -27,7 +27,7 @@ struct Gpu {
   int multiprocessors;
 };
 
-enum class Operation { kForward };
+enum class Operation { kForward, kDecode };
 
 constexpr int kLargestHeadDim = 256;
 

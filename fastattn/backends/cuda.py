@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels (csrc/cuda): forward passes in half precision.
+"""The CUDA C++ kernels (csrc/cuda): forward passes and calls with a cache, in half precision.
 
-Gradients and calls with a cache are not there yet, so `dispatch.BACKENDS` leaves this backend out.
+Gradients are not there yet, so `dispatch.BACKENDS` leaves this backend out.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..chunks import why_not_in_chunks
 from ..problem import Inputs, Problem
 from . import Grads, empty_lse, empty_out
-from .native import Tensors, addresses, described, native_inputs
+from .native import Tensors, addresses, described, native_inputs, written
 
 try:
     from .. import _cuda
@@ -23,8 +24,7 @@ except ImportError as error:  # built without nvcc
 
 _LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
 _CHUNK = 8  # numbers in the 16 bytes that kernels read at once
-_READ_IN_CHUNKS = ("q", "k", "v")
-"""Tensors whose rows must be contiguous, and lie at multiples of 16 bytes."""
+_PAGE_UNIT = 16  # keys that lie in one page
 
 
 class Processor(NamedTuple):
@@ -47,7 +47,7 @@ class Machine(Protocol):
         """The GPU of tensors there."""
 
     def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
-        """Runs an operation ("forward") of a call on tensors of this device."""
+        """Runs an operation ("forward" or "decode") of a call on tensors of this device."""
 
 
 class Gpu:
@@ -105,14 +105,22 @@ class CudaBackend:
             return f"its dtype is {p.dtype}, and these kernels compute in torch.float16 and torch.bfloat16."
         if reason := self._machine.why_not(p.device):
             return reason
-        if p.kind == "cache":
-            return "it is a call with a cache, which these kernels do not compute."
+        if "unaligned cache" in p.features:
+            return (
+                "rows of its k_cache or v_cache are not contiguous, or not at multiples of 16 bytes; it is not copied."
+            )
+        if p.page_size % _PAGE_UNIT:
+            return f"its page size is {p.page_size}, and these kernels take multiples of {_PAGE_UNIT}."
         for feature in ("mask", "bias", "dropout"):
             if feature in p.features:
                 return f"it uses {feature}, which these kernels do not compute."
         for name in ("seqlen_q", "seqlen_k"):
             if getattr(p, name) >= _LONGEST:
                 return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
+        if p.kind == "cache" and p.seqlen_q * p.group >= _LONGEST:
+            return (
+                f"seqlen_q is {p.seqlen_q}, in groups of {p.group} heads, and their product must be below {_LONGEST}."
+            )
         for name in ("head_dim", "head_dim_v"):
             if getattr(p, name) % _CHUNK:
                 return f"{name} is {getattr(p, name)}, and this backend takes multiples of {_CHUNK}."
@@ -120,7 +128,7 @@ class CudaBackend:
 
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
         """See `Backend.remarks`."""
-        reasons = {name: _why_not_in_chunks(getattr(inputs, name)) for name in _READ_IN_CHUNKS}
+        reasons = {name: why_not_in_chunks(getattr(inputs, name)) for name in _read_in_chunks(problem)}
         return [f"{name} is copied first, as {reason}." for name, reason in reasons.items() if reason]
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
@@ -129,11 +137,7 @@ class CudaBackend:
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        tensors = native_inputs(problem, inputs)
-        for name in _READ_IN_CHUNKS:
-            if _why_not_in_chunks(tensors[name]):
-                tensors[name] = tensors[name].clone(memory_format=torch.contiguous_format)
-        tensors |= {"out": out, "lse": lse}
+        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | {"out": out, "lse": lse}
         self._run("forward", problem, tensors)
         return out, lse
 
@@ -149,22 +153,23 @@ class CudaBackend:
         raise NotImplementedError("the backend 'cuda' computes forward passes only; use another one for gradients")
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Raises NotImplementedError; `why_not` refuses such calls."""
-        raise NotImplementedError("the backend 'cuda' computes forward passes only, without a cache")
+        """See `Backend.decode`."""
+        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | {"out": out, "lse": lse}
+        self._run("decode", problem, tensors)
+        written(inputs, tensors)
+        return out, lse
 
 
-def _why_not_in_chunks(x: Tensor) -> str | None:
-    """None if kernels can read a tensor's rows in chunks of 16 bytes, else why not."""
-    if x.numel() == 0:
-        return None
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        return f"its last stride is {x.stride(-1)}, and kernels read rows that are contiguous"
-    for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size > 1 and step % _CHUNK:
-            return f"one of its strides is {step}, and kernels read 16 bytes at once: a multiple of {_CHUNK} is needed"
-    if x.data_ptr() % 16:
-        return "its memory does not begin at a multiple of 16 bytes"
-    return None
+def _read_in_chunks(problem: Problem) -> tuple[str, ...]:
+    """Tensors that are copied if kernels cannot read them in chunks; a cache is written in place, and refused."""
+    return ("q",) if problem.kind == "cache" else ("q", "k", "v")
+
+
+def _in_chunks(problem: Problem, tensors: Tensors) -> Tensors:
+    """The tensors, with copies of those that kernels cannot read in chunks as they are."""
+    unfit = [name for name in _read_in_chunks(problem) if why_not_in_chunks(tensors[name])]
+    return tensors | {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in unfit}
 
 
 def _why_not_head_dims(p: Problem, capability: int) -> str | None:
