@@ -141,11 +141,11 @@ def test_what_all_backends_do(case: CacheCase, use_backends: Callable[..., None]
     assert not machine.findings
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3, 40])
-def test_any_number_of_splits(multiprocessors: int, use_backends: Callable[..., None]) -> None:
+@pytest.mark.parametrize(("multiprocessors", "launches"), [(1, 2), (6, 3), (12, 3), (40, 3)])
+def test_any_number_of_splits(multiprocessors: int, launches: int, use_backends: Callable[..., None]) -> None:
     machine = _machine(use_backends, multiprocessors)
     check(CacheCase("split", sinks=True, **LONG), BF16, "cuda", "cpu")
-    assert len(machine.kernels) == (2 if multiprocessors == 1 else 3)
+    assert len(machine.kernels) == launches
     assert not machine.findings
 
 
@@ -304,7 +304,7 @@ def test_queries_of_any_layout(use_backends: Callable[..., None]) -> None:
     ("changes", "reason"),
     [
         ({"page_size": 24}, "its page size is 24, and these kernels take multiples of 16"),
-        ({"layout": "scattered"}, "rows of its k_cache or v_cache are not contiguous"),
+        ({"layout": "scattered"}, "its cache, which is not copied, has rows that are not contiguous"),
         ({"mask": True}, "it uses mask"),
         ({"head_dim": 60}, "head_dim is 60"),
     ],

@@ -105,10 +105,6 @@ class CudaBackend:
             return f"its dtype is {p.dtype}, and these kernels compute in torch.float16 and torch.bfloat16."
         if reason := self._machine.why_not(p.device):
             return reason
-        if "unaligned cache" in p.features:
-            return (
-                "rows of its k_cache or v_cache are not contiguous, or not at multiples of 16 bytes; it is not copied."
-            )
         if p.page_size % _PAGE_UNIT:
             return f"its page size is {p.page_size}, and these kernels take multiples of {_PAGE_UNIT}."
         for feature in ("mask", "bias", "dropout"):
@@ -124,6 +120,8 @@ class CudaBackend:
         for name in ("head_dim", "head_dim_v"):
             if getattr(p, name) % _CHUNK:
                 return f"{name} is {getattr(p, name)}, and this backend takes multiples of {_CHUNK}."
+        if "unaligned cache" in p.features:
+            return "its cache, which is not copied, has rows that are not contiguous or not at multiples of 16 bytes."
         return _why_not_head_dims(p, self._machine.processor(p.device).capability)
 
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
