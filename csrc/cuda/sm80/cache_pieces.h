@@ -34,11 +34,14 @@ class CachePieces {
   // that no query of the tile sees become 0 and are not read.
   __device__ __forceinline__ void next(uint32_t to) {
     if (piece_ < end_piece_) {
-      const int64_t page = tile_.pages == nullptr ? page_ : existing_page(p_, page_);
-      const int key = piece_ * kPiece + row();
-      const int first = tile_.first_key - key, end = tile_.end_key - key;
-      copy(p_.k, tile_.keys, page, first, end, static_cast<int>(p_.head_dim), to);
-      copy(p_.v, tile_.values, page, first, end, static_cast<int>(p_.head_dim_v), to + kTileBytes);
+      const int key = piece_ * kPiece;
+      const bool whole = key >= tile_.first_key && key + kPiece <= tile_.end_key && p_.head_dim == kColumns &&
+                         p_.head_dim_v == kColumns;
+      if (whole) {
+        copy<true>(to);
+      } else {
+        copy<false>(to);
+      }
       piece_ += step_;
       find_page();
     }
@@ -59,15 +62,25 @@ class CachePieces {
     slot_ -= entry * page_size;
   }
 
+  // kWhole: every row and column exists.
+  template <bool kWhole>
+  __device__ __forceinline__ void copy(uint32_t to) const {
+    const int64_t page = tile_.pages == nullptr ? page_ : existing_page(p_, page_);
+    copy<kWhole>(p_.k, tile_.keys, page, static_cast<int>(p_.head_dim), to);
+    copy<kWhole>(p_.v, tile_.values, page, static_cast<int>(p_.head_dim_v), to + kTileBytes);
+  }
+
   // `rows`: of page 0.
-  __device__ __forceinline__ void copy(const View& view, const char* rows, int64_t page, int first, int end,
-                                       int columns, uint32_t to) const {
+  template <bool kWhole>
+  __device__ __forceinline__ void copy(const View& view, const char* rows, int64_t page, int columns,
+                                       uint32_t to) const {
+    const int key = piece_ * kPiece + row(), first = tile_.first_key - key, end = tile_.end_key - key;
     const char* from = rows + (page * view.stride_b + (slot_ + row()) * view.stride_s) * 2 + chunk() * kChunkBytes;
     unrolled<kPiece / kRowStep>([&](auto i) {
       constexpr int kRow = i * kRowStep;
       unrolled<kColumns / kChunkNumbers / kLanes>([&](auto g) {
         constexpr int kColumn = g * kLanes * kChunkNumbers;
-        const bool exists = first <= kRow && kRow < end && chunk() * kChunkNumbers + kColumn < columns;
+        const bool exists = kWhole || (first <= kRow && kRow < end && chunk() * kChunkNumbers + kColumn < columns);
         ptx::cp_async_16<kRow * S::kRowBytes + S::jump(2 * g)>(to ^ S::flip(2 * g), from + kColumn * 2, exists);
       });
       from += kRowStep * view.stride_s * 2;

@@ -98,6 +98,9 @@ class Decode {
   // This lane's rows, r = 0 and 1.
   __device__ __forceinline__ int row_of(int r) const { return tile_.row + lane_ / 4 + r * 8; }
 
+  // The key of an element of a product, from the product's first one on.
+  __device__ __forceinline__ int column_of(int e) const { return e / 4 * 8 + lane_ % 4 * 2 + e % 2; }
+
   // The queries as A operands, straight from memory; rows and columns that do not exist are 0.
   __device__ __forceinline__ void load_queries() {
 #pragma unroll
@@ -132,18 +135,17 @@ class Decode {
 
   // Products to scores, -inf for keys that a row does not see.
   __device__ __forceinline__ void scores(Tile16& s) const {
-    const int key = piece_ * kPiece + lane_ % 4 * 2;
-    const bool whole = piece_ * kPiece >= tile_.whole_first && piece_ * kPiece + kPiece <= tile_.whole_last;
+    const int key = piece_ * kPiece;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int first = tile_.sees.first(queries_[r]), last = tile_.sees.last(queries_[r]);
+    for (int e = 0; e < 8; ++e) {
+      const int r = e % 4 / 2;
+      s[0][e / 4][e % 4] = scores_[r](s[0][e / 4][e % 4], queries_[r], key + column_of(e));
+    }
+    if (key >= tile_.whole_first && key + kPiece <= tile_.whole_last) return;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& x = s[0][i / 2][2 * r + i % 2];
-        const int j = key + i / 2 * 8 + i % 2;
-        x = scores_[r](x, queries_[r], j);
-        if (!whole && (j < first || j >= last)) x = -INFINITY;
-      }
+    for (int e = 0; e < 8; ++e) {
+      const int query = queries_[e % 4 / 2], j = key + column_of(e);
+      if (j < tile_.sees.first(query) || j >= tile_.sees.last(query)) s[0][e / 4][e % 4] = -INFINITY;
     }
   }
 
