@@ -40,6 +40,7 @@ RAGGED: dict[str, Any] = {"lengths": (77, 0, 30), "capacity": 96, "head_dim": 64
 STEP = {**RAGGED, "seqlen_new": 1}
 CHUNK = {**RAGGED, "seqlen_q": 6, "seqlen_new": 6}
 LONG = {**STEP, "lengths": (650, 0, 129), "capacity": 704}
+MANY = {**RAGGED, "lengths": (40, 5), "capacity": 144, "seqlen_q": 70, "seqlen_new": 70}
 EVERYTHING = {"window": (40, 2), "alibi": True, "softcap": 0.9, "sinks": True, "scale": 0.4, "rotary_dim": 24}
 
 
@@ -77,6 +78,9 @@ CASES: tuple[tuple[CacheCase, torch.dtype], ...] = (
         CacheCase("prefill of pages", page_size=16, **{**CHUNK, "lengths": (0, 16), "seqlen_q": 40, "seqlen_new": 40}),
         BF16,
     ),
+    *((CacheCase(f"many queries over {n}", **{**MANY, "lengths": (n, 5)}), BF16) for n in (0, 40)),
+    (CacheCase("many queries, everything", **MANY, **EVERYTHING), FP16),
+    (CacheCase("many queries of pages", page_size=16, **MANY), BF16),
     (CacheCase("long", **LONG), BF16),
     (CacheCase("long, float16", **LONG, **_heads(8, 1)), FP16),
     (CacheCase("long, pages", page_size=64, **LONG, sinks=True), BF16),
@@ -84,7 +88,16 @@ CASES: tuple[tuple[CacheCase, torch.dtype], ...] = (
     (CacheCase("long, window", **LONG, window=(300, None)), BF16),
     (CacheCase("long, head_dim 256", **{**LONG, "head_dim": 256, "head_dim_v": 256}), BF16),
     (CacheCase("top-left", causal_alignment="top-left", **CHUNK), BF16),
-    (CacheCase("top-left, window", causal_alignment="top-left", window=(3, None), **{**CHUNK, "seqlen_q": 120}), BF16),
+    (
+        CacheCase(
+            "top-left, window, pages",
+            causal_alignment="top-left",
+            page_size=16,
+            window=(3, None),
+            **{**CHUNK, "seqlen_q": 120},
+        ),
+        BF16,
+    ),
     (CacheCase("window", window=(20, 0), **CHUNK), BF16),
     (CacheCase("window both sides", window=(20, 3), causal=False, **CHUNK), FP16),
     (CacheCase("alibi", alibi=True, **CHUNK, **_heads(6, 2)), BF16),
@@ -125,7 +138,8 @@ def test_decode(run: tuple[CacheCase, torch.dtype], use_backends: Callable[..., 
     machine = _machine(use_backends)
     check(case, dtype, "cuda", "cpu")
     wanted = [r"append_(bf|fp)16"] if case.seqlen_new or case.rotary_dim else []
-    wanted.append(r"decode_(bf|fp)16(_general)?_d\d+")
+    many = case.seqlen_q >= 64 and not case.page_size
+    wanted.append(f"{'forward' if many else 'decode'}_(bf|fp)16(_general)?_d[0-9]+")
     if case.capacity > 256 and case.window is None:
         wanted.append(r"combine_(bf|fp)16")
     assert len(machine.kernels) >= len(wanted)

@@ -56,34 +56,47 @@ int64_t keys_of_tile(const Params& p, int rows) {
   return open ? p.seqlen_k : std::min(p.seqlen_k, p.window_left + p.window_right + rows);
 }
 
+// Appends new keys and values, and rotates: what calls with a cache begin with. Returns the arguments for the rest.
+Arguments plan_append(const Params& p, Workspace& workspace, Plan& plan) {
+  const Kernel append = sm80::append_kernel(p.dtype);
+  Arguments a = arguments_of(p);
+  int64_t rows = p.batch * p.heads_kv * p.seqlen_new;
+  if (p.rotary_dim > 0) {
+    const int64_t queries = p.batch * p.heads_q * p.seqlen_q, head = p.seqlen_q * p.head_dim;
+    a.rotated = {workspace.take<uint16_t>(queries * p.head_dim), p.heads_q * head, head, p.head_dim, 1};
+    rows += queries;
+  }
+  plan.launches.push_back({append, (rows + append.rows - 1) / append.rows, a});
+  if (p.rotary_dim > 0) a.p.q = a.rotated;
+  return a;
+}
+
 Plan plan_decode(Params p, const Gpu& gpu, void* memory) {
   constexpr int kSharedBytes = 96 * 1024;  // of a multiprocessor, at least
+  constexpr int64_t kManyQueries = 64;  // which the forward's tiles serve better: they read a key for 128 rows at once
   if (p.page_size % kPageUnit != 0) throw std::invalid_argument("page_size must be a multiple of 16");
   if (p.page_size > 0 && p.num_pages == 0) p.seqlen_k = 0;  // there is no page to look into
   if (p.rotary_positions == 0) p.rotary_dim = 0;
-  const Kernel append = sm80::append_kernel(p.dtype), decode = of_family<sm80::DecodeKernels>(p);
-  const int64_t blocks = packed_tiles(p, decode.rows) * p.heads_kv * p.batch;
-  const int64_t rows = p.batch * p.heads_q * p.seqlen_q;
-  int64_t append_rows = p.batch * p.heads_kv * p.seqlen_new;
-  Arguments a = arguments_of(p);
-  a.splits = static_cast<int32_t>(splits(blocks, keys_of_tile(p, decode.rows),
-                                         int64_t(gpu.multiprocessors) * (kSharedBytes / decode.shared_bytes)));
-  Workspace workspace(memory);
-  if (p.rotary_dim > 0) {
-    const int64_t head = p.seqlen_q * p.head_dim;
-    a.rotated = {workspace.take<uint16_t>(rows * p.head_dim), p.heads_q * head, head, p.head_dim, 1};
-    append_rows += rows;
-  }
-  if (a.splits > 1) {
-    a.part_out = workspace.take<float>(a.splits * rows * p.head_dim_v);
-    a.part_lse = workspace.take<float>(a.splits * rows);
-  }
   Plan plan;
+  Workspace workspace(memory);
+  Arguments a = plan_append(p, workspace, plan);
+  if (p.page_size == 0 && p.seqlen_q >= kManyQueries) {
+    const Kernel forward = of_family<sm80::ForwardKernels>(p);
+    plan.launches.push_back({forward, query_blocks(p, forward.rows), a});
+  } else {
+    const Kernel decode = of_family<sm80::DecodeKernels>(p);
+    const int64_t blocks = packed_tiles(p, decode.rows) * p.heads_kv * p.batch;
+    const int64_t slots = int64_t(gpu.multiprocessors) * (kSharedBytes / decode.shared_bytes);
+    const int64_t rows = p.batch * p.heads_q * p.seqlen_q;
+    a.splits = static_cast<int32_t>(splits(blocks, keys_of_tile(p, decode.rows), slots));
+    if (a.splits > 1) {
+      a.part_out = workspace.take<float>(a.splits * rows * p.head_dim_v);
+      a.part_lse = workspace.take<float>(a.splits * rows);
+    }
+    plan.launches.push_back({decode, blocks * a.splits, a});
+    if (a.splits > 1) plan.launches.push_back({sm80::combine_kernel(p.dtype), rows, a});
+  }
   plan.workspace_bytes = workspace.bytes();
-  plan.launches.push_back({append, (append_rows + append.rows - 1) / append.rows, a});
-  if (p.rotary_dim > 0) a.p.q = a.rotated;
-  plan.launches.push_back({decode, blocks * a.splits, a});
-  if (a.splits > 1) plan.launches.push_back({sm80::combine_kernel(p.dtype), rows, a});
   return plan;
 }
 
