@@ -1,7 +1,8 @@
 """The CUDA C++ kernels as built, executed in a simulator of PTX: results, races, bounds.
 
 Needs the simulator `ptxsim` on the path, or beside the project in ../shared, and a module built with nvcc; the tests
-skip without them. The module computes forward passes so far, and automatic choice leaves the backend out.
+skip without them. Forward passes are tested here, calls with a cache in tests/test_cuda_decode.py; automatic choice
+leaves the backend out so far.
 """
 
 from __future__ import annotations

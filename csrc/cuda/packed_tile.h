@@ -49,6 +49,11 @@ struct PackedTile {
   // Rows that do not exist count as the last one.
   __device__ __forceinline__ int query(int r) const { return min(r, last_row) / group; }
   __device__ __forceinline__ int head(int r) const { return head_kv * group + min(r, last_row) % group; }
+
+  // Where this split's result of a row lies in part_out and part_lse.
+  __device__ __forceinline__ int64_t part_row(const Arguments& a, int head, int query) const {
+    return ((split * a.p.batch + b) * a.p.heads_q + head) * a.p.seqlen_q + query;
+  }
 };
 
 }  // namespace cuda

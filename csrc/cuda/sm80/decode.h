@@ -3,9 +3,9 @@
 //
 // Cost: 4 * head_dim flops per score, 16 scores for the 4 * head_dim bytes of a key and its value, which are read once:
 // memory bounds it by far, so what counts is how many bytes are under way. Each warp has its own pieces of 16 keys in a
-// ring of its own, and waits for nobody until the end, when the warps of the block are merged, in their order. The ring
-// has as many stages as 96 KiB allow, which every GPU of compute capability 8.0 and up gives a block; all but one are
-// under way at any time, 32 to 64 KiB.
+// ring of its own, and waits for nobody until the end, when the warps of the block are merged, in their order. Of the
+// ring's stages all but one are under way at any time, 32 to 72 KiB for the block; together they stay within what every
+// GPU of compute capability 8.0 and up gives a block.
 #pragma once
 
 #include "../arguments.h"
@@ -33,6 +33,7 @@ struct DecodeTraits {
   static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kWarps * kRingBytes;
+  static_assert(kSharedBytes <= 96 * 1024, "more than some GPUs have");
 };
 
 template <class T>
@@ -80,7 +81,7 @@ class Decode {
       ptx::cp_async_wait_group<T::kStages - 2>();
       __syncwarp();  // the piece has arrived for all lanes, and all are done with the one before, where the next goes
       pieces_.next(ring_ + (stage_ == 0 ? T::kStages - 1 : stage_ - 1) * T::kStageBytes + offset_to_);
-      piece(ring_ + stage_ * T::kStageBytes);
+      attend(ring_ + stage_ * T::kStageBytes);
       stage_ = stage_ + 1 == T::kStages ? 0 : stage_ + 1;
     }
     hand_on();
@@ -116,7 +117,7 @@ class Decode {
   }
 
   // 16 keys and values at `tile`.
-  __device__ __forceinline__ void piece(uint32_t tile) {
+  __device__ __forceinline__ void attend(uint32_t tile) {
     Tile16 s, probs;
     multiply_transposed<Number, T::kHeadDim>(s, q_, tile + offset_k_);
     scores(s);
@@ -158,8 +159,7 @@ class Decode {
   }
 
   __device__ __forceinline__ void hand_on() {
-    ptx::cp_async_wait_group<0>();
-    __syncwarp();  // all lanes are done with the last piece
+    __syncwarp();  // all lanes are done with the last piece, and all copies have been waited for
     Handed& to = *handed(warp());
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -209,19 +209,12 @@ class Decode {
       if (column == 0 && lse != nullptr)
         lse[tile_.b * p_.lse.stride_b + head * p_.lse.stride_h + query * p_.lse.stride_s] = end.lse * kLn2;
     } else {
-      const int64_t row = part_row(a_, tile_, head, query);
+      const int64_t row = tile_.part_row(a_, head, query);
       if (exists) *reinterpret_cast<float4*>(a_.part_out + row * p_.head_dim_v + column) = out;
       if (column == 0) a_.part_lse[row] = end.lse;
     }
   }
 
- public:
-  // A row of a split's results.
-  static __device__ __forceinline__ int64_t part_row(const Arguments& a, const PackedTile& tile, int head, int query) {
-    return ((tile.split * a.p.batch + tile.b) * a.p.heads_q + head) * a.p.seqlen_q + query;
-  }
-
- private:
   const Arguments& a_;
   const Params& p_;
   const PackedTile& tile_;
@@ -252,7 +245,7 @@ __device__ __forceinline__ void decode(const Arguments& a) {
     Decode<T>(a, tile, first_piece, end_piece).run();
   } else if (threadIdx.x < T::kRows && tile.exists(tile.row + threadIdx.x)) {  // nothing to see
     const int row = tile.row + threadIdx.x;
-    a.part_lse[Decode<T>::part_row(a, tile, tile.head(row), tile.query(row))] = -INFINITY;
+    a.part_lse[tile.part_row(a, tile.head(row), tile.query(row))] = -INFINITY;
   }
 }
 
