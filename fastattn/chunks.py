@@ -9,7 +9,7 @@ CHUNK_BYTES = 16
 
 def why_not_in_chunks(x: Tensor) -> str | None:
     """None if the last dimension's rows are contiguous and begin at multiples of 16 bytes, else why not."""
-    if x.numel() == 0:
+    if x.numel() == 0 or x.ndim == 0:
         return None
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         return f"its last stride is {x.stride(-1)}, and kernels read rows that are contiguous"

@@ -57,6 +57,7 @@ CASES: tuple[tuple[CacheCase, torch.dtype], ...] = (
     *((CacheCase(f"head_dim {d}, float16", **_dims(d)), FP16) for d in (32, 64, 96, 128, 192, 256)),
     *((CacheCase(f"head_dim {d}, softcap", softcap=0.9, **_dims(d)), FP16) for d in (32, 96, 128, 192, 256)),
     (CacheCase("head_dim_v larger", **_dims(40, 128)), BF16),
+    (CacheCase("no head_dim_v", **{**_dims(64), "head_dim_v": 0}), BF16),
     (CacheCase("head_dim_v smaller", **_dims(192, 128)), BF16),
     *((CacheCase(f"queries {n}", **{**STEP, "seqlen_q": n}), BF16) for n in range(1, 17)),
     *(
@@ -200,6 +201,23 @@ def test_combine_is_merge_states(dtype: torch.dtype, use_backends: Callable[...,
     torch.testing.assert_close(out, want.to(dtype), rtol=2**-7, atol=1e-6)  # rounded once more, by one unit at most
 
 
+@pytest.mark.parametrize("page_size", [0, 64])
+def test_cost_of_a_piece(page_size: int, use_backends: Callable[..., None]) -> None:
+    """16 keys of head_dim 128: 32 products, few other instructions, no conflict in shared memory."""
+    taken = []
+    for keys in (512, 1536):
+        machine = _machine(use_backends, multiprocessors=1)
+        sizes = {"lengths": (keys,), "capacity": keys, "head_dim": 128, "head_dim_v": 128}
+        build(CacheCase("cost", page_size=page_size, heads_q=8, heads_kv=1, **sizes), BF16).run(backend="cuda")
+        (counters,) = machine.counters
+        moves = counters["by_class"]["mov"] + counters["fused_mul_add_pairs"]
+        taken.append((counters["warp_instrs"] - moves, counters["by_class"]["tensor"], counters["bank_conflicts"]))
+    instructions, products, conflicts = ((more - less) / 64 for less, more in zip(*taken, strict=True))
+    assert products == 32
+    assert instructions <= 240
+    assert conflicts == 0
+
+
 def test_same_bits_again(use_backends: Callable[..., None]) -> None:
     _machine(use_backends)
     case = CacheCase("again", **LONG, **EVERYTHING)
@@ -256,12 +274,21 @@ GARBAGE = (-(2**31), -1, 0, 5, 100, 2**20, 2**31 - 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "page_size"), [("cache_lengths", 0), ("cache_lengths", 16), ("block_table", 16), ("block_table", 32)]
+    ("name", "sizes"),
+    [
+        ("cache_lengths", CHUNK),
+        ("cache_lengths", MANY),
+        ("cache_lengths", {**CHUNK, "page_size": 16}),
+        ("block_table", {**CHUNK, "page_size": 16}),
+        ("block_table", {**LONG, "page_size": 32}),
+    ],
 )
-def test_garbage_does_not_lead_out_of_memory(name: str, page_size: int, use_backends: Callable[..., None]) -> None:
+def test_garbage_does_not_lead_out_of_memory(
+    name: str, sizes: dict[str, Any], use_backends: Callable[..., None]
+) -> None:
     """Index tensors on a GPU are checked by nobody; the simulator raises on an access outside of a tensor."""
     machine = _machine(use_backends)
-    case = CacheCase("garbage", page_size=page_size, **CHUNK, rotary_dim=16)
+    case = CacheCase("garbage", rotary_dim=16, **sizes)
     for first, second in zip(GARBAGE, GARBAGE[1:] + GARBAGE[:1], strict=True):
         call = build(case, BF16)
         inputs = _inputs(call.q, call.k_cache, call.v_cache, call.options)

@@ -113,10 +113,8 @@ class CudaBackend:
         for name in ("seqlen_q", "seqlen_k"):
             if getattr(p, name) >= _LONGEST:
                 return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
-        if p.kind == "cache" and p.seqlen_q * p.group >= _LONGEST:
-            return (
-                f"seqlen_q is {p.seqlen_q}, in groups of {p.group} heads, and their product must be below {_LONGEST}."
-            )
+        if p.kind == "cache" and (rows := p.seqlen_q * p.group) >= _LONGEST:
+            return f"a key/value head has {rows} rows of queries, and this backend takes less than {_LONGEST}."
         for name in ("head_dim", "head_dim_v"):
             if getattr(p, name) % _CHUNK:
                 return f"{name} is {getattr(p, name)}, and this backend takes multiples of {_CHUNK}."
