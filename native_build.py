@@ -175,10 +175,11 @@ def cuda_module(nvcc: Path) -> Module:
         f"sm80_{family}_d{dim}": Object(
             f"csrc/cuda/sm80/{family}.cu", str(nvcc), [*ampere, f"-DFASTATTN_HEAD_DIM={dim}"]
         )
-        for family in ("forward", "backward")
+        for family in ("forward", "backward", "decode")
         for dim in HEAD_DIMS
     }
     objects["rows"] = Object("csrc/cuda/rows.cu", str(nvcc), ampere)
+    objects["sm80_cache"] = Object("csrc/cuda/sm80/cache.cu", str(nvcc), ampere)
     for name in ("plan", "launch"):
         objects[name] = Object(f"csrc/cuda/{name}.cpp", str(nvcc), common)
     objects["bindings"] = _bindings("csrc/bindings_cuda.cpp", [])

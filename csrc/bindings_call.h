@@ -44,8 +44,10 @@ inline constexpr std::pair<const char*, int64_t Params::*> kSizes[] = {
     {"head_dim_v", &Params::head_dim_v},
     {"max_pages", &Params::max_pages},
     {"page_size", &Params::page_size},
+    {"num_pages", &Params::num_pages},
     {"seqlen_new", &Params::seqlen_new},
     {"rotary_dim", &Params::rotary_dim},
+    {"rotary_positions", &Params::rotary_positions},
     {"window_left", &Params::window_left},
     {"window_right", &Params::window_right},
 };

@@ -6,6 +6,7 @@
 #include "bindings_call.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "cuda/splits.h"
 
 namespace fastattn {
 namespace {
@@ -17,7 +18,9 @@ using cuda::Operation;
 using cuda::Plan;
 
 constexpr std::pair<const char*, Operation> kOperations[] = {{"forward", Operation::kForward},
-                                                             {"backward", Operation::kBackward}};
+                                                             {"backward", Operation::kBackward},
+
+                                                             {"decode", Operation::kDecode}};
 
 Operation operation_of(const std::string& wanted) {
   for (const auto& [name, operation] : kOperations)
@@ -71,6 +74,9 @@ std::vector<int64_t> address_offsets() {
   for (const auto& [name, field] : kIndices) add(a.p.*field);
   for (const auto& [name, field] : kTables) add(a.p.*field);
   for (const auto field : {&Arguments::row_lse, &Arguments::minus_delta}) add(a.*field);
+  add(a.rotated.data);
+  add(a.part_out);
+  add(a.part_lse);
   return offsets;
 }
 
@@ -83,6 +89,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fastattn. Addresses and strides are trusted: fastattn.problem has checked them.";
   m.def("why_unavailable", &fastattn::cuda::why_unavailable, "Empty, or why kernels cannot run here.");
   m.def("address_offsets", &fastattn::address_offsets, "Offsets of the addresses within a kernel's argument.");
+  m.def("splits", &fastattn::cuda::splits, "How many splits a call with a cache gets: blocks, keys, slots.");
   m.attr("LARGEST_HEAD_DIM") = fastattn::cuda::kLargestHeadDim;
   py::class_<Call>(m, "Call", py::module_local())
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())

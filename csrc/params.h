@@ -45,14 +45,15 @@ struct Params {
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1,)
   const int32_t* cu_seqlens_k = nullptr;  // (batch + 1,)
   const int32_t* block_table = nullptr;   // (batch, max_pages), contiguous
-  int64_t max_pages = 0, page_size = 0;
+  int64_t max_pages = 0, page_size = 0, num_pages = 0;
 
   // Calls with a cache: k and v are the cache, kv_lengths the keys in it before the call.
   int64_t seqlen_new = 0;
   View k_new, v_new;          // (batch, heads_kv, seqlen_new, head_dim or head_dim_v)
   const void* cos = nullptr;  // (positions, rotary_dim / 2), contiguous, the accumulator's dtype
   const void* sin = nullptr;
-  int64_t rotary_dim = 0;  // 0 = no rotary embedding
+  int64_t rotary_dim = 0;        // 0 = no rotary embedding
+  int64_t rotary_positions = 0;  // rows of cos and sin
   bool rotary_interleaved = false;
 
   double scale = 1.0;

@@ -1,7 +1,8 @@
 """Merging attention results over disjoint sets of keys.
 
 Source: the rescaling of partial softmax results, as in Milakov and Gimelshein, "Online normalizer calculation for
-softmax" (2018), and ring attention.
+softmax" (2018), and ring attention. Kernels merge what they compute over parts of the keys by the same formula, in
+units of log2: csrc/cpu/merge.h, csrc/cuda/merge.h.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Required  # a requirement of torch itself
 
+from .chunks import why_not_in_chunks
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ALIGNMENTS = ("bottom-right", "top-left")
 
@@ -170,7 +172,11 @@ def describe(kind: str, inputs: Inputs, options: Options, *, cached: bool = True
     # Not part of the cached description, whose key cannot tell 1 from 1.0 or True and must be hashable.
     check_option_types(options)
     metas = tuple([None if t is None else Meta(t.shape, t.dtype, t.device) for t in inputs])
-    return (_describe_cached if cached else _describe)(kind, metas, options)
+    if not cached:
+        return _describe(kind, metas, options)
+    # A cache is too large to be copied: which backend can use it depends on how it lies in memory.
+    unaligned = kind == "cache" and any(map(why_not_in_chunks, (inputs.k, inputs.v)))
+    return _describe_cached(kind, metas, options, unaligned)
 
 
 _REQUIRED = ("q", "k", "v")
@@ -189,7 +195,7 @@ def check_tensors(kind: str, inputs: Inputs) -> None:
             raise TypeError(f"{name} must be a dense (strided) tensor, got {kind_of}")
 
 
-def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options) -> Problem:
+def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options, unaligned: bool = False) -> Problem:
     names = _CACHE_NAMES if kind == "cache" else {}
     check_devices(metas, names)
     check_dtypes(metas, names)
@@ -224,6 +230,7 @@ def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options) -> Pr
         "rotary": m.cos,
         "paged": m.block_table,
         "append": m.k_new,
+        "unaligned cache": unaligned or None,
         "softcap": options.softcap,
         "window": window_left if window_left is not None else window_right,
         "causal": options.causal or None,

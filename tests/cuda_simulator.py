@@ -22,12 +22,16 @@ from .simulator import ptxsim
 
 
 class Simulator:
-    """See `fastattn.backends.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like."""
+    """See `fastattn.backends.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like.
+
+    kernels and counters: what has run, and what each launch took (see the simulator).
+    """
 
     def __init__(self, capability: int = 80, multiprocessors: int = 4) -> None:
         self._processor = Processor(capability, multiprocessors)
         self.findings: list[Any] = []
         self.kernels: list[str] = []
+        self.counters: list[Any] = []
 
     def why_unavailable(self) -> str | None:
         return None
@@ -46,6 +50,7 @@ class Simulator:
             struct = ptxsim().Struct(len(argument), memory.fields(argument))
             counters = kernels()[name].launch(name, (blocks,), threads, [struct], shared_bytes=shared_bytes)
             self.kernels.append(name)
+            self.counters.append(counters)
             self.findings += [f for f in counters.findings if not f[0].startswith("note:")]
 
 

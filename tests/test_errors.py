@@ -212,6 +212,7 @@ CACHE_BAD = (
     Bad("k_cache None", {"k_cache": None}, TypeError, ["k_cache", "torch.Tensor", "NoneType"]),
     Bad("v_cache list", {"v_cache": [1]}, TypeError, ["v_cache", "torch.Tensor", "list"]),
     Bad("k_cache rank", {"k_cache": Z(2, 9, 8)}, ValueError, ["k_cache", "capacity", "(2, 9, 8)"]),
+    Bad("k_cache scalar", {"k_cache": torch.zeros(())}, ValueError, ["k_cache", "capacity", "()"]),
     Bad("v_cache rank", {"v_cache": Z(2, 9, 6)}, ValueError, ["v_cache", "capacity", "(2, 9, 6)"]),
     Bad("batch", {"k_cache": Z(3, 2, 9, 8)}, ValueError, ["k_cache", "(2, 2, 9, 8)", "(3, 2, 9, 8)"]),
     Bad("capacity", {"v_cache": Z(2, 2, 8, 6)}, ValueError, ["v_cache", "(2, 2, 9)", "(2, 2, 8)"]),

@@ -15,6 +15,12 @@ struct Arguments {
   // Backward: numbers of each row, (batch or 1 for varlen, heads_q, seqlen_q), see row_statistics.h.
   float* row_lse = nullptr;
   float* minus_delta = nullptr;
+
+  // Calls with a cache: in the workspace. `splits` parts of the keys give a result each; a single one is the result.
+  int32_t splits = 1;
+  View rotated;               // like q; null without rotary embedding
+  float* part_out = nullptr;  // (splits, batch, heads_q, seqlen_q, head_dim_v), contiguous
+  float* part_lse = nullptr;  // (splits, batch, heads_q, seqlen_q), contiguous, in units of log2
 };
 
 }  // namespace cuda

@@ -6,7 +6,9 @@
 
 #include "rows.h"
 #include "sm80/kernels.h"
+#include "splits.h"
 #include "tiles.h"
+#include "workspace.h"
 
 namespace fastattn {
 namespace cuda {
@@ -53,31 +55,12 @@ Plan plan_forward(const Params& p) {
   return plan;
 }
 
-// Parts of a workspace, one behind the other.
-class Workspace {
- public:
-  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
-
-  // Room for a number of floats; null where there is no workspace yet.
-  float* floats(int64_t count) {
-    constexpr int64_t kAlignment = 256;
-    char* part = begin_ == nullptr ? nullptr : begin_ + bytes_;
-    bytes_ += (count * 4 + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<float*>(part);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* begin_;
-  int64_t bytes_ = 0;
-};
-
 Plan plan_backward(const Params& p, void* workspace) {
   const int64_t entries = varlen(p) ? 1 : p.batch;
   Workspace memory(workspace);
   Arguments a = arguments_of(p);
-  a.row_lse = memory.floats(entries * p.heads_q * p.seqlen_q);
-  a.minus_delta = memory.floats(entries * p.heads_q * p.seqlen_q);
+  a.row_lse = memory.take<float>(entries * p.heads_q * p.seqlen_q);
+  a.minus_delta = memory.take<float>(entries * p.heads_q * p.seqlen_q);
   Plan plan;
   plan.workspace_bytes = memory.bytes();
   const auto launch = [&](const Kernel& kernel, int64_t blocks) { plan.launches.push_back({kernel, blocks, a}); };
@@ -97,6 +80,56 @@ Plan plan_backward(const Params& p, void* workspace) {
   return plan;
 }
 
+// The most keys that a tile of a call with a cache can see; how many there are is known to the device alone.
+int64_t keys_of_tile(const Params& p, int rows) {
+  const bool open = p.window_left < 0 || p.window_right < 0;
+  return open ? p.seqlen_k : std::min(p.seqlen_k, p.window_left + p.window_right + rows);
+}
+
+// Appends new keys and values, and rotates: what calls with a cache begin with. Returns the arguments for the rest.
+Arguments plan_append(const Params& p, Workspace& workspace, Plan& plan) {
+  const Kernel append = sm80::append_kernel(p.dtype);
+  Arguments a = arguments_of(p);
+  int64_t rows = p.batch * p.heads_kv * p.seqlen_new;
+  if (p.rotary_dim > 0) {
+    const int64_t queries = p.batch * p.heads_q * p.seqlen_q, head = p.seqlen_q * p.head_dim;
+    a.rotated = {workspace.take<uint16_t>(queries * p.head_dim), p.heads_q * head, head, p.head_dim, 1};
+    rows += queries;
+  }
+  plan.launches.push_back({append, (rows + append.rows - 1) / append.rows, a});
+  if (p.rotary_dim > 0) a.p.q = a.rotated;
+  return a;
+}
+
+Plan plan_decode(Params p, const Gpu& gpu, void* memory) {
+  constexpr int kSharedBytes = 96 * 1024;  // of a multiprocessor, at least
+  constexpr int64_t kManyQueries = 64;  // which the forward's tiles serve better: they read a key for 128 rows at once
+  if (p.page_size % kPageUnit != 0) throw std::invalid_argument("page_size must be a multiple of 16");
+  if (p.page_size > 0 && p.num_pages == 0) p.seqlen_k = 0;  // there is no page to look into
+  if (p.rotary_positions == 0) p.rotary_dim = 0;
+  Plan plan;
+  Workspace workspace(memory);
+  Arguments a = plan_append(p, workspace, plan);
+  if (p.page_size == 0 && p.seqlen_q >= kManyQueries) {
+    const Kernel forward = of_family<sm80::ForwardKernels>(p);
+    plan.launches.push_back({forward, query_blocks(p, forward.rows), a});
+  } else {
+    const Kernel decode = of_family<sm80::DecodeKernels>(p);
+    const int64_t blocks = packed_tiles(p, decode.rows) * p.heads_kv * p.batch;
+    const int64_t slots = int64_t(gpu.multiprocessors) * (kSharedBytes / decode.shared_bytes);
+    const int64_t rows = p.batch * p.heads_q * p.seqlen_q;
+    a.splits = static_cast<int32_t>(splits(blocks, keys_of_tile(p, decode.rows), slots));
+    if (a.splits > 1) {
+      a.part_out = workspace.take<float>(a.splits * rows * p.head_dim_v);
+      a.part_lse = workspace.take<float>(a.splits * rows);
+    }
+    plan.launches.push_back({decode, blocks * a.splits, a});
+    if (a.splits > 1) plan.launches.push_back({sm80::combine_kernel(p.dtype), rows, a});
+  }
+  plan.workspace_bytes = workspace.bytes();
+  return plan;
+}
+
 }  // namespace
 
 Plan plan(Operation operation, const Params& p, const Gpu& gpu, void* workspace) {
@@ -105,6 +138,8 @@ Plan plan(Operation operation, const Params& p, const Gpu& gpu, void* workspace)
       return plan_forward(p);
     case Operation::kBackward:
       return plan_backward(p, workspace);
+    case Operation::kDecode:
+      return plan_decode(p, gpu, workspace);
   }
   throw std::invalid_argument("no such operation");
 }

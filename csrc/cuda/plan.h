@@ -27,7 +27,7 @@ struct Gpu {
   int multiprocessors;
 };
 
-enum class Operation { kForward, kBackward };
+enum class Operation { kForward, kBackward, kDecode };
 
 constexpr int kLargestHeadDim = 256;
 

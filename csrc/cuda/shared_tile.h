@@ -121,15 +121,20 @@ __device__ __forceinline__ void put_row(char* tile, int m, int r, const float (&
   }
 }
 
+// The row, of 8, in which a lane accesses a tile when 4 lanes share a row, chunk lane % 4 each: the 8 lanes that access
+// it at once do so in two rows whose orders differ by half a group of 128 bytes.
+template <int kColumns>
+__device__ __forceinline__ int lane_row(int lane) {
+  return Swizzle<kColumns>::kGroupBytes == 128 ? lane / 8 + (lane & 4) : lane / 4;
+}
+
 // Writes the rows of a warp's tile to a tensor: `rows` of them, `columns` numbers each, from first_row of the tensor
 // on.
 template <int kRows, int kColumns>
 __device__ __forceinline__ void store_rows(const View& view, int64_t b, int64_t head, int64_t first_row, int rows,
                                            int columns, const char* tile, int lane) {
-  // 8 rows at once, so that the order of chunks repeats; the 8 lanes that read at once do so in two rows whose orders
-  // differ by half a group of 128 bytes.
-  constexpr int kLanes = 4;
-  const int row = Swizzle<kColumns>::kGroupBytes == 128 ? lane / 8 + (lane & 4) : lane / 4, chunk = lane % kLanes;
+  constexpr int kLanes = 4;  // per row, and 8 rows at once, so that the order of chunks repeats
+  const int row = lane_row<kColumns>(lane), chunk = lane % kLanes;
   char* to = static_cast<char*>(view.data) +
              (b * view.stride_b + head * view.stride_h + (first_row + row) * view.stride_s) * 2 + chunk * kChunkBytes;
   unrolled<kColumns / kChunkNumbers / kLanes>([&](auto g) {

@@ -1,7 +1,4 @@
-"""The CUDA C++ kernels (csrc/cuda): forward and backward passes in half precision.
-
-Calls with a cache are not there yet, so `dispatch.BACKENDS` leaves this backend out.
-"""
+"""The CUDA C++ kernels (csrc/cuda): forward, backward and calls with a cache, in half precision."""
 
 from __future__ import annotations
 
@@ -11,9 +8,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..chunks import why_not_in_chunks
 from ..problem import Inputs, Problem
 from . import Grads, Needs, empty_lse, empty_out
-from .native import Tensors, addresses, as_grads, described, empty_grads, gradient_tensors, native_inputs
+from .native import Tensors, addresses, as_grads, described, empty_grads, gradient_tensors, native_inputs, written
 
 try:
     from .. import _cuda
@@ -23,8 +21,7 @@ except ImportError as error:  # built without nvcc
 
 _LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
 _CHUNK = 8  # numbers in the 16 bytes that kernels read at once
-_READ_IN_CHUNKS = ("q", "k", "v", "out", "dout")
-"""Tensors whose rows must be contiguous, and lie at multiples of 16 bytes."""
+_PAGE_UNIT = 16  # keys that lie in one page
 
 
 class Processor(NamedTuple):
@@ -47,7 +44,7 @@ class Machine(Protocol):
         """The GPU of tensors there."""
 
     def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
-        """Runs an operation ("forward" or "backward") of a call on tensors of this device."""
+        """Runs an operation ("forward", "backward" or "decode") of a call on tensors of this device."""
 
 
 class Gpu:
@@ -105,22 +102,26 @@ class CudaBackend:
             return f"its dtype is {p.dtype}, and these kernels compute in torch.float16 and torch.bfloat16."
         if reason := self._machine.why_not(p.device):
             return reason
-        if p.kind == "cache":
-            return "it is a call with a cache, which these kernels do not compute."
+        if p.page_size % _PAGE_UNIT:
+            return f"its page size is {p.page_size}, and these kernels take multiples of {_PAGE_UNIT}."
         for feature in ("mask", "bias", "dropout"):
             if feature in p.features:
                 return f"it uses {feature}, which these kernels do not compute."
         for name in ("seqlen_q", "seqlen_k"):
             if getattr(p, name) >= _LONGEST:
                 return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
+        if p.kind == "cache" and (rows := p.seqlen_q * p.group) >= _LONGEST:
+            return f"a key/value head has {rows} rows of queries, and this backend takes less than {_LONGEST}."
         for name in ("head_dim", "head_dim_v"):
             if getattr(p, name) % _CHUNK:
                 return f"{name} is {getattr(p, name)}, and this backend takes multiples of {_CHUNK}."
+        if "unaligned cache" in p.features:
+            return "its cache, which is not copied, has rows that are not contiguous or not at multiples of 16 bytes."
         return _why_not_head_dims(p, self._machine.processor(p.device).capability)
 
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
         """See `Backend.remarks`."""
-        reasons = {name: _why_not_in_chunks(x) for name, x in zip("qkv", (inputs.q, inputs.k, inputs.v), strict=True)}
+        reasons = {name: why_not_in_chunks(getattr(inputs, name)) for name in _read_in_chunks(problem)}
         return [f"{name} is copied first, as {reason}." for name, reason in reasons.items() if reason]
 
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
@@ -129,7 +130,7 @@ class CudaBackend:
     def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        tensors = _in_chunks(native_inputs(problem, inputs)) | {"out": out, "lse": lse}
+        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | {"out": out, "lse": lse}
         self._run("forward", problem, tensors)
         return out, lse
 
@@ -153,36 +154,28 @@ class CudaBackend:
         """See `Backend.backward`."""
         grads = empty_grads(problem, inputs, needs)
         tensors = gradient_tensors(native_inputs(problem, inputs), out, lse, dout, dlse, grads)
-        self._run("backward", problem, _in_chunks(tensors))
+        self._run("backward", problem, _in_chunks(problem, tensors))
         return as_grads(inputs, grads)
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Raises NotImplementedError; `why_not` refuses such calls."""
-        raise NotImplementedError("the backend 'cuda' computes no calls with a cache")
+        """See `Backend.decode`."""
+        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | {"out": out, "lse": lse}
+        self._run("decode", problem, tensors)
+        written(inputs, tensors)
+        return out, lse
 
 
-def _in_chunks(tensors: Tensors) -> Tensors:
-    """The tensors, with copies of those that kernels cannot read as they are."""
-    copies = {
-        name: tensors[name].clone(memory_format=torch.contiguous_format)
-        for name in _READ_IN_CHUNKS
-        if name in tensors and _why_not_in_chunks(tensors[name])
-    }
-    return tensors | copies
+def _read_in_chunks(problem: Problem) -> tuple[str, ...]:
+    """Inputs that are copied if kernels cannot read them in chunks; a cache is written in place, and refused."""
+    return ("q",) if problem.kind == "cache" else ("q", "k", "v")
 
 
-def _why_not_in_chunks(x: Tensor) -> str | None:
-    """None if kernels can read a tensor's rows in chunks of 16 bytes, else why not."""
-    if x.numel() == 0:
-        return None
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        return f"its last stride is {x.stride(-1)}, and kernels read rows that are contiguous"
-    for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size > 1 and step % _CHUNK:
-            return f"one of its strides is {step}, and kernels read 16 bytes at once: a multiple of {_CHUNK} is needed"
-    if x.data_ptr() % 16:
-        return "its memory does not begin at a multiple of 16 bytes"
-    return None
+def _in_chunks(problem: Problem, tensors: Tensors) -> Tensors:
+    """The tensors, with copies of those that kernels cannot read in chunks as they are."""
+    read = [name for name in (*_read_in_chunks(problem), "out", "dout") if name in tensors]
+    unfit = [name for name in read if why_not_in_chunks(tensors[name])]
+    return tensors | {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in unfit}
 
 
 def _why_not_head_dims(p: Problem, capability: int) -> str | None:

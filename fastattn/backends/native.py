@@ -123,9 +123,10 @@ def _described(call: Any, problem: Problem, layouts: tuple[tuple[str, Any, Any, 
     strides = {
         name: _strides(p.kind, name, shape, stride) for name, shape, stride, _ in layouts if name not in _CONTIGUOUS
     }
-    table = next((shape for name, shape, _, _ in layouts if name == "block_table"), (0, 0))
+    shapes = {name: shape for name, shape, _, _ in layouts}
+    pages, table, tables = shapes["k"], shapes.get("block_table", (0, 0)), shapes.get("cos", (0,))
     bias_dtype = next((dtype for name, _, _, dtype in layouts if name == "bias"), torch.float32)
-    dbias = next((shape for name, shape, _, _ in layouts if name == "dbias"), ())
+    dbias = shapes.get("dbias", ())
     sizes = {
         "dtype": DTYPE_CODES[p.dtype],
         "bias_dtype": DTYPE_CODES[bias_dtype],
@@ -138,8 +139,10 @@ def _described(call: Any, problem: Problem, layouts: tuple[tuple[str, Any, Any, 
         "head_dim_v": p.head_dim_v,
         "max_pages": table[1],
         "page_size": p.page_size,
+        "num_pages": pages[0] if p.page_size else 0,
         "seqlen_new": p.seqlen_new,
         "rotary_dim": p.rotary_dim,
+        "rotary_positions": tables[0],
         "rotary_interleaved": int(p.rotary_interleaved),
         "window_left": -1 if p.window_left is None else p.window_left,
         "window_right": -1 if p.window_right is None else p.window_right,

@@ -1,0 +1,69 @@
+// Merges the results over the splits of a row's keys, and its sink, into the result over all of them.
+//
+// One block per row, so that even a single row with many splits reads several of them at once; its warps take turns.
+// Each part is read once: memory bounds it. Sums have a fixed order.
+#pragma once
+
+#include "arguments.h"
+#include "merge.h"
+#include "softmax.h"
+
+namespace fastattn {
+namespace cuda {
+
+template <class Number_>
+struct CombineTraits {
+  using Number = Number_;
+  static constexpr int kLargestHeadDim = 256;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRows = 1;
+  static constexpr int kSharedBytes = kWarps * kLargestHeadDim * 4;
+};
+
+// The end of a row whose splits have these lses, `step` apart: the same in all lanes.
+__device__ __forceinline__ Merge merge_lses(const float* lse, int64_t step, int splits, int lane) {
+  Merge merge;
+  for (int s = lane; s < splits; s += 32) merge.see(lse[s * step]);
+  for (int apart = 16; apart > 0; apart /= 2) merge.see(__shfl_xor_sync(kWholeWarp, merge.top, apart));
+  for (int s = lane; s < splits; s += 32) merge.sum += merge.weight(lse[s * step]);
+  for (int apart = 16; apart > 0; apart /= 2) merge.sum += __shfl_xor_sync(kWholeWarp, merge.sum, apart);
+  return merge;
+}
+
+template <class T>
+__device__ __forceinline__ void combine(const Arguments& a) {
+  extern __shared__ __align__(16) float sums[];  // (warps, head_dim_v)
+  const Params& p = a.p;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, columns = static_cast<int>(p.head_dim_v);
+  const int64_t row = blockIdx.x, rows = p.batch * p.heads_q * p.seqlen_q;
+  const int64_t i = row % p.seqlen_q, head = row / p.seqlen_q % p.heads_q, b = row / p.seqlen_q / p.heads_q;
+  const float* lse = a.part_lse + row;
+  const Merge merge = merge_lses(lse, rows, a.splits, lane);
+  for (int d = 4 * lane; d < columns; d += 4 * 32) {
+    float4 sum = {};
+#pragma unroll 4
+    for (int s = warp; s < a.splits; s += T::kWarps) {
+      const float part_lse = lse[s * rows];
+      if (part_lse == -INFINITY) continue;  // its values were never written
+      const float weight = merge.weight(part_lse);
+      const float4 x = *reinterpret_cast<const float4*>(a.part_out + (s * rows + row) * columns + d);
+      sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
+    }
+    *reinterpret_cast<float4*>(sums + warp * columns + d) = sum;
+  }
+  __syncthreads();
+  const float* sinks = static_cast<const float*>(p.sinks.data);
+  const RowEnd end(merge.top, merge.sum, sinks == nullptr ? -INFINITY : sinks[head * p.sinks.stride_h] * kLog2E);
+  char* out = static_cast<char*>(p.out.data) + (b * p.out.stride_b + head * p.out.stride_h + i * p.out.stride_s) * 2;
+  for (int d = 2 * threadIdx.x; d < columns; d += 2 * T::kThreads) {
+    float2 sum = {};
+    for (int w = 0; w < T::kWarps; ++w) sum.x += sums[w * columns + d], sum.y += sums[w * columns + d + 1];
+    *reinterpret_cast<uint32_t*>(out + d * 2) = T::Number::pack(sum.x * end.factor, sum.y * end.factor);
+  }
+  if (threadIdx.x == 0 && p.lse.data != nullptr)
+    static_cast<float*>(p.lse.data)[b * p.lse.stride_b + head * p.lse.stride_h + i * p.lse.stride_s] = end.lse * kLn2;
+}
+
+}  // namespace cuda
+}  // namespace fastattn
