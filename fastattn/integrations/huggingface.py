@@ -1,9 +1,9 @@
 """fastattn as an attention implementation of Hugging Face Transformers.
 
-    from fastattn.integrations import huggingface
+from fastattn.integrations import huggingface
 
-    huggingface.register()
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
+huggingface.register()
+model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
 
 from .huggingface_patterns import Pattern, read_pattern
@@ -47,33 +47,45 @@ class PlannedMask(torch.Tensor):
     moves or adds to it gets the tensor which the library itself would have made: slower, and right.
     """
 
-    plan: MaskPlan | None
-    _build: Callable[[], Tensor]
-    _built: Tensor | None
+    _content: _Content
 
     @staticmethod
-    def __new__(cls, plan: MaskPlan, shape: tuple[int, ...], device: torch.device, build: Callable[[], Tensor]) -> Any:
-        """The mask that `build` would spell out."""
+    def __new__(cls, content: _Content, shape: torch.Size, device: torch.device) -> PlannedMask:
+        """A tensor of this shape; `content` is shared with those detached from it."""
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        self.plan, self._build, self._built = plan, build, None
+        self._content = content
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    @property
+    def plan(self) -> MaskPlan | None:
+        """The same in options; None once the tensor may have been written to."""
+        return self._content.plan
 
     def spelled_out(self) -> Tensor:
         """The tensor itself, built once."""
-        if self._built is None:
-            self._built = self._build()
-        return self._built
+        if self._content.tensor is None:
+            self._content.tensor = self._content.build()
+        return self._content.tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default and args[0].plan is not None:  # reentrant checkpointing does that
-            return cls(args[0].plan, tuple(args[0].shape), args[0].device, args[0].spelled_out)
-        if func._schema.is_mutable and isinstance(args[0], PlannedMask):
-            args[0].plan = None  # no longer what the mask says
+        masks = [x for x in tree_leaves((args, kwargs)) if isinstance(x, PlannedMask)]
+        if func is torch.ops.aten.detach.default:  # reentrant checkpointing does that
+            return cls(masks[0]._content, masks[0].shape, masks[0].device)
+        if func._schema.is_mutable or func.is_view:  # a view can be written through
+            for mask in masks:
+                mask._content.plan = None
         args, kwargs = tree_map(lambda x: x.spelled_out() if isinstance(x, PlannedMask) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+@dataclass
+class _Content:
+    plan: MaskPlan | None
+    build: Callable[[], Tensor]
+    tensor: Tensor | None = None
 
 
 def make_mask(
@@ -135,12 +147,10 @@ def make_mask(
     if plan is None:
         return build()
     place = next((x.device for x in (attention_mask, cache_position) if x is not None), others.get("device", "cpu"))
-    return PlannedMask(plan, (batch_size, 1, q_length, kv_length), torch.device(place), build)
+    return PlannedMask(_Content(plan, build), torch.Size((batch_size, 1, q_length, kv_length)), torch.device(place))
 
 
-def make_plan(
-    pattern: Pattern, offset: int, seqlen_q: int, seqlen_k: int, real: Tensor | None
-) -> MaskPlan | None:
+def make_plan(pattern: Pattern, offset: int, seqlen_q: int, seqlen_k: int, real: Tensor | None) -> MaskPlan | None:
     """The plan for queries of which the first stands `offset` keys past the first key; None if there is none.
 
     real, (batch, seqlen_k), bool: False = padding.
