@@ -24,12 +24,15 @@ __all__ = ["attention_forward", "register"]
 NAME = "fastattn"
 OLDEST = (4, 57)
 
+# What models hand down to every attention implementation, and eager ignores: it is used elsewhere in the model, or is
+# about something that the mask says as well.
 HARMLESS = frozenset(
-    # What models hand down to every attention implementation, eager's included, which ignores it: it is used
-    # elsewhere in the model, or it is about something that the mask says as well.
-    "adapter_names cache cache_position deterministic layer_idx logits_to_keep mm_token_type_ids num_items_in_batch "
-    "output_hidden_states output_router_logits past_key_value past_key_values position_embeddings position_ids "
-    "return_dict seq_idx token_type_ids use_cache".split()
+    (
+        *("adapter_names", "cache", "past_key_value", "past_key_values", "use_cache", "cache_position"),
+        *("position_ids", "position_embeddings", "seq_idx", "token_type_ids", "mm_token_type_ids", "layer_idx"),
+        *("logits_to_keep", "num_items_in_batch", "output_hidden_states", "output_router_logits", "return_dict"),
+        "deterministic",
+    )
 )
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -91,6 +94,13 @@ def attention_forward(
     that is not known.
     """
     _check_others(module, others, attention_mask)
+    if scaling is None and (
+        getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True)
+    ):
+        raise ValueError(  # GPT-2 of transformers 4
+            f"{type(module).__name__} has scale_attn_by_inverse_layer_idx or not scale_attn_weights, but passed no "
+            "scaling: this version of transformers applies them in eager attention only"
+        )
     options: dict[str, Any] = {
         "scale": scaling,
         "softcap": softcap,

@@ -117,16 +117,36 @@ def make_mask(
             "make_mask expects q_length and q_offset, or cache_position: this version of transformers describes its "
             f"masks in another way, with {sorted(others)}"
         )
-    # Clones: a static cache counts its length in place while the model runs, and the mask may be spelled out later.
     if cache_position is None:
         assert q_length is not None
-        start = q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
-        queries: dict[str, Any] = {"q_length": q_length, "q_offset": start}
+        queries: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset}
     else:
         q_length = cache_position.shape[0]
-        queries = {"cache_position": cache_position.clone()}
-    build = partial(
-        masking_utils.sdpa_mask,
+        queries = {"cache_position": cache_position}
+    pattern = None
+    # generate() compiles decoding with a static cache, and asks for a mask that is there. One row is linear anyway.
+    decoding = q_length == 1 and not allow_is_causal_skip
+    if not (decoding or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        pattern = read_pattern(mask_function)
+    if pattern is not None and (attention_mask is None or attention_mask.ndim == 2):
+        first = _first_query(q_offset if cache_position is None else cache_position)
+        real = None if attention_mask is None else _real_keys(attention_mask, kv_offset, kv_length)
+        plan = None if first is None else make_plan(pattern, first - kv_offset, q_length, kv_length, real)
+        if plan is not None:
+            assert first is not None
+            given = next((x.device for x in (attention_mask, cache_position) if x is not None), None)
+            device = torch.device(others.get("device", "cpu") if given is None else given)
+            index = partial(torch.arange, device=device)
+            build = partial(
+                _spell_out,
+                mask_function,
+                index(batch_size),
+                index(q_length) + first,
+                index(kv_length) + kv_offset,
+                real,
+            )
+            return PlannedMask(_Content(plan, build), torch.Size((batch_size, 1, q_length, kv_length)), device)
+    return masking_utils.sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
         kv_offset=kv_offset,
@@ -134,20 +154,6 @@ def make_mask(
         attention_mask=attention_mask,
         **{**others, **queries, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
     )
-    # generate() compiles decoding with a static cache, and asks for a mask that is there. One row is linear anyway.
-    decoding = q_length == 1 and not allow_is_causal_skip
-    if decoding or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return build()
-    plan = None
-    pattern = read_pattern(mask_function)
-    first = _first_query(q_offset if cache_position is None else cache_position)
-    if pattern is not None and first is not None and (attention_mask is None or attention_mask.ndim == 2):
-        real = None if attention_mask is None else _real_keys(attention_mask, kv_offset, kv_length)
-        plan = make_plan(pattern, first - int(kv_offset), q_length, kv_length, real)
-    if plan is None:
-        return build()
-    place = next((x.device for x in (attention_mask, cache_position) if x is not None), others.get("device", "cpu"))
-    return PlannedMask(_Content(plan, build), torch.Size((batch_size, 1, q_length, kv_length)), torch.device(place))
 
 
 def make_plan(pattern: Pattern, offset: int, seqlen_q: int, seqlen_k: int, real: Tensor | None) -> MaskPlan | None:
@@ -211,6 +217,16 @@ def _packed_plan(pattern: Pattern) -> MaskPlan | None:
         return MaskPlan(*options)
     starts = torch.nn.functional.pad(steps != 0, (1, 0), value=True).flatten().nonzero()[:, 0]
     return MaskPlan(*options, cu_seqlens=torch.nn.functional.pad(starts, (0, 1), value=batch * seqlen).to(torch.int32))
+
+
+def _spell_out(
+    mask_function: Callable[..., Any], batch: Tensor, queries: Tensor, keys: Tensor, real: Tensor | None
+) -> Tensor:
+    """The mask (batch, 1, queries, keys) of a function of which all parts are known, and compute on index tensors."""
+    seen = mask_function(batch[:, None, None, None], batch.new_zeros(()), queries[:, None], keys)
+    if real is not None:
+        seen = seen & real[:, None, None, :]
+    return seen.expand(len(batch), 1, len(queries), len(keys)).contiguous()
 
 
 def _first_query(positions: int | Tensor) -> int | None:

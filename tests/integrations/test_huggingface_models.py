@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-
-transformers = pytest.importorskip("transformers", minversion="4.57")
 
 from fastattn.integrations import huggingface
 from tests.integrations import huggingface_models as models
-from tests.integrations.huggingface_models import ARCHITECTURES, VERSION, build, padding_mask, tokens
+from tests.integrations.huggingface_models import ARCHITECTURES, VERSION, build
 from tests.tolerance import assert_close, to_numpy
 
 huggingface.register()
