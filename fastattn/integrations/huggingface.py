@@ -23,6 +23,7 @@ __all__ = ["attention_forward", "register"]
 
 NAME = "fastattn"
 OLDEST = (4, 57)
+INTERFACES = ("AttentionInterface", "AttentionMaskInterface")
 
 # What models hand down to every attention implementation, and eager ignores: it is used elsewhere in the model, or is
 # about something that the mask says as well.
@@ -47,18 +48,16 @@ def register() -> None:
     except ModuleNotFoundError as missing:
         raise ImportError(f"fastattn.integrations.huggingface needs transformers>=4.57: {missing}") from missing
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    interfaces = [getattr(transformers, name, None) for name in ("AttentionInterface", "AttentionMaskInterface")]
-    if version < OLDEST or None in interfaces:
+    if version < OLDEST or not all(hasattr(transformers, name) for name in INTERFACES):
         raise ImportError(
             "fastattn.integrations.huggingface needs transformers>=4.57, with its AttentionInterface and "
             f"AttentionMaskInterface, got transformers {transformers.__version__}"
         )
     from .huggingface_masks import make_mask
 
-    functions, masks = interfaces
-    functions.register(NAME, attention_forward)
-    # A name that is missing here makes the library pass no mask at all, silently.
-    masks.register(NAME, make_mask)
+    # A name that only the first knows gets no masks at all, silently.
+    for interface, function in zip(INTERFACES, (attention_forward, make_mask), strict=True):
+        getattr(transformers, interface).register(NAME, function)
 
 
 def attention_forward(
@@ -85,7 +84,7 @@ def attention_forward(
         s_aux           (heads_q,): attention sinks
         position_bias   broadcastable to (batch, heads_q, seqlen_q, seqlen_k), added to the scores; differentiable
 
-    A mask says everything about which keys are seen, as in eager; is_causal and sliding_window count where there is
+    A mask says everything about which keys are seen, as in eager; is_causal or module.is_causal counts where there is
     none. Dropout is for training only. In a mask of floats the lowest finite number of its dtype, which the library
     writes for "hidden", means hidden, as -inf does: rows that see nothing give 0.
 
@@ -107,10 +106,10 @@ def attention_forward(
         "sinks": s_aux,
         "dropout_p": float(dropout) if module.training else 0.0,
     }
-    plan = getattr(attention_mask, "plan", None)
+    given: Any = attention_mask
+    plan: MaskPlan | None = getattr(given, "plan", None)
     if plan is not None:
-        assert attention_mask is not None
-        made_for = (attention_mask.shape[0], *attention_mask.shape[2:])
+        made_for = (given.shape[0], *given.shape[2:])
         if made_for != (query.shape[0], query.shape[2], key.shape[2]):
             raise ValueError(
                 f"attention_mask was made for (batch, seqlen_q, seqlen_k) = {made_for}, got query "
@@ -118,11 +117,11 @@ def attention_forward(
             )
         if plan.cu_seqlens is None or position_bias is None:
             return _planned(plan, query, key, value, position_bias, options), None
-        attention_mask = attention_mask.spelled_out()  # a bias counts from the start of the row, not of the sequence
-    if attention_mask is None:
+        given = given.spelled_out()  # a bias counts from the start of the row, not of the sequence
+    if given is None:
         options |= _unmasked(module, query.shape[2], key.shape[2], is_causal, sliding_window)
     else:
-        position_bias, options["mask"] = _mask_and_bias(attention_mask, position_bias)
+        position_bias, options["mask"] = _mask_and_bias(given, position_bias)
     return _heads_last(attention(query, key, value, bias=position_bias, **options)), None
 
 
@@ -131,8 +130,8 @@ def _planned(
 ) -> Tensor:
     options = {**options, "causal": plan.causal, "window": plan.window}
     if plan.cu_seqlens is not None:
-        tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        out = attention_varlen(*tokens, plan.cu_seqlens, plan.cu_seqlens, **options)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = attention_varlen(q, k, v, plan.cu_seqlens, plan.cu_seqlens, **options)
         return out.unflatten(0, (query.shape[0], query.shape[2]))
     n = plan.seqlen_k
     if bias is not None and bias.shape[-1] != 1:
@@ -167,7 +166,7 @@ def _unmasked(
 
 
 def _mask_and_bias(mask: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(bias, mask) for a mask that is there as a tensor."""
+    """(bias, mask) of a mask that is there as a tensor."""
     if mask.ndim != 4:
         raise ValueError(
             "attention_mask must have shape (batch or 1, heads or 1, seqlen_q, seqlen_k), 4 dimensions, got shape "

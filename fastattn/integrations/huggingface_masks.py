@@ -67,10 +67,12 @@ class PlannedMask(torch.Tensor):
             self._content.tensor = self._content.build()
         return self._content.tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         masks = [x for x in tree_leaves((args, kwargs)) if isinstance(x, PlannedMask)]
         if func is torch.ops.aten.detach.default:  # reentrant checkpointing does that
             return cls(masks[0]._content, masks[0].shape, masks[0].device)
@@ -126,7 +128,7 @@ def make_mask(
     pattern = None
     # generate() compiles decoding with a static cache, and asks for a mask that is there. One row is linear anyway.
     decoding = q_length == 1 and not allow_is_causal_skip
-    if not (decoding or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    if not (decoding or torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
         pattern = read_pattern(mask_function)
     if pattern is not None and (attention_mask is None or attention_mask.ndim == 2):
         first = _first_query(q_offset if cache_position is None else cache_position)
@@ -136,16 +138,9 @@ def make_mask(
             assert first is not None
             given = next((x.device for x in (attention_mask, cache_position) if x is not None), None)
             device = torch.device(others.get("device", "cpu") if given is None else given)
-            index = partial(torch.arange, device=device)
-            build = partial(
-                _spell_out,
-                mask_function,
-                index(batch_size),
-                index(q_length) + first,
-                index(kv_length) + kv_offset,
-                real,
-            )
-            return PlannedMask(_Content(plan, build), torch.Size((batch_size, 1, q_length, kv_length)), device)
+            shape = torch.Size((batch_size, 1, q_length, kv_length))
+            build = partial(_spell_out, mask_function, shape, first, kv_offset, real, device)
+            return PlannedMask(_Content(plan, build), shape, device)
     return masking_utils.sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -220,13 +215,19 @@ def _packed_plan(pattern: Pattern) -> MaskPlan | None:
 
 
 def _spell_out(
-    mask_function: Callable[..., Any], batch: Tensor, queries: Tensor, keys: Tensor, real: Tensor | None
+    mask_function: Callable[..., Any],
+    shape: torch.Size,
+    q_offset: int,
+    kv_offset: int,
+    real: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
-    """The mask (batch, 1, queries, keys) of a function of which all parts are known, and compute on index tensors."""
-    seen = mask_function(batch[:, None, None, None], batch.new_zeros(()), queries[:, None], keys)
+    """The mask, of this shape, of a function that is made of known parts: they compute on index tensors."""
+    batch, head, queries, keys = (torch.arange(size, device=device) for size in shape)
+    seen = mask_function(batch[:, None, None, None], head, queries[:, None] + q_offset, keys + kv_offset)
     if real is not None:
         seen = seen & real[:, None, None, :]
-    return seen.expand(len(batch), 1, len(queries), len(keys)).contiguous()
+    return seen.expand(shape).contiguous()
 
 
 def _first_query(positions: int | Tensor) -> int | None:

@@ -48,7 +48,7 @@ class Pattern:
 def read_pattern(function: Callable[..., Any]) -> Pattern | None:
     """What a mask function says; None if it has a part that is not known."""
     form = _FORMS.get(getattr(function, "__code__", None))
-    return None if form is None else form(inspect.getclosurevars(function).nonlocals)
+    return None if form is None else form(dict(inspect.getclosurevars(function).nonlocals))
 
 
 Form = Callable[[dict[str, Any]], Pattern | None]
