@@ -186,7 +186,7 @@ def test_unused_cache_is_never_read() -> None:
 # ------------------------------------------------------------------------------------------------ masks of the user
 
 
-def test_custom_float_mask() -> None:
+def test_custom_float_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Added to the scores: numbers count, the lowest one and -inf hide, and a row that sees nothing gives 0."""
     q, k, v = torch.randn(3, 2, 2, 5, 4, dtype=torch.float64).unbind()
     mask = torch.randn(2, 1, 5, 5, dtype=torch.float64)
@@ -195,8 +195,10 @@ def test_custom_float_mask() -> None:
     mask[0, :, 2] = torch.finfo(torch.float64).min
     mask[1, :, 4] = -torch.inf
     mask.requires_grad_()
+    calls = spy(monkeypatch, "attention")
     out, weights = attention_forward(nn.Module(), q, k, v, mask)
     assert weights is None
+    assert torch.equal(calls[0]["mask"], mask > -1e300)
     scores = (q @ k.transpose(-2, -1) / 2 + mask).masked_fill(mask < -1e300, -torch.inf)
     expected = (scores.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2)
     torch.testing.assert_close(out, expected)
@@ -264,6 +266,8 @@ def test_dropout_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [call["dropout_p"] for call in calls] == [0.0] * 2 + [0.4] * 4
     assert torch.equal(first, second)
     assert not torch.allclose(first, evaluated, atol=1e-3)
+    attention_forward(nn.Module().eval(), *torch.randn(3, 1, 2, 5, 4).unbind(), None, dropout=0.4, is_causal=False)
+    assert calls[-1]["dropout_p"] == 0.0
 
 
 def _seeded(function: Callable[[], Tensor]) -> Tensor:

@@ -116,6 +116,11 @@ def not_said() -> dict[str, Callable[..., Any]]:
     if VERSION >= (5, 0):
         found["blocks"] = library.or_masks(causal, library.blockwise_overlay(torch.tensor([[0, 0, 1, 1, -1, 2]] * 3)))
         positions = torch.tensor([[0, 1, 2, 2, 1, 0]] * 3)
+        jumping = torch.tensor([[0, 2, 1, 3, 5, 4]] * 3)
+        found["remapped, jumping"] = library.and_masks(
+            library.remap_positions_for_packed_sequence(causal, jumping),
+            library.packed_sequence_mask_function(torch.zeros_like(jumping)),
+        )
         found["remapped alone"] = library.remap_positions_for_packed_sequence(causal, positions)
     return found
 
@@ -200,7 +205,8 @@ def test_is_planned(name: str) -> None:
     elif name == "bidirectional, sliding":
         assert {where for where, _ in planned} >= {"prefill", "cross", "decoding", "more tokens", "sliding cache"}
     else:
-        assert {where for where, _ in planned} == GEOMETRIES.keys() - {"queries past the keys", "all keys ahead"}
+        places = GEOMETRIES.keys() - {"queries past the keys", "all keys ahead"}
+        assert planned == {(where, kind) for where in places for kind in ("none", "right", "left")}
 
 
 def test_unknown_parts_are_not_read() -> None:
