@@ -7,9 +7,11 @@ wherever the function is made of parts that are known; any other is spelled out 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -74,6 +76,8 @@ class PlannedMask(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         masks = [x for x in tree_leaves((args, kwargs)) if isinstance(x, PlannedMask)]
+        if func.overloadpacket is torch.ops.aten.add:
+            raise ValueError(_NOT_CALLED.format("This model adds its mask to scores"))
         if func is torch.ops.aten.detach.default:  # reentrant checkpointing does that
             return cls(masks[0]._content, masks[0].shape, masks[0].device)
         if func._schema.is_mutable or func.is_view:  # a view can be written through
@@ -81,6 +85,12 @@ class PlannedMask(torch.Tensor):
                 mask._content.plan = None
         args, kwargs = tree_map(lambda x: x.spelled_out() if isinstance(x, PlannedMask) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+_NOT_CALLED = (
+    "{} of its own, where a mask of booleans means something else, and does not call the attention implementation; "
+    'use attn_implementation="eager" for it'
+)
 
 
 @dataclass
@@ -112,8 +122,9 @@ def make_mask(
 
     Returns a `PlannedMask`, or a bool tensor (batch, 1, q_length, kv_length) where no plan says the same. It reads a
     few numbers back from the device, here so that no layer has to. Raises TypeError for a version of transformers that
-    describes its masks in another way.
+    describes its masks in another way, and ValueError for a model that computes attention itself.
     """
+    _check_model(others.get("config"))
     if (q_length is None) == (cache_position is None):
         raise TypeError(
             "make_mask expects q_length and q_offset, or cache_position: this version of transformers describes its "
@@ -149,6 +160,25 @@ def make_mask(
         attention_mask=attention_mask,
         **{**others, **queries, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
     )
+
+
+def _check_model(config: Any) -> None:
+    """Refuses models that ask for a mask, and then add it to scores of their own: True would count as 1."""
+    module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    if module is not None and _attends_itself(module):
+        raise ValueError(_NOT_CALLED.format(f"The model of {type(config).__name__} computes attention"))
+
+
+@cache
+def _attends_itself(module: ModuleType) -> bool:
+    attends = any(
+        isinstance(x, type)
+        and issubclass(x, torch.nn.Module)
+        and "Attention" in name
+        and x.__module__ == module.__name__
+        for name, x in vars(module).items()
+    )
+    return attends and not hasattr(module, "ALL_ATTENTION_FUNCTIONS")
 
 
 def make_plan(pattern: Pattern, offset: int, seqlen_q: int, seqlen_k: int, real: Tensor | None) -> MaskPlan | None:

@@ -375,6 +375,26 @@ def test_unknown_argument_is_refused() -> None:
     assert out.shape == (1, 5, 2, 4)
 
 
+def test_models_that_add_their_mask_themselves_are_refused() -> None:
+    """They ask for a mask, and would count True as 1 in scores of their own."""
+    sizes = {"vocab_size": 48, "hidden_size": 32}
+    own = transformers.BloomConfig(**sizes, n_layer=1, n_head=4)
+    if VERSION < (5, 0):
+        own = transformers.DiffLlamaConfig(**models.SIZES, num_key_value_heads=2)
+    own._attn_implementation = "fastattn"
+    hidden = torch.zeros(BATCH, SEQLEN, 32)
+    call = {"config": own, "attention_mask": None, CACHE: None}
+    call |= {"inputs_embeds": hidden} if VERSION >= (5, 0) else {"input_embeds": hidden}
+    call |= {} if VERSION >= (5, 0) else {"cache_position": torch.arange(SEQLEN)}
+    model = transformers.BloomModel if VERSION >= (5, 0) else transformers.DiffLlamaModel
+    assert model.__module__ in sys.modules
+    with pytest.raises(ValueError, match=f"The model of {type(own).__name__} computes attention of its own"):
+        masking_utils.create_causal_mask(**call)
+    call["config"] = build("Llama", "fastattn").config
+    with pytest.raises(ValueError, match="This model adds its mask to scores of its own"):
+        torch.zeros(BATCH, 4, SEQLEN, SEQLEN) + masking_utils.create_causal_mask(**call)
+
+
 def test_own_scaling_that_is_not_passed_is_refused() -> None:
     """GPT-2 of transformers 4 applies it in its eager attention alone."""
     inputs = tokens("none")
