@@ -71,7 +71,7 @@ def test_logits_loss_and_gradients(name: str, side: str) -> None:
     check(name, side, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "BART"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "gpt-oss", "BART"])
 def test_bfloat16(name: str) -> None:
     check(name, "right", torch.bfloat16)
 
