@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -169,16 +169,15 @@ def _check_model(config: Any) -> None:
         raise ValueError(_NOT_CALLED.format(f"The model of {type(config).__name__} computes attention"))
 
 
-@cache
 def _attends_itself(module: ModuleType) -> bool:
-    attends = any(
+    """Whether a module has attention layers, and not the table of attention implementations."""
+    return not hasattr(module, "ALL_ATTENTION_FUNCTIONS") and any(
         isinstance(x, type)
         and issubclass(x, torch.nn.Module)
         and "Attention" in name
         and x.__module__ == module.__name__
         for name, x in vars(module).items()
     )
-    return attends and not hasattr(module, "ALL_ATTENTION_FUNCTIONS")
 
 
 def make_plan(pattern: Pattern, offset: int, seqlen_q: int, seqlen_k: int, real: Tensor | None) -> MaskPlan | None:
