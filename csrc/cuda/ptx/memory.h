@@ -1,4 +1,4 @@
-// Loads and stores of 16 bytes, in the order in which they are written: the compiler moves none past another.
+// Loads and stores, in the order in which they are written: the compiler moves none past another.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,8 @@ __device__ __forceinline__ void st_shared_16(uint32_t shared, const uint32_t (&r
                : "memory");
 }
 
-// 16 bytes from shared memory (PTX ISA 9.7.9.8).
+// 16 bytes from shared memory, read each time: not volatile, the assembler would keep them in registers instead
+// (PTX ISA 9.7.9.8).
 __device__ __forceinline__ void ld_shared_16(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -39,7 +40,7 @@ __device__ __forceinline__ void ld_shared_16(uint32_t (&r)[4], uint32_t shared) 
                : "memory");
 }
 
-// 4 bytes.
+// 4 bytes to `shared` (PTX ISA 9.7.9.11).
 __device__ __forceinline__ void st_shared_4(uint32_t shared, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(x) : "memory");
 }
