@@ -42,6 +42,7 @@ if X86:
     }
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of the CUDA kernels
+HEAD_DIMS_75 = (64, 128)  # of those for compute capability 7.5
 CUDA_ARCHITECTURES = ("75", "80", "90", "100", "120")
 
 
@@ -170,16 +171,24 @@ def cuda_module(nvcc: Path) -> Module:
     host = ["-ccbin", compiler(), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     common = ["-std=c++17", "-O3", *host]
     real = cuda_architectures(nvcc)
-    ampere = [*common, *generate_code("80", [name for name in real if int(name) >= 80])]
+    turing = (
+        "sm75",
+        HEAD_DIMS_75,
+        ("forward", "backward"),
+        generate_code("75", [name for name in real if int(name) < 80]),
+    )
+    for_80 = generate_code("80", [name for name in real if int(name) >= 80])
+    ampere = ("sm80", HEAD_DIMS, ("forward", "backward", "decode"), for_80)
     objects = {
-        f"sm80_{family}_d{dim}": Object(
-            f"csrc/cuda/sm80/{family}.cu", str(nvcc), [*ampere, f"-DFASTATTN_HEAD_DIM={dim}"]
+        f"{folder}_{family}_d{dim}": Object(
+            f"csrc/cuda/{folder}/{family}.cu", str(nvcc), [*common, *code, f"-DFASTATTN_HEAD_DIM={dim}"]
         )
-        for family in ("forward", "backward", "decode")
-        for dim in HEAD_DIMS
+        for folder, dims, families, code in (turing, ampere)
+        for family in families
+        for dim in dims
     }
-    objects["rows"] = Object("csrc/cuda/rows.cu", str(nvcc), ampere)
-    objects["sm80_cache"] = Object("csrc/cuda/sm80/cache.cu", str(nvcc), ampere)
+    objects["rows"] = Object("csrc/cuda/rows.cu", str(nvcc), [*common, *generate_code("75", real)])
+    objects["sm80_cache"] = Object("csrc/cuda/sm80/cache.cu", str(nvcc), [*common, *for_80])
     for name in ("plan", "launch"):
         objects[name] = Object(f"csrc/cuda/{name}.cpp", str(nvcc), common)
     objects["bindings"] = _bindings("csrc/bindings_cuda.cpp", [])

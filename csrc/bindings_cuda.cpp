@@ -91,6 +91,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("address_offsets", &fastattn::address_offsets, "Offsets of the addresses within a kernel's argument.");
   m.def("splits", &fastattn::cuda::splits, "How many splits a call with a cache gets: blocks, keys, slots.");
   m.attr("LARGEST_HEAD_DIM") = fastattn::cuda::kLargestHeadDim;
+  m.attr("LARGEST_HEAD_DIM_75") = fastattn::cuda::kLargestHeadDim75;
   py::class_<Call>(m, "Call", py::module_local())
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())
       .def("workspace_bytes", &Call::workspace_bytes)

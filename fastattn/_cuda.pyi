@@ -1,6 +1,7 @@
 """The native module built from csrc/bindings_cuda.cpp."""
 
 LARGEST_HEAD_DIM: int
+LARGEST_HEAD_DIM_75: int
 
 def why_unavailable() -> str: ...
 def address_offsets() -> list[int]: ...

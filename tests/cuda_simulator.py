@@ -5,12 +5,13 @@ The PTX is the module's own, taken out of it; grids, shared memory and arguments
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from .simulator import ptxsim
 class Simulator:
     """See `fastattn.backends.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like.
 
-    kernels and counters: what has run, and what each launch took (see the simulator).
+    kernels and counters: what has run, and what each launch took (see the simulator). `shared_bytes` says how much
+    dynamic shared memory each kernel was launched with.
     """
 
     def __init__(self, capability: int = 80, multiprocessors: int = 4) -> None:
@@ -32,6 +34,8 @@ class Simulator:
         self.findings: list[Any] = []
         self.kernels: list[str] = []
         self.counters: list[Any] = []
+        self.shared_bytes: dict[str, int] = {}
+        self.bank_conflicts = 0
 
     def why_unavailable(self) -> str | None:
         return None
@@ -51,6 +55,8 @@ class Simulator:
             counters = kernels()[name].launch(name, (blocks,), threads, [struct], shared_bytes=shared_bytes)
             self.kernels.append(name)
             self.counters.append(counters)
+            self.shared_bytes[name] = shared_bytes
+            self.bank_conflicts += counters["bank_conflicts"]
             self.findings += [f for f in counters.findings if not f[0].startswith("note:")]
 
 
@@ -95,13 +101,29 @@ def cuobjdump(*arguments: str, cwd: str | None = None) -> str:
     ).stdout
 
 
+class Usage(NamedTuple):
+    """What a kernel takes: registers and bytes of stack per thread, bytes of static shared memory per block."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def usage(architecture: str) -> dict[str, Usage]:
+    """Of the kernels that the module has machine code of for an architecture, as "sm_80"."""
+    pattern = re.compile(r"Function (fastattn_\w+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) ")
+    units = cuobjdump("--dump-resource-usage").split("arch = ")
+    found = [row for unit in units if unit.startswith(f"{architecture}\n") for row in pattern.findall(unit)]
+    return {name: Usage(*map(int, numbers)) for name, *numbers in found}
+
+
 @lru_cache
 def kernels() -> dict[str, Any]:
     """The module's PTX, by the names of its kernels."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        cuobjdump("-xptx", "sm_80.ptx", cwd=folder)
-        for file in Path(folder).glob("*.sm_80.ptx"):
+        cuobjdump("-xptx", "all", cwd=folder)
+        for file in Path(folder).glob("*.ptx"):
             module = _Lazy(file.read_text())
             for name in module.names:
                 found[name] = module

@@ -133,7 +133,7 @@ def test_nothing_is_spilled() -> None:
     found = dict(stack for of_unit in stacks for stack in of_unit)
     if not found:
         pytest.skip("the module was built without machine code for sm_80 (FASTATTN_CUDA_ARCHITECTURES)")
-    assert found.keys() == cuda_simulator.kernels().keys()
+    assert found.keys() == {name for name in cuda_simulator.kernels() if "sm75" not in name}
     assert set(found.values()) == {"0"}
 
 

@@ -15,6 +15,11 @@ struct Kernel {
   int rows;          // queries or keys that a block owns
 };
 
+// The gradients of keys and of values: one kernel for both, or one for each.
+struct KeyGradients {
+  Kernel keys, values;
+};
+
 // fastattn_sm80_forward_bf16_general_d64, say.
 #define FASTATTN_NAME_OF(ARCH, FAMILY, VARIANT, DIM) fastattn_##ARCH##_##FAMILY##_##VARIANT##_d##DIM
 #define FASTATTN_NAME(ARCH, FAMILY, VARIANT, DIM) FASTATTN_NAME_OF(ARCH, FAMILY, VARIANT, DIM)

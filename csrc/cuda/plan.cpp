@@ -5,6 +5,7 @@
 #include <string>
 
 #include "rows.h"
+#include "sm75/kernels.h"
 #include "sm80/kernels.h"
 #include "splits.h"
 #include "tiles.h"
@@ -30,6 +31,22 @@ auto of_family(const Params& p) {
   throw std::invalid_argument("head_dim is above " + std::to_string(kLargestHeadDim));
 }
 
+// The same for compute capability 7.5.
+template <template <int> class Family>
+auto of_family_75(const Params& p) {
+  if (p.dtype != DType::kFloat16) throw std::invalid_argument("compute capability 7.5 multiplies float16 alone");
+  const int64_t dim = std::max(p.head_dim, p.head_dim_v);
+  if (dim <= 64) return Family<64>::get(general(p));
+  if (dim <= kLargestHeadDim75) return Family<kLargestHeadDim75>::get(general(p));
+  throw std::invalid_argument("head_dim is above " + std::to_string(kLargestHeadDim75));
+}
+
+// The kernel for a GPU.
+template <template <int> class Family75, template <int> class Family80>
+auto of_families(const Params& p, const Gpu& gpu) {
+  return gpu.capability < 80 ? of_family_75<Family75>(p) : of_family<Family80>(p);
+}
+
 int64_t query_blocks(const Params& p, int rows) {
   return tiles(p.seqlen_q, p.batch, varlen(p), rows) * p.heads_q * (varlen(p) ? 1 : p.batch);
 }
@@ -48,14 +65,14 @@ Arguments arguments_of(const Params& p) {
   return a;
 }
 
-Plan plan_forward(const Params& p) {
-  const Kernel kernel = of_family<sm80::ForwardKernels>(p);
+Plan plan_forward(const Params& p, const Gpu& gpu) {
+  const Kernel kernel = of_families<sm75::ForwardKernels, sm80::ForwardKernels>(p, gpu);
   Plan plan;
   plan.launches.push_back({kernel, query_blocks(p, kernel.rows), arguments_of(p)});
   return plan;
 }
 
-Plan plan_backward(const Params& p, void* workspace) {
+Plan plan_backward(const Params& p, const Gpu& gpu, void* workspace) {
   const int64_t entries = varlen(p) ? 1 : p.batch;
   Workspace memory(workspace);
   Arguments a = arguments_of(p);
@@ -69,10 +86,10 @@ Plan plan_backward(const Params& p, void* workspace) {
   launch(statistics, tiles(p.seqlen_q, 1, false, statistics.rows) * p.heads_q * entries);
   if (p.dsinks.data != nullptr) launch(sink_gradient_kernel(), p.heads_q);
   if (p.dq.data != nullptr) {
-    const Kernel kernel = of_family<sm80::QueryGradientKernels>(p);
+    const Kernel kernel = of_families<sm75::QueryGradientKernels, sm80::QueryGradientKernels>(p, gpu);
     launch(kernel, query_blocks(p, kernel.rows));
   }
-  const sm80::KeyGradients kernels = of_family<sm80::KeyGradientKernels>(p);
+  const KeyGradients kernels = of_families<sm75::KeyGradientKernels, sm80::KeyGradientKernels>(p, gpu);
   const bool together = kernels.keys.function == kernels.values.function;
   if (p.dk.data != nullptr || (together && p.dv.data != nullptr))
     launch(kernels.keys, key_blocks(p, kernels.keys.rows));
@@ -135,9 +152,9 @@ Plan plan_decode(Params p, const Gpu& gpu, void* memory) {
 Plan plan(Operation operation, const Params& p, const Gpu& gpu, void* workspace) {
   switch (operation) {
     case Operation::kForward:
-      return plan_forward(p);
+      return plan_forward(p, gpu);
     case Operation::kBackward:
-      return plan_backward(p, workspace);
+      return plan_backward(p, gpu, workspace);
     case Operation::kDecode:
       return plan_decode(p, gpu, workspace);
   }

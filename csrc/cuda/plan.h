@@ -30,6 +30,7 @@ struct Gpu {
 enum class Operation { kForward, kBackward, kDecode };
 
 constexpr int kLargestHeadDim = 256;
+constexpr int kLargestHeadDim75 = 128;  // of compute capability 7.5
 
 // The plan of an operation, with workspace_bytes of memory from `workspace` on, which begins at a multiple of 256
 // bytes. How much is needed does not depend on where it lies.

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "../params.h"
-#include "ptx/async_copy.h"
 #include "ptx/registers.h"
 #include "unrolled.h"
 
@@ -59,55 +58,6 @@ __device__ __forceinline__ uint32_t lane_offset_b(int lane) {
   return Swizzle<kColumns>::offset((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
 }
 
-// A thread's part in copying tiles of kRows rows by kThreads threads: a chunk in every kThreads / kLanes-th row, and in
-// each group of kLanes chunks.
-template <int kRows, int kColumns, int kThreads>
-class TileCopy {
-  static constexpr int kLanes = Swizzle<kColumns>::kGroupBytes / kChunkBytes;
-  static constexpr int kGroups = kColumns / kChunkNumbers / kLanes;
-  static constexpr int kRowStep = kThreads / kLanes;
-  static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0, "whole steps, between which the order of chunks repeats");
-
- public:
-  // columns: numbers in a row of the tensor, a multiple of 8; the tile's further columns become 0.
-  __device__ __forceinline__ TileCopy(const View& view, int64_t b, int64_t head, int64_t first_row, int columns)
-      : stride_(view.stride_s * 2) {
-    source_ = static_cast<const char*>(view.data) + (b * view.stride_b + head * view.stride_h) * 2 +
-              (first_row + row()) * stride_ + chunk() * kChunkBytes;
-    columns_ = columns - chunk() * kChunkNumbers;
-  }
-
-  // The row of a tile that this thread's first chunk lies in, and where in the tile.
-  static __device__ __forceinline__ int row() { return threadIdx.x / kLanes; }
-  static __device__ __forceinline__ uint32_t offset() { return Swizzle<kColumns>::offset(row(), chunk()); }
-
-  // Asks for the next tile, to `to`, a tile's address plus offset(). Of its rows, `left` exist from row() on; the
-  // others become 0.
-  __device__ __forceinline__ void next(uint32_t to, int left) {
-    const char* from = source_;
-    unrolled<kRows / kRowStep>([&](auto i) {
-      constexpr int kRow = i * kRowStep;
-      unrolled<kGroups>([&](auto g) {
-        constexpr int kChunk = g * kLanes;
-        const bool exists = kRow < left && kChunk * kChunkNumbers < columns_;
-        ptx::cp_async_16<kRow * kColumns * 2 + kChunk * kChunkBytes>(to, from + kChunk * kChunkBytes, exists);
-      });
-      from += kRowStep * stride_;
-    });
-    source_ += kRows * stride_;
-  }
-
-  // Moves on by numbers, not rows.
-  __device__ __forceinline__ void skip(int64_t numbers) { source_ += numbers * 2; }
-
- private:
-  static __device__ __forceinline__ int chunk() { return threadIdx.x % kLanes; }
-
-  const char* source_;
-  int64_t stride_;  // bytes
-  int columns_;     // from this thread's first chunk on
-};
-
 // Rounds this lane's part of a row into a warp's tile: row 8 r + lane / 4 of 16-row tile m, of which acc[n] is the
 // product of columns 8 n to 8 n + 7, times a factor.
 template <class Number, int kColumns>
@@ -146,30 +96,6 @@ __device__ __forceinline__ void store_rows(const View& view, int64_t b, int64_t 
       if (r < exist) *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(from + r * kColumns * 2);
   });
 }
-
-// Keys and values, block after block.
-template <int kRows, int kColumns, int kThreads>
-class KeyValueCopy {
-  using Copy = TileCopy<kRows, kColumns, kThreads>;
-
- public:
-  // From key first_key of sequence b on, of head head_kv.
-  __device__ __forceinline__ KeyValueCopy(const Params& p, const Sequence& s, int64_t b, int head_kv, int first_key)
-      : keys_(p.k, b, head_kv, s.k_begin + first_key, static_cast<int>(p.head_dim)),
-        values_(p.v, b, head_kv, s.k_begin + first_key, static_cast<int>(p.head_dim_v)),
-        offset_(ptx::kept(Copy::offset())) {}
-
-  // Asks for the next block: keys to `tile`, values behind them. Of its rows, `rows` exist; the others become 0.
-  __device__ __forceinline__ void next(uint32_t tile, int rows) {
-    keys_.next(tile + offset_, rows - Copy::row());
-    values_.next(tile + offset_ + kRows * kColumns * 2, rows - Copy::row());
-    ptx::cp_async_commit_group();
-  }
-
- private:
-  Copy keys_, values_;
-  uint32_t offset_;
-};
 
 }  // namespace cuda
 }  // namespace fastattn

@@ -79,7 +79,7 @@ def _processor(device: torch.device) -> Processor:
 
 
 class CudaBackend:
-    """Kernels compiled ahead, for compute capability 8.0 and up."""
+    """Kernels compiled ahead, for compute capability 7.5 and up."""
 
     name = "cuda"
 
@@ -117,7 +117,7 @@ class CudaBackend:
                 return f"{name} is {getattr(p, name)}, and this backend takes multiples of {_CHUNK}."
         if "unaligned cache" in p.features:
             return "its cache, which is not copied, has rows that are not contiguous or not at multiples of 16 bytes."
-        return _why_not_head_dims(p, self._machine.processor(p.device).capability)
+        return _why_not_on(p, self._machine.processor(p.device).capability)
 
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
         """See `Backend.remarks`."""
@@ -178,12 +178,20 @@ def _in_chunks(problem: Problem, tensors: Tensors) -> Tensors:
     return tensors | {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in unfit}
 
 
-def _why_not_head_dims(p: Problem, capability: int) -> str | None:
-    """None if there are kernels for the head dimensions on a GPU, else a sentence."""
+def _why_not_on(p: Problem, capability: int) -> str | None:
+    """None if there are kernels for the dtype and the head dimensions on a GPU, else a sentence."""
     number = f"{capability // 10}.{capability % 10}"
-    largest = max(p.head_dim, p.head_dim_v)
-    if capability < 80:
-        return f"the GPU has compute capability {number}, and this backend needs at least 8.0."
-    if largest > _cuda.LARGEST_HEAD_DIM:
-        return f"head_dim is {largest}, and this backend takes at most {_cuda.LARGEST_HEAD_DIM}."
+    if capability < 75:
+        return f"the GPU has compute capability {number}, and this backend needs at least 7.5."
+    if capability < 80 and p.kind == "cache":
+        return (
+            f"it is a call with a cache, which on a GPU of compute capability {number} this backend does not compute."
+        )
+    if capability < 80 and p.dtype != torch.float16:
+        return f"its dtype is {p.dtype}, and on a GPU of compute capability {number} this backend takes torch.float16."
+    for name in ("head_dim", "head_dim_v"):
+        largest = _cuda.LARGEST_HEAD_DIM if capability >= 80 else _cuda.LARGEST_HEAD_DIM_75
+        if getattr(p, name) > largest:
+            where = "" if capability >= 80 else f" on a GPU of compute capability {number}"
+            return f"{name} is {getattr(p, name)}, and this backend takes at most {largest}{where}."
     return None

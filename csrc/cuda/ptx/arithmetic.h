@@ -40,6 +40,13 @@ __device__ __forceinline__ uint32_t cvt_rn_f16x2(float low, float high) {
   return y;
 }
 
+// One number rounded to nearest, as its bits (PTX ISA 9.7.9.22).
+__device__ __forceinline__ uint16_t cvt_rn_f16(float x) {
+  uint16_t y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+
 // float16, as its bits, to float32 (PTX ISA 9.7.9.22).
 __device__ __forceinline__ float cvt_f32_f16(uint16_t x) {
   float y;

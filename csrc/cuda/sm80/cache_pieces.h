@@ -4,6 +4,7 @@
 
 #include "../packed_tile.h"
 #include "../pages.h"
+#include "../ptx/async_copy.h"
 #include "../shared_tile.h"
 #include "../tiles.h"
 

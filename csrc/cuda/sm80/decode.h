@@ -12,9 +12,9 @@
 #include "../merge.h"
 #include "../numbers.h"
 #include "../packed_tile.h"
+#include "../products.h"
 #include "../softmax.h"
 #include "cache_pieces.h"
-#include "products.h"
 
 namespace fastattn {
 namespace cuda {

@@ -19,11 +19,6 @@ struct QueryGradientKernels {
   static Kernel get(DType dtype, bool general);
 };
 
-// The gradients of keys and of values: one kernel for both, or one for each.
-struct KeyGradients {
-  Kernel keys, values;
-};
-
 template <int kHeadDim>
 struct KeyGradientKernels {
   static KeyGradients get(DType dtype, bool general);

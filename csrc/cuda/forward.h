@@ -10,41 +10,23 @@
 // which the sums tell afterwards; if one has, the block is done again, carefully.
 #pragma once
 
-#include "../arguments.h"
-#include "../masks.h"
-#include "../numbers.h"
-#include "../sequences.h"
-#include "../softmax.h"
+#include "arguments.h"
+#include "masks.h"
 #include "products.h"
+#include "sequences.h"
+#include "softmax.h"
+#include "tile_copy.h"
 
 namespace fastattn {
 namespace cuda {
-namespace sm80 {
-
-template <class Number_, int kHeadDim_, bool kGeneral_>
-struct ForwardTraits {
-  using Number = Number_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kGeneral = kGeneral_;
-  static constexpr int kRowTiles = kHeadDim < 128 || (kHeadDim == 128 && !kGeneral) ? 2 : 1;  // of 16 rows, per warp
-  static constexpr int kWarps = 8 / kRowTiles;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = 16 * kRowTiles;
-  static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kTileBytes = kBlockN * kHeadDim * 2;  // of K or V
-  static constexpr int kStageBytes = 2 * kTileBytes;
-  static constexpr int kQueryBytes = kRows * kHeadDim * 2;
-  // Two stages of keys and values. The queries pass through the second, and out leaves through the first.
-  static constexpr int kSharedBytes =
-      2 * kStageBytes > kStageBytes + kQueryBytes ? 2 * kStageBytes : kStageBytes + kQueryBytes;
-};
 
 template <class T>
 class Forward {
   using Number = typename T::Number;
   using Tile16 = float[T::kRowTiles][2][4];  // products of the warp's rows with 16 keys
   static constexpr int kChunk = 16;          // keys per step
+  // Of each warp, the row tiles whose queries and out pass through shared memory at once.
+  static constexpr int kPassing = T::kRowTiles * T::kQueryRows / T::kRows;
 
  public:
   __device__ __forceinline__ Forward(const Arguments& a, const Tile& tile, uint32_t shared)
@@ -96,19 +78,26 @@ class Forward {
 
   // The queries, and the first block of keys and values.
   __device__ __forceinline__ void load_queries() {
-    const uint32_t at = shared_ + T::kStageBytes;
-    using Copy = TileCopy<T::kRows, T::kHeadDim, T::kThreads>;
+    using Copy = typename T::template Copy<T::kQueryRows>;
+    const uint32_t at = shared_ + T::kQueryOffset;
     Copy queries(p_.q, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row, int(p_.head_dim));
-    queries.next(at + Copy::offset(), tile_.last_row + 1 - tile_.row - Copy::row());
+#pragma unroll
+    for (int row = 0; row < T::kRows; row += T::kQueryRows) {
+      queries.ask(at + Copy::offset(), tile_.last_row + 1 - tile_.row - row - Copy::row());
+      if (row == 0) copy_.ask(shared_, tile_.end - key_);
+      queries.land(at + Copy::offset());
+      __syncthreads();
+      const bool mine = T::kQueryRows == T::kRows || warp_row() / T::kQueryRows * T::kQueryRows == row;
+      if (mine) q_.load(at + (warp_row() - row) * T::kHeadDim * 2, lane());
+      __syncthreads();  // all have their queries
+    }
+    copy_.halfway(shared_, tile_.end - key_);
     stage_ = T::kStageBytes;
-    copy_.next(shared_, tile_.end - key_);
-    ptx::cp_async_wait_group<0>();
-    __syncthreads();
-    q_.load(at + warp_row() * T::kHeadDim * 2, lane());
   }
 
   // Takes the first references from the first 16 keys.
   __device__ __forceinline__ void start() {
+    __syncthreads();  // the keys have arrived for all
     Tile16 s;
     multiply_transposed<Number, T::kHeadDim>(s, q_, shared_ + offset_k_);
     scores(s, key_);
@@ -117,11 +106,15 @@ class Forward {
 
   // Turns to the next block, and asks for the one after it.
   __device__ __forceinline__ void next_block() {
-    ptx::cp_async_wait_group<0>();
+    copy_.land(next_stage());
     __syncthreads();  // the block has arrived for all, and all are done with the one before
-    copy_.next(shared_ + stage_, tile_.end - key_ - T::kBlockN);
     stage_ ^= T::kStageBytes;
+    copy_.ask(next_stage(), rows_left());
   }
+
+  // Where the block after this one goes, and how many of its keys exist.
+  __device__ __forceinline__ uint32_t next_stage() const { return shared_ + (stage_ ^ T::kStageBytes); }
+  __device__ __forceinline__ int rows_left() const { return tile_.end - key_ - T::kBlockN; }
 
   // Where this lane reads keys and values of the current block.
   __device__ __forceinline__ uint32_t keys() const { return shared_ + stage_ + offset_k_; }
@@ -158,6 +151,7 @@ class Forward {
     });
     if (!softmax_.fits(sums, Number::kLargestSum)) return false;
     softmax_.add(sums);
+    copy_.halfway(next_stage(), rows_left());
     unrolled<T::kBlockN / kChunk>([&](auto c) { multiply<Number, T::kHeadDim, c * kChunk>(acc_, probs[c], values()); });
     return true;
   }
@@ -174,6 +168,7 @@ class Forward {
       const int key = key_ + c * kChunk;
       careful_chunk(c, ready, key<whole_first, key + kChunk> whole_last);
     }
+    copy_.halfway(next_stage(), rows_left());
   }
 
   // 16 keys of the block, some of which may be hidden to the left or right of what some rows see. `ready`: each row of
@@ -226,27 +221,30 @@ class Forward {
   }
 
   __device__ __forceinline__ void store() {
-    ptx::cp_async_wait_group<0>();
+    copy_.land(next_stage());
     __syncthreads();  // all are done with the last block, where out passes through
     const float* sinks = static_cast<const float*>(p_.sinks.data);
     const float sink = sinks == nullptr ? -INFINITY : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
-    char* out_tile = dynamic_shared_memory() + warp_row() * T::kHeadDim * 2;
+    char* out_tile = dynamic_shared_memory() + warp_row() * kPassing / T::kRowTiles * T::kHeadDim * 2;
     float* lse = static_cast<float*>(p_.lse.data);
     const bool stores_lse = lane() % 4 == 0 && lse != nullptr;
     lse += tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
            (tile_.sequence.q_begin + row_of(0, 0)) * p_.lse.stride_s;
 #pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
+    for (int m = 0; m < T::kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const RowEnd end(softmax_.reference[m][r], quad_sum(softmax_.sum[m][r]), sink);
         if (stores_lse && row_of(m, r) <= tile_.last_row) lse[(m * 16 + r * 8) * p_.lse.stride_s] = end.lse * kLn2;
-        put_row<Number, T::kHeadDim>(out_tile, m, r, acc_[m], end.factor, lane());
+        put_row<Number, T::kHeadDim>(out_tile, m % kPassing, r, acc_[m], end.factor, lane());
       }
-    __syncwarp();
-    store_rows<T::kWarpRows, T::kHeadDim>(p_.out, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row + warp_row(),
-                                          tile_.last_row + 1 - tile_.row - warp_row(), int(p_.head_dim_v), out_tile,
-                                          lane());
+      if ((m + 1) % kPassing) continue;
+      const int row = tile_.row + warp_row() + (m + 1 - kPassing) * 16;
+      __syncwarp();
+      store_rows<16 * kPassing, T::kHeadDim>(p_.out, tile_.b, tile_.head, tile_.sequence.q_begin + row,
+                                             tile_.last_row + 1 - row, int(p_.head_dim_v), out_tile, lane());
+      if (m + 1 < T::kRowTiles) __syncwarp();
+    }
   }
 
   const Params& p_;
@@ -255,9 +253,9 @@ class Forward {
   const Visibility& sees_;
   int key_;  // where the current block begins
   Scores<T::kGeneral> scores_;
-  KeyValueCopy<T::kBlockN, T::kHeadDim, T::kThreads> copy_;
+  KeyValueCopy<typename T::template Copy<T::kBlockN>> copy_;
   uint32_t offset_k_, offset_v_;
-  RowFragments<T::kRowTiles, T::kHeadDim> q_;
+  typename T::Queries q_;
   Softmax<T::kRowTiles> softmax_;
   float acc_[T::kRowTiles][T::kHeadDim / 8][4];
 };
@@ -271,6 +269,5 @@ __device__ __forceinline__ void forward(const Arguments& a) {
   Forward<T>(a, tile, shared_address(dynamic_shared_memory())).run();
 }
 
-}  // namespace sm80
 }  // namespace cuda
 }  // namespace fastattn

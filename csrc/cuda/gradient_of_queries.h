@@ -6,40 +6,16 @@
 // block writes what another one does: the result does not depend on the order in which blocks run.
 #pragma once
 
-#include "../arguments.h"
-#include "../masks.h"
-#include "../numbers.h"
-#include "../row_statistics.h"
-#include "../sequences.h"
-#include "../softmax.h"
+#include "arguments.h"
+#include "masks.h"
 #include "products.h"
+#include "row_statistics.h"
+#include "sequences.h"
+#include "softmax.h"
+#include "tile_copy.h"
 
 namespace fastattn {
 namespace cuda {
-namespace sm80 {
-
-template <class Number_, int kHeadDim_, bool kGeneral_>
-struct QueryGradientTraits {
-  using Number = Number_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kGeneral = kGeneral_;
-  static constexpr int kRowTiles = kHeadDim <= 64 && !kGeneral ? 2 : 1;  // of 16 rows, per warp
-  static constexpr bool kQueriesInRegisters = kHeadDim <= 128;
-  static constexpr int kWarps = kHeadDim <= 192 ? 8 / kRowTiles : 4;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = 16 * kRowTiles;
-  static constexpr int kRows = kWarps * kWarpRows;
-  // At least the rows that all threads copy at once.
-  static constexpr int kBlockN = kHeadDim > 192 ? 16 : kHeadDim % 64 == 0 || kRowTiles == 2 ? 32 : 64;
-  static constexpr int kTileBytes = kBlockN * kHeadDim * 2;  // of K or V
-  static constexpr int kStageBytes = 2 * kTileBytes;
-  static constexpr int kQueryBytes = kRows * kHeadDim * 2;
-  // Two stages of keys and values. Queries and dout pass through the second, or queries stay behind it; dq leaves
-  // through the first.
-  static constexpr int kQueriesAt = kQueriesInRegisters ? kStageBytes : 2 * kStageBytes;
-  static constexpr int kSharedBytes =
-      kQueriesAt + kQueryBytes > 2 * kStageBytes ? kQueriesAt + kQueryBytes : 2 * kStageBytes;
-};
 
 template <class T>
 class QueryGradient {
@@ -74,7 +50,8 @@ class QueryGradient {
     load_rows(p_.dout, int(p_.head_dim_v), dout_);
     load_rows(p_.q, int(p_.head_dim), q_);
     load_statistics();
-    copy_.next(shared_, tile_.end - key_);
+    copy_.ask(shared_, tile_.end - key_);
+    copy_.halfway(shared_, tile_.end - key_);
     while (key_ < tile_.end) {
       if (key_ >= tile_.whole_first)
         for (; key_ + T::kBlockN <= tile_.whole_end; key_ += T::kBlockN) {
@@ -92,15 +69,14 @@ class QueryGradient {
  private:
   template <class Rows>
   __device__ __forceinline__ void load_rows(const View& view, int columns, Rows& rows) {
-    using Copy = TileCopy<T::kRows, T::kHeadDim, T::kThreads>;
+    using Copy = typename T::template Copy<T::kRows>;
     const uint32_t at = shared_ + T::kQueriesAt;
     Copy copy(view, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row, columns);
-    __syncthreads();  // all are done with what passed here before
-    copy.next(at + Copy::offset(), tile_.last_row + 1 - tile_.row - Copy::row());
-    ptx::cp_async_commit_group();
-    ptx::cp_async_wait_group<0>();
+    copy.ask(at + Copy::offset(), tile_.last_row + 1 - tile_.row - Copy::row());
+    copy.land(at + Copy::offset());
     __syncthreads();
     rows.load(at + warp_row_ * T::kHeadDim * 2, lane_);
+    __syncthreads();  // all have their rows
   }
 
   __device__ __forceinline__ void load_statistics() {
@@ -121,11 +97,15 @@ class QueryGradient {
 
   // Turns to the next block, and asks for the one after it.
   __device__ __forceinline__ void next_block() {
-    ptx::cp_async_wait_group<0>();
+    copy_.land(next_stage());
     __syncthreads();  // the block has arrived for all, and all are done with the one before
-    copy_.next(shared_ + stage_, tile_.end - key_ - T::kBlockN);
     stage_ ^= T::kStageBytes;
+    copy_.ask(next_stage(), rows_left());
   }
+
+  // Where the block after this one goes, and how many of its keys exist.
+  __device__ __forceinline__ uint32_t next_stage() const { return shared_ + (stage_ ^ T::kStageBytes); }
+  __device__ __forceinline__ int rows_left() const { return tile_.end - key_ - T::kBlockN; }
 
   __device__ __forceinline__ int row_of(int m, int r) const {
     return tile_.row + warp_row_ + m * 16 + r * 8 + lane_ / 4;
@@ -135,7 +115,9 @@ class QueryGradient {
   __device__ __forceinline__ int column_of(int n, int e) const { return n * 8 + lane_ % 4 * 2 + e; }
 
   __device__ __forceinline__ void quick_block() {
-    unrolled<T::kBlockN / kChunk>([&](auto c) { chunk<c * kChunk, false>(key_ + c * kChunk, 0, false, false); });
+    constexpr int kChunks = T::kBlockN / kChunk;
+    unrolled<kChunks>(
+        [&](auto c) { chunk<c * kChunk, false, c == (kChunks - 1) / 2>(key_ + c * kChunk, 0, false, false); });
   }
 
   __device__ __forceinline__ void careful_block() {
@@ -148,12 +130,13 @@ class QueryGradient {
     for (int c = first; c < end; ++c) {
       const int key = key_ + c * kChunk;
       const bool left = key<whole_first, right = key + kChunk> whole_last;
-      chunk<0, true>(key, c * kChunk * T::kHeadDim * 2, left, right);
+      chunk<0, true, false>(key, c * kChunk * T::kHeadDim * 2, left, right);
     }
+    copy_.halfway(next_stage(), rows_left());
   }
 
-  // 16 keys, from row kRow of the block's tiles and `offset` bytes on.
-  template <int kRow, bool kHides>
+  // 16 keys, from row kRow of the block's tiles and `offset` bytes on. kHalfway: the copy comes halfway meanwhile.
+  template <int kRow, bool kHides, bool kHalfway>
   __device__ __forceinline__ void chunk(int key, uint32_t offset, bool hides_left, bool hides_right) {
     const uint32_t keys = shared_ + stage_ + offset;
     Tile16 s, ds;
@@ -176,6 +159,7 @@ class QueryGradient {
           [&](int m, int r) { return sees_.first(min(row_of(m, r), tile_.last_row)) - column; },
           [&](int m, int r) { return sees_.last(min(row_of(m, r), tile_.last_row)) - column; }, 0.0f);
     }
+    if constexpr (kHalfway) copy_.halfway(next_stage(), rows_left());
     uint32_t gradients[T::kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) pack<Number>(gradients[m], ds[m]);
@@ -183,7 +167,7 @@ class QueryGradient {
   }
 
   __device__ __forceinline__ void store() {
-    ptx::cp_async_wait_group<0>();
+    copy_.land(next_stage());
     __syncthreads();  // all are done with the last block, where dq passes through
     char* rows = dynamic_shared_memory() + warp_row_ * T::kHeadDim * 2;
     const float scale = static_cast<float>(p_.scale);
@@ -204,10 +188,10 @@ class QueryGradient {
   const Visibility& sees_;
   int key_;  // where the current block begins
   Scores<T::kGeneral> scores_;
-  KeyValueCopy<T::kBlockN, T::kHeadDim, T::kThreads> copy_;
+  KeyValueCopy<typename T::template Copy<T::kBlockN>> copy_;
   uint32_t offset_b_, offset_a_;
-  RowFragments<T::kRowTiles, T::kHeadDim> dout_;
-  RowOperand<T::kQueriesInRegisters, T::kRowTiles, T::kHeadDim> q_;
+  typename T::Douts dout_;
+  typename T::Queries q_;
   float lse_[T::kRowTiles][2];    // in units of log2
   float start_[T::kRowTiles][4];  // -delta, as products of dout and values start
   float acc_[T::kRowTiles][T::kHeadDim / 8][4];
@@ -222,6 +206,5 @@ __device__ __forceinline__ void gradient_of_queries(const Arguments& a) {
   QueryGradient<T>(a, tile, shared_address(dynamic_shared_memory())).run();
 }
 
-}  // namespace sm80
 }  // namespace cuda
 }  // namespace fastattn

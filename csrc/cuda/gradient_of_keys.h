@@ -7,54 +7,24 @@
 // hold the sums of one gradient: the kernel is launched for each, at the cost of a fifth product.
 #pragma once
 
-#include "../arguments.h"
-#include "../masks.h"
-#include "../numbers.h"
-#include "../row_statistics.h"
-#include "../sequences.h"
+#include "arguments.h"
+#include "masks.h"
 #include "products.h"
+#include "row_statistics.h"
+#include "sequences.h"
+#include "tile_copy.h"
 
 namespace fastattn {
 namespace cuda {
-namespace sm80 {
 
 // Which gradients a kernel computes.
 enum class Of { kBoth, kKeys, kValues };
 
-template <class Number_, int kHeadDim_, bool kGeneral_, Of kOf>
-struct KeyGradientTraits {
-  using Number = Number_;
-  static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kGeneral = kGeneral_;
-  static constexpr bool kOfKeys = kOf != Of::kValues, kOfValues = kOf != Of::kKeys;
-  static constexpr int kRowTiles = kHeadDim <= 64 && !kGeneral ? 2 : 1;  // of 16 keys, per warp
-  static constexpr int kWarps = kHeadDim <= 128 ? 8 / kRowTiles : 4;
-  static constexpr bool kKeysInRegisters = kHeadDim <= 192 || !kGeneral || !kOfKeys;
-  static constexpr bool kValuesInRegisters =
-      kHeadDim == 32 || (kRowTiles == 1 && kHeadDim <= 192 && !(kGeneral && kHeadDim == 128));
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kWarpRows = 16 * kRowTiles;
-  static constexpr int kRows = kWarps * kWarpRows;
-  // At least the rows that all threads copy at once.
-  static constexpr int kBlockM = kHeadDim > 128 ? 16 : kHeadDim == 128 ? 32 : 64;
-  static constexpr int kTileBytes = kBlockM * kHeadDim * 2;  // of queries or dout
-  static constexpr int kStatisticBytes = 4 * kBlockM;
-  // Queries, dout, lse, and -delta twice.
-  static constexpr int kStageBytes = 2 * kTileBytes + 4 * kStatisticBytes;
-  static constexpr int kRowBytes = kRows * kHeadDim * 2;
-  // Two stages, and the keys and values that do not fit into registers. The others pass through the stages, and so do
-  // the gradients on their way out.
-  static constexpr int kStagesBytes = 2 * kStageBytes > kRowBytes ? 2 * kStageBytes : kRowBytes;
-  static constexpr int kValuesAt = kValuesInRegisters ? 0 : kStagesBytes;
-  static constexpr int kKeysAt = kKeysInRegisters ? 0 : kStagesBytes + kRowBytes;
-  static constexpr int kSharedBytes =
-      kStagesBytes + (kOfKeys && !kValuesInRegisters ? kRowBytes : 0) + (kKeysInRegisters ? 0 : kRowBytes);
-};
-
-// The queries of all heads that share a head of keys, block after block, with dout and their statistics.
+// The queries of all heads that share a head of keys, block after block, with dout and their statistics. Copies that
+// take registers have either queries or the rest under way.
 template <class T>
 class QueryCopy {
-  using Copy = TileCopy<T::kBlockM, T::kHeadDim, T::kThreads>;
+  using Copy = typename T::template Copy<T::kBlockM>;
 
  public:
   __device__ __forceinline__ QueryCopy(const Arguments& a, const Tile& tile)
@@ -62,23 +32,24 @@ class QueryCopy {
         tile_(tile),
         queries_(a.p.q, tile.b, tile.head * tile.group, first(), static_cast<int>(a.p.head_dim)),
         douts_(a.p.dout, tile.b, tile.head * tile.group, first(), static_cast<int>(a.p.head_dim_v)),
-        statistic_(statistic(a.p, a.p.cu_seqlens_q != nullptr ? 0 : tile.b, tile.head * tile.group, first()) +
-                   threadIdx.x),
+        statistic_((threadIdx.x < T::kBlockM ? a.row_lse : a.minus_delta) +
+                   statistic(a.p, a.p.cu_seqlens_q != nullptr ? 0 : tile.b, tile.head * tile.group, first() + row())),
         offset_(ptx::kept(Copy::offset())) {}
 
-  // Asks for the next block, to `stage`. Of its rows, `rows` exist; the others become 0.
-  __device__ __forceinline__ void next(uint32_t stage, int rows) {
-    queries_.next(stage + offset_, rows - Copy::row());
-    douts_.next(stage + offset_ + T::kTileBytes, rows - Copy::row());
-    const int row = threadIdx.x;
-    if (row < T::kBlockM) {
-      const uint32_t at = stage + 2 * T::kTileBytes + 4 * row, pair = at + 4 * (row & ~1);
-      ptx::cp_async_4(at, a_.row_lse + statistic_, row < rows);
-      ptx::cp_async_4<T::kStatisticBytes>(pair, a_.minus_delta + statistic_, row < rows);
-      ptx::cp_async_4<T::kStatisticBytes + 8>(pair, a_.minus_delta + statistic_, row < rows);
+  // Each block is asked for, comes halfway, and lands at `stage`. Of its rows, `rows` exist; the others become 0.
+  __device__ __forceinline__ void ask(uint32_t stage, int rows) {
+    queries_.ask(stage + offset_, rows - Copy::row());
+    if constexpr (!Copy::kTakesRegisters) ask_rest(stage, rows);
+  }
+  __device__ __forceinline__ void halfway(uint32_t stage, int rows) {
+    if constexpr (Copy::kTakesRegisters) {
+      queries_.land(stage + offset_);
+      ask_rest(stage, rows);
     }
-    statistic_ += T::kBlockM;
-    ptx::cp_async_commit_group();
+  }
+  __device__ __forceinline__ void land(uint32_t stage) {
+    douts_.land(stage + offset_ + T::kTileBytes);
+    if (has_statistic()) word_.land(statistic_at(stage));
   }
 
   // Turns to the first block of the next head.
@@ -90,12 +61,29 @@ class QueryCopy {
   }
 
  private:
+  // The first threads copy a query's lse, the next ones -delta. Each pair of rows lies there twice, as a product's
+  // start has it.
+  static_assert(2 * T::kBlockM <= T::kThreads, "a thread for each statistic");
+  static __device__ __forceinline__ bool has_statistic() { return threadIdx.x < 2 * T::kBlockM; }
+  static __device__ __forceinline__ int row() { return threadIdx.x % T::kBlockM; }
+  static __device__ __forceinline__ uint32_t statistic_at(uint32_t stage) {
+    const int pair = threadIdx.x & ~1;
+    return stage + 2 * T::kTileBytes + 4 * (pair + threadIdx.x);
+  }
+
+  __device__ __forceinline__ void ask_rest(uint32_t stage, int rows) {
+    douts_.ask(stage + offset_ + T::kTileBytes, rows - Copy::row());
+    if (has_statistic()) word_.ask(statistic_at(stage), statistic_, row() < rows);
+    statistic_ += T::kBlockM;
+  }
+
   __device__ __forceinline__ int64_t first() const { return tile_.sequence.q_begin + tile_.first; }
 
   const Arguments& a_;
   const Tile& tile_;
   Copy queries_, douts_;
-  int64_t statistic_;
+  typename Copy::Word word_;
+  const float* statistic_;
   uint32_t offset_;
 };
 
@@ -133,8 +121,9 @@ class KeyGradient {
     load_rows(p_.k, int(p_.head_dim), keys_, T::kKeysAt);
     if (T::kOfKeys) load_rows(p_.v, int(p_.head_dim_v), values_, T::kValuesAt);
     if (tile_.first < tile_.end) {
-      __syncthreads();  // all have their keys and values
-      copy_.next(shared_, rows_from(tile_.first));
+      rows_left_ = rows_from(tile_.first);
+      copy_.ask(shared_, rows_left_);
+      copy_.halfway(shared_, rows_left_);
       for (int head = 0; head < tile_.group; ++head) {
         const Scores<T::kGeneral> scores(a_, tile_.b, tile_.head * tile_.group + head, sees_.offset);
         int query = tile_.first;
@@ -158,14 +147,14 @@ class KeyGradient {
  private:
   template <class Rows>
   __device__ __forceinline__ void load_rows(const View& view, int columns, Rows& rows, uint32_t to) {
-    using Copy = TileCopy<T::kRows, T::kHeadDim, T::kThreads>;
+    using Copy = typename T::template Copy<T::kRows>;
+    const uint32_t at = shared_ + to;
     Copy copy(view, tile_.b, tile_.head, tile_.sequence.k_begin + tile_.row, columns);
-    __syncthreads();  // all are done with what passed here before
-    copy.next(shared_ + to + Copy::offset(), tile_.last_row + 1 - tile_.row - Copy::row());
-    ptx::cp_async_commit_group();
-    ptx::cp_async_wait_group<0>();
+    copy.ask(at + Copy::offset(), tile_.last_row + 1 - tile_.row - Copy::row());
+    copy.land(at + Copy::offset());
     __syncthreads();
-    rows.load(shared_ + to + warp_row_ * T::kHeadDim * 2, lane_);
+    rows.load(at + warp_row_ * T::kHeadDim * 2, lane_);
+    __syncthreads();  // all have their rows
   }
 
   __device__ __forceinline__ int rows_from(int query) const {
@@ -174,16 +163,18 @@ class KeyGradient {
 
   // Turns to the block that starts at `query`, and asks for the one after it, which may be the next head's first.
   __device__ __forceinline__ void next_block(int query, int head) {
-    ptx::cp_async_wait_group<0>();
+    copy_.land(shared_ + stage_);
     __syncthreads();  // the block has arrived for all, and all are done with the one before
     stage_ ^= T::kStageBytes;
     int next = query + T::kBlockM;
     if (next >= tile_.end) {
+      rows_left_ = 0;
       if (head + 1 == tile_.group) return;
       copy_.next_head();
       next = tile_.first;
     }
-    copy_.next(shared_ + stage_, rows_from(next));
+    rows_left_ = rows_from(next);
+    copy_.ask(shared_ + stage_, rows_left_);
   }
 
   // Key of this lane's row r of 16-row tile m.
@@ -195,8 +186,9 @@ class KeyGradient {
   __device__ __forceinline__ int column_of(int n, int e) const { return n * 8 + lane_ % 4 * 2 + e; }
 
   __device__ __forceinline__ void quick_block(const Scores<T::kGeneral>& scores, int query) {
-    unrolled<T::kBlockM / kChunk>(
-        [&](auto c) { chunk<c * kChunk, false>(scores, query + c * kChunk, 0, false, false); });
+    constexpr int kChunks = T::kBlockM / kChunk;
+    unrolled<kChunks>(
+        [&](auto c) { chunk<c * kChunk, false, c == (kChunks - 1) / 2>(scores, query + c * kChunk, 0, false, false); });
   }
 
   __device__ __forceinline__ void careful_block(const Scores<T::kGeneral>& scores, int query) {
@@ -210,12 +202,13 @@ class KeyGradient {
     for (int c = first; c < end; ++c) {
       const int at = query + c * kChunk;
       const bool left = at<whole_first, right = at + kChunk> whole_end;
-      chunk<0, true>(scores, at, c * kChunk, left, right);
+      chunk<0, true, false>(scores, at, c * kChunk, left, right);
     }
+    copy_.halfway(shared_ + stage_, rows_left_);
   }
 
-  // 16 queries, from row kRow + row of the block's tiles on.
-  template <int kRow, bool kHides>
+  // 16 queries, from row kRow + row of the block's tiles on. kHalfway: the copy comes halfway meanwhile.
+  template <int kRow, bool kHides, bool kHalfway>
   __device__ __forceinline__ void chunk(const Scores<T::kGeneral>& scores, int query, int row, bool hides_left,
                                         bool hides_right) {
     constexpr int kDout = T::kBlockM + kRow;  // dout lies behind the queries
@@ -227,12 +220,12 @@ class KeyGradient {
           [&](int m, int r) { return sees_.first_query(min(row_of(m, r), tile_.last_row)) - column; },
           [&](int m, int r) { return sees_.last_query(min(row_of(m, r), tile_.last_row), q_length) - column; }, 0.0f);
     };
-    const char* statistics = dynamic_shared_memory() + (stage - shared_) + 2 * T::kTileBytes + 4 * (kRow + row);
+    const char* statistics = dynamic_shared_memory() + (stage - shared_) + 2 * T::kTileBytes + 8 * (kRow + row);
     Tile16 s, change;
     multiply_transposed<Number, T::kHeadDim, kRow>(s, keys_, queries + offset_b_);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float2 lse = *reinterpret_cast<const float2*>(statistics + 4 * column_of(n, 0));
+      const float2 lse = *reinterpret_cast<const float2*>(statistics + 8 * column_of(n, 0));
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
@@ -247,12 +240,13 @@ class KeyGradient {
       for (int m = 0; m < T::kRowTiles; ++m) pack<Number>(packed[m], s[m]);
       multiply<Number, T::kHeadDim, kDout>(dv_, packed, queries + offset_a_);
     }
+    if constexpr (kHalfway) copy_.halfway(shared_ + stage_, rows_left_);
     if constexpr (T::kOfKeys) {
       float start[2][4];
 #pragma unroll
       for (int n = 0; n < 2; ++n)
         *reinterpret_cast<float4*>(start[n]) =
-            *reinterpret_cast<const float4*>(statistics + T::kStatisticBytes + 4 * (kRow + row) + 8 * column_of(n, 0));
+            *reinterpret_cast<const float4*>(statistics + T::kStatisticBytes + 8 * column_of(n, 0));
       Tile16 ds;
       multiply_transposed<Number, T::kHeadDim, kDout>(ds, values_, queries + offset_b_,
                                                       [&](int, int n) -> const float (&)[4] { return start[n]; });
@@ -289,8 +283,9 @@ class KeyGradient {
   const Arguments& a_;
   QueryCopy<T> copy_;
   uint32_t offset_b_, offset_a_;
-  RowOperand<T::kKeysInRegisters, T::kRowTiles, T::kHeadDim> keys_;
-  RowOperand<T::kValuesInRegisters, T::kRowTiles, T::kHeadDim> values_;
+  int rows_left_;  // queries of the block asked for that exist, from its first one on
+  typename T::Keys keys_;
+  typename T::Values values_;
   float dk_[T::kRowTiles][T::kHeadDim / 8][4], dv_[T::kRowTiles][T::kHeadDim / 8][4];
 };
 
@@ -303,6 +298,5 @@ __device__ __forceinline__ void gradient_of_keys(const Arguments& a) {
   KeyGradient<T>(a, tile, shared_address(dynamic_shared_memory())).run();
 }
 
-}  // namespace sm80
 }  // namespace cuda
 }  // namespace fastattn

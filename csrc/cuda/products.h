@@ -4,12 +4,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../ptx/matrix.h"
-#include "../shared_tile.h"
+#include "ptx/matrix.h"
+#include "ptx/memory.h"
+#include "shared_tile.h"
 
 namespace fastattn {
 namespace cuda {
-namespace sm80 {
 
 // The A operand of 16 rows and 16 columns.
 struct Fragment {
@@ -37,6 +37,39 @@ struct RowFragments {
   }
 };
 
+// The same, but each thread shelves its fragments of the first kShelved times 16 columns in shared memory, where
+// registers nearly suffice.
+template <int kRowTiles, int kColumns, int kShelved, int kThreads>
+struct ShelvedFragments {
+  static constexpr int kSteps = kColumns / 16 - kShelved;
+  Fragment kept[kRowTiles][kSteps];
+
+  __device__ __forceinline__ void load(uint32_t tile, int lane) {
+    RowFragments<kRowTiles, kColumns> all;
+    all.load(tile, lane);
+    unrolled<kRowTiles>([&](auto m) {
+      unrolled<kSteps>([&](auto k) { kept[m][k] = all.kept[m][kShelved + k]; });
+      unrolled<kShelved>([&](auto k) { ptx::st_shared_16(shelf(m, k), all.kept[m][k].r); });
+    });
+  }
+  template <int m, int k>
+  __device__ __forceinline__ Fragment get() const {
+    if constexpr (k >= kShelved) {
+      return kept[m][k - kShelved];
+    } else {
+      Fragment a;
+      ptx::ld_shared_16(a.r, shelf(m, k));
+      return a;
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t shelf(int m, int k) {
+    __shared__ uint4 shelves[kRowTiles][kShelved][kThreads];
+    return shared_address(&shelves[m][k][threadIdx.x]);
+  }
+};
+
 // The same, loaded from shared memory each time, where registers do not suffice.
 template <int kRowTiles, int kColumns>
 struct SharedRows {
@@ -51,6 +84,10 @@ struct SharedRows {
     return a;
   }
 };
+
+template <int kRowTiles, int kColumns, int kShelved, int kThreads>
+using Fragments = std::conditional_t<kShelved == 0, RowFragments<kRowTiles, kColumns>,
+                                     ShelvedFragments<kRowTiles, kColumns, kShelved, kThreads>>;
 
 template <bool kInRegisters, int kRowTiles, int kColumns>
 using RowOperand = std::conditional_t<kInRegisters, RowFragments<kRowTiles, kColumns>, SharedRows<kRowTiles, kColumns>>;
@@ -113,6 +150,5 @@ __device__ __forceinline__ void pack(uint32_t (&a)[4], const float (&c)[2][4]) {
   a[3] = Number::pack(c[1][2], c[1][3]);
 }
 
-}  // namespace sm80
 }  // namespace cuda
 }  // namespace fastattn
