@@ -13,13 +13,14 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from . import ops
+from . import batching, ops
 from .backends import Needs
 from .philox import draw_seed
 from .problem import DIFFERENTIABLE, Inputs, Options, check_tensors, describe
 from .reference import softmax_attention
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
 _N_ARGS = len(ops.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
 _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
 _BACKWARD_LEADING = 4  # dout, dlse, out, lse come before the arguments of the forward
@@ -57,17 +58,17 @@ def _all_plain(inputs: Inputs) -> bool:
 
 
 def _in_transform() -> bool:
-    """True inside torch.func.grad, vjp, jacrev or jvp, and while forward-mode derivatives are recorded.
+    """True inside torch.func.grad, vjp, jacrev, vmap or jvp, and while forward-mode derivatives are recorded.
 
-    Only an autograd function knows what to do there: the operators would refuse the first three, and forward mode,
-    which has no formula here, would lose its tangents without a word.
+    Only an autograd function knows what to do there: the operators would refuse the first three, also under vmap, and
+    forward mode, which has no formula here, would lose its tangents without a word.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if forward_ad._current_level >= 0:
         return True
     interpreter = torch._C._functorch.peek_interpreter_stack()
-    return interpreter is not None and interpreter.key() in (TransformType.Grad, TransformType.Jvp)
+    return interpreter is not None and interpreter.key() in _TRANSFORMS
 
 
 def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -127,8 +128,19 @@ def _alias(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.view_as(x)
 
 
+def _run_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """`attend`, with the arguments of the operator."""
+    return attend(*ops.split_arguments(args))
+
+
+def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return batching.forward(_run_forward, info.batch_size, in_dims, args)
+
+
 class Attention(torch.autograd.Function):
     """forward(*arguments of the operator `forward`) -> (out, lse)."""
+
+    vmap = staticmethod(_vmap_forward)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:  # noqa: D102
@@ -159,19 +171,29 @@ def gradients(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple[Any, ...], needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, bias and sinks, None where not needed; differentiable again if gradients are recorded."""
-    args = (dout, dlse, out, lse, *arguments, needs)
-    in_transform = _in_transform()
-    if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, out, arguments[0])):
-        grads = torch.ops.fastattn.backward(*args)
-    elif in_transform or torch.is_grad_enabled():
-        grads = AttentionBackward.apply(*args)
-    else:
-        grads = ops.run_backward(*args)
+    grads = _run_backward(dout, dlse, out, lse, *arguments, needs)
     return tuple([grad if need else None for need, grad in zip(needs, grads, strict=True)])
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    """`gradients`, with the arguments and results of the operator."""
+    dout, dlse, out, _, q, *_ = args
+    in_transform = _in_transform()
+    if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, out, q)):
+        return torch.ops.fastattn.backward(*args)
+    if in_transform or torch.is_grad_enabled():
+        return AttentionBackward.apply(*args)
+    return ops.run_backward(*args)
+
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return batching.backward(_run_backward, info.batch_size, in_dims, args)
 
 
 class AttentionBackward(torch.autograd.Function):
     """forward(*arguments of the operator `backward`) -> gradients of q, k, v, bias and sinks."""
+
+    vmap = staticmethod(_vmap_backward)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
@@ -223,3 +245,14 @@ torch.library.register_autograd("fastattn::forward", Attention.backward, setup_c
 torch.library.register_autograd(
     "fastattn::backward", AttentionBackward.backward, setup_context=AttentionBackward.setup_context
 )
+
+
+@torch.library.register_vmap("fastattn::forward")
+def _vmap_forward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """For graphs of operators under vmap."""
+    return batching.forward(torch.ops.fastattn.forward, info.batch_size, in_dims, args)
+
+
+@torch.library.register_vmap("fastattn::backward")
+def _vmap_backward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return batching.backward(torch.ops.fastattn.backward, info.batch_size, in_dims, args)
