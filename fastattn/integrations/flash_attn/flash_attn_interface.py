@@ -26,7 +26,16 @@ import torch
 from torch import Tensor
 
 from ...functional import attention, attention_varlen
-from .arguments import check_dense, check_packed, check_rank, check_tensors, check_varlen, flash_lse, options
+from .arguments import (
+    check_dense,
+    check_packed,
+    check_rank,
+    check_tensors,
+    check_values,
+    check_varlen,
+    flash_lse,
+    options,
+)
 from .kv_cache import flash_attn_with_kvcache
 
 __all__ = [
@@ -62,14 +71,12 @@ def flash_attn_func(
     """
     check_dense(q, k, v)
     _check_probs(return_attn_probs, dropout_p)
-    out, lse = attention(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        **options(softmax_scale, causal, window_size, softcap, alibi_slopes),
-        dropout_p=dropout_p,
-        return_lse=True,
-    )
-    out = out.transpose(1, 2)
-    return (out, flash_lse(lse), q.new_empty(0)) if return_attn_probs else out
+    given = options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not return_attn_probs:
+        return attention(q, k, v, **given, dropout_p=dropout_p).transpose(1, 2)
+    out, lse = attention(q, k, v, **given, return_lse=True)
+    return out.transpose(1, 2), flash_lse(lse), q.new_empty(0)
 
 
 def flash_attn_kvpacked_func(
@@ -86,8 +93,9 @@ def flash_attn_kvpacked_func(
 ) -> Any:
     """`flash_attn_func` with k and v in one tensor, kv (batch_size, seqlen_k, 2, nheads_k, headdim)."""
     check_packed("kv", kv, "(batch_size, seqlen_k, 2, nheads_k, headdim)", 2, 2)
-    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, *kv.unbind(2), *rest)
+    rest: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    k, v = kv.unbind(2)
+    return flash_attn_func(q, k, v, *rest)
 
 
 def flash_attn_qkvpacked_func(
@@ -103,8 +111,9 @@ def flash_attn_qkvpacked_func(
 ) -> Any:
     """`flash_attn_func` with q, k and v in one tensor, qkv (batch_size, seqlen, 3, nheads, headdim)."""
     check_packed("qkv", qkv, "(batch_size, seqlen, 3, nheads, headdim)", 2, 3)
-    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(*qkv.unbind(2), *rest)
+    rest: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(q, k, v, *rest)
 
 
 def flash_attn_varlen_func(
@@ -139,12 +148,8 @@ def flash_attn_varlen_func(
         k, v = (_from_pages(name, x, block_table, cu_seqlens_k) for name, x in (("k", k), ("v", v)))
     check_varlen(q, k, v)
     _check_probs(return_attn_probs, dropout_p)
-    out, lse = attention_varlen(
-        *(q, k, v, cu_seqlens_q, cu_seqlens_k),
-        **options(softmax_scale, causal, window_size, softcap, alibi_slopes),
-        dropout_p=dropout_p,
-        return_lse=True,
-    )
+    given = options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **given, dropout_p=dropout_p, return_lse=True)
     return (out, flash_lse(lse), q.new_empty(0)) if return_attn_probs else out
 
 
@@ -166,9 +171,10 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Any:
     """`flash_attn_varlen_func` with k and v in one tensor, kv (total_k, 2, nheads_k, headdim)."""
     check_packed("kv", kv, "(total_k, 2, nheads_k, headdim)", 1, 2)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(q, *kv.unbind(1), *lengths, *rest)
+    lengths: Any = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    rest: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, *lengths, *rest)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -186,9 +192,10 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Any:
     """`flash_attn_varlen_func` with q, k and v in one tensor, qkv (total, 3, nheads, headdim)."""
     check_packed("qkv", qkv, "(total, 3, nheads, headdim)", 1, 3)
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(*qkv.unbind(1), *lengths, *rest)
+    lengths: Any = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    rest: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, *lengths, *rest)
 
 
 def _check_probs(return_attn_probs: bool, dropout_p: float) -> None:
@@ -209,15 +216,13 @@ def _from_pages(name: str, x: Tensor, block_table: Tensor, cu_seqlens_k: Tensor)
     if len(block_table) != len(lengths):
         raise ValueError(f"block_table must have {len(lengths)} rows, one per sequence, got {tuple(block_table.shape)}")
     num_blocks, page_size = x.shape[:2]
-    if int(lengths.amax()) > block_table.shape[1] * page_size:
+    longest = int(lengths.amax()) if len(lengths) else 0
+    if longest > block_table.shape[1] * page_size:
         raise ValueError(
-            f"block_table must hold the pages of {int(lengths.amax())} keys, got {block_table.shape[1]} of {page_size}"
+            f"block_table must hold the pages of {longest} keys, got {block_table.shape[1]} of {page_size}"
         )
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths)
     position = torch.arange(len(sequence), device=x.device) - starts[sequence]
     page = block_table[sequence, position // page_size].long()
-    if x.device.type == "cpu" and page.numel() and not 0 <= int(page.amin()) <= int(page.amax()) < num_blocks:
-        raise ValueError(
-            f"block_table must name pages between 0 and {num_blocks - 1}, got {int(page.amin())} to {int(page.amax())}"
-        )
+    check_values("block_table", page, num_blocks - 1, "the last page")
     return x[page, position % page_size]

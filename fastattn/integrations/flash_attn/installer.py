@@ -26,7 +26,9 @@ _PACKAGES = ("flash_attn", "flash_attn.layers")
 class _Finder(MetaPathFinder, Loader):
     """Finds the modules of flash-attn in this package; comes last, so that the real ones win."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> object:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in _MODULES:
             return None
         return ModuleSpec(name, self, origin="fastattn", is_package=name in _PACKAGES)

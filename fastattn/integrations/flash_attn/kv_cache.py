@@ -10,7 +10,7 @@ from torch import Tensor
 from ...functional import attention_with_kv_cache
 from ...problem import check_heads, check_shape
 from ...rotary import Rotary
-from .arguments import check_rank, check_tensors, flash_lse, options
+from .arguments import check_rank, check_tensors, check_values, flash_lse, options
 from .rotary import rotate
 
 
@@ -66,12 +66,15 @@ def flash_attn_with_kvcache(
         if block_table is not None:
             raise ValueError("cache_batch_idx must be None with block_table, got both")
         _check_index("cache_batch_idx", cache_batch_idx, batch)
+        check_values("cache_batch_idx", cache_batch_idx, k_cache.shape[0] - 1, "the last row of k_cache")
         block_table = cache_batch_idx[:, None]  # a row of the cache is a page of its own
     elif block_table is None and k_cache.shape[0] != batch:
         raise ValueError(
             f"k_cache must have the {batch} rows of q without cache_batch_idx, got shape {tuple(k_cache.shape)}"
         )
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    room = capacity - (0 if k is None else k.shape[1])
+    check_values("cache_seqlens", lengths, room, "the capacity of the cache less the new keys")
     mask = None
     if cache_leftpad is not None:
         _check_index("cache_leftpad", cache_leftpad, batch)
@@ -126,7 +129,8 @@ def _lengths(q: Tensor, k_cache: Tensor, k: Tensor | None, cache_seqlens: Any, *
             raise ValueError(f"cache_seqlens must be an int or an int32 tensor with {with_what}, got None")
         cache_seqlens = k_cache.shape[1]
     if isinstance(cache_seqlens, (int, torch.SymInt)) and not isinstance(cache_seqlens, bool):
-        return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+        number: Any = cache_seqlens
+        return torch.full((q.shape[0],), number, dtype=torch.int32, device=q.device)
     if not isinstance(cache_seqlens, Tensor):
         raise TypeError(f"cache_seqlens must be an int, an int32 tensor or None, got {type(cache_seqlens).__name__}")
     _check_index("cache_seqlens", cache_seqlens, q.shape[0])
@@ -145,8 +149,6 @@ def _rotated(q: Tensor, k: Tensor, tables: Rotary, lengths: Tensor, moving: bool
     new = torch.arange(k.shape[1], device=k.device)
     own = torch.arange(q.shape[1], device=q.device)
     q_positions, k_positions = lengths[:, None] + (own if moving else torch.zeros_like(own)), lengths[:, None] + new
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        last = max((int(p.max()) for p in (q_positions, k_positions) if p.numel()), default=-1)
-        if last >= tables.cos.shape[0]:
-            raise ValueError(f"rotary_cos must hold a row for position {last}, got {tables.cos.shape[0]} rows")
+    for name, positions in (("queries", q_positions), ("new keys", k_positions)):
+        check_values(f"the positions of the {name}", positions, tables.cos.shape[0] - 1, "the last row of rotary_cos")
     return rotate(q, tables, q_positions), rotate(k, tables, k_positions)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...rotary import Rotary, apply_rotary
+from .arguments import check_values
 
 __all__ = ["apply_rotary_emb", "apply_rotary_emb_func"]
 
@@ -42,11 +43,7 @@ def apply_rotary_emb(
             f"seqlen_offsets must be an int or have shape (batch,) = ({batch},), got {tuple(seqlen_offsets.shape)}"
         )
     positions = _positions(x, seqlen_offsets, cu_seqlens)
-    rows = cos.shape[0]
-    if positions.device.type == "cpu" and not torch.compiler.is_compiling() and positions.numel():
-        first, last = (int(end) for end in positions.aminmax())
-        if first < 0 or last >= rows:
-            raise ValueError(f"cos must hold a row for each position, 0 to {last}, got {rows} rows and {first} first")
+    check_values("seqlen_offsets plus the token", positions, cos.shape[0] - 1, "the last row of cos")
     rotated = rotate(x if cu_seqlens is None else x[None], Rotary(cos, sin, interleaved), positions)
     rotated = rotated if cu_seqlens is None else rotated[0]
     return x.copy_(rotated) if inplace else rotated
