@@ -63,8 +63,6 @@ def _in_transform() -> bool:
     Only an autograd function knows what to do there: the operators would refuse the first three, also under vmap, and
     forward mode, which has no formula here, would lose its tangents without a word.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
     if forward_ad._current_level >= 0:
         return True
     interpreter = torch._C._functorch.peek_interpreter_stack()
@@ -75,6 +73,8 @@ def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tenso
     """(out, lse) of a dense or varlen call, differentiable."""
     _check_no_gradient("alibi_slopes", inputs.alibi_slopes)
     args = ops.join_arguments(inputs, options, backend)
+    if torch.compiler.is_dynamo_compiling():
+        return _traced_forward(*args)
     in_transform = _in_transform()
     if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
@@ -133,6 +133,11 @@ def _run_forward(*args: Any) -> tuple[Tensor, Tensor]:
     return attend(*ops.split_arguments(args))
 
 
+# What goes on around a call is not Dynamo's to see: it keeps the call as one node, and whoever looks into that node
+# later runs this module's code as it is.
+_traced_forward = torch.compiler.allow_in_graph(_run_forward)
+
+
 def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     return batching.forward(_run_forward, info.batch_size, in_dims, args)
 
@@ -144,7 +149,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return ops.run_forward(*args)
+        if is_plain(*args[:3]):
+            return ops.run_forward(*args)
+        return torch.ops.fastattn.forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: D102
@@ -197,7 +204,9 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
-        return ops.run_backward(*args)
+        if is_plain(args[0], *args[_BACKWARD_LEADING : _BACKWARD_LEADING + 2]):
+            return ops.run_backward(*args)
+        return torch.ops.fastattn.backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102

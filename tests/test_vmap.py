@@ -201,3 +201,24 @@ def test_gradients_per_sample_of_a_module() -> None:
     for i in range(N):
         for name, want in grad(loss)(parameters, x[i]).items():
             torch.testing.assert_close(found[name][i], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("default")  # the compiler has warnings of its own
+@pytest.mark.parametrize("order", ["grad", "vmap(grad)", "grad(vmap)"])
+def test_transforms_inside_a_compiled_function(order: str) -> None:
+    torch._dynamo.reset()
+    q, k, v = qkv(N)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, causal=True, bias=torch.ones(SQ, SK, dtype=torch.float64)).sin().sum()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if order == "grad":
+            return grad(loss)(q[0], k[0], v[0])
+        if order == "vmap(grad)":
+            return vmap(grad(loss))(q, k, v)
+        return grad(lambda q: vmap(loss)(q, k, v).sum())(q)
+
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v)
+    torch.testing.assert_close(found, run(q, k, v))
+    torch._dynamo.reset()
