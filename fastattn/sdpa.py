@@ -84,6 +84,8 @@ def _four_dimensional(
         heads = [x.shape[-3:-2] for x in (query, key, value)]
     else:
         batches, heads = [x.shape[:-2] for x in (query, key, value)], [torch.Size()] * 3
+    if batches[0] == batches[1] == batches[2]:  # what follows would take longer than a small call
+        return _as_four(query), _as_four(key), _as_four(value), (*batches[0], *heads[0])
     try:
         batch = torch.broadcast_shapes(*batches)
     except RuntimeError:
