@@ -53,8 +53,10 @@ class use:  # named as what it does, like torch.no_grad
     pass through Python: TorchScript, and the native fast path elsewhere.
 
     Like torch.no_grad it counts for the thread that calls it. A backward pass that computes a forward again, as
-    checkpointing does, belongs under it as the forward does. torch.compile notices it, both around the call of a
-    compiled function and around its definition; it cannot be used inside a compiled function.
+    checkpointing does, belongs under it as the forward does. torch.compile follows it, around calls of compiled
+    functions and inside them. Every call of one of torch's functions from Python takes a little longer meanwhile.
+    torch.nn.attention.sdpa_kernel chooses between torch's own kernels, for the calls that torch gets.
+    Raises TypeError if enabled is no bool.
     """
 
     def __init__(self, enabled: bool = True) -> None:

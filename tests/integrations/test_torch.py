@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as imported_before
 from torch.utils.checkpoint import checkpoint
@@ -182,6 +183,22 @@ def test_function_transforms(fastattn_calls: list[None]) -> None:
         with use(on):
             results.append(torch.func.vmap(torch.func.grad(loss))(q, k, v))
     assert len(fastattn_calls) == 1
+    torch.testing.assert_close(*results)
+
+
+def test_derivatives_under_the_switch(fastattn_calls: list[None]) -> None:
+    """Calls of torch.autograd are torch functions too, which the switch hands on."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, 2, 3, 4))
+    results = []
+    for on in (True, False):
+        with use(on):
+            out = F.scaled_dot_product_attention(q, k, v)
+            many = torch.autograd.grad(out, q, torch.ones(3, *out.shape), is_grads_batched=True, retain_graph=True)
+            q.grad = None
+            out.square().sum().backward(inputs=[q])
+            jacobian = torch.autograd.functional.jacobian(lambda q: F.scaled_dot_product_attention(q, k, v), q)
+            results.append((*many, q.grad, jacobian))
+    assert len(fastattn_calls) == 2
     torch.testing.assert_close(*results)
 
 
@@ -403,7 +420,7 @@ def operators(function: Callable[..., Any], *args: Any) -> tuple[Any, set[str]]:
         names.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    compiler = torch._dynamo.backends.common.aot_autograd(fw_compiler=collect)
+    compiler = aot_autograd(fw_compiler=collect)
     return torch.compile(function, fullgraph=True, backend=compiler)(*args), names
 
 
@@ -442,6 +459,22 @@ def test_compiled_encoder(training: bool) -> None:
     assert not any("scaled_dot_product" in name for name in names)
     torch.testing.assert_close(found, want)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, want)))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("inner", [True, False])
+def test_switch_inside_a_compiled_function(inner: bool) -> None:
+    q, k, v = qkv()
+
+    def run(q: Tensor) -> Tensor:
+        with use(inner):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    with use(not inner):
+        found, names = operators(run, q)
+    assert ("fastattn.forward.default" in names) == inner
+    assert any("scaled_dot_product" in name for name in names) != inner
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
