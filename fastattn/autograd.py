@@ -74,6 +74,7 @@ def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tenso
     _check_no_gradient("alibi_slopes", inputs.alibi_slopes)
     args = ops.join_arguments(inputs, options, backend)
     if torch.compiler.is_dynamo_compiling():
+        _prepare_dynamo()
         return _traced_forward(*args)
     in_transform = _in_transform()
     if not in_transform and not _all_plain(inputs):
@@ -133,9 +134,20 @@ def _run_forward(*args: Any) -> tuple[Tensor, Tensor]:
     return attend(*ops.split_arguments(args))
 
 
-# What goes on around a call is not Dynamo's to see: it keeps the call as one node, and whoever looks into that node
-# later runs this module's code as it is.
-_traced_forward = torch.compiler.allow_in_graph(_run_forward)
+def _traced_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """One node of Dynamo's graph: what surrounds a call is not Dynamo's to see.
+
+    Whoever looks into the node later runs this module's code as it is.
+    """
+    return _run_forward(*args)
+
+
+def _prepare_dynamo() -> None:
+    """Tells Dynamo of `_traced_forward`, when it first gets here: an import of fastattn must not import Dynamo."""
+    torch.compiler.allow_in_graph(_traced_forward)
+
+
+_prepare_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does: is run
 
 
 def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
