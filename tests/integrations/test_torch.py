@@ -186,6 +186,20 @@ def test_function_transforms(fastattn_calls: list[None]) -> None:
     torch.testing.assert_close(*results)
 
 
+def test_rows_that_see_nothing_and_memory_order(fastattn_calls: list[None]) -> None:
+    q, k, v = (x.transpose(1, 2) for x in qkv(2, 6, 3, 8))
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[3] = False
+    with use():
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+        contiguous = F.scaled_dot_product_attention(q.contiguous(), k, v, mask)
+    assert len(fastattn_calls) == 2
+    assert out[:, :, 3].abs().max() == 0
+    assert out.transpose(1, 2).is_contiguous()
+    assert contiguous.is_contiguous()
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, mask))
+
+
 def test_derivatives_under_the_switch(fastattn_calls: list[None]) -> None:
     """Calls of torch.autograd are torch functions too, which the switch hands on."""
     q, k, v = (x.requires_grad_() for x in qkv(1, 2, 3, 4))

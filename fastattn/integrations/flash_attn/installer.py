@@ -55,8 +55,8 @@ def install() -> bool:
     Returns True if it does, False if there is a real flash-attn, which stays in charge. The modules are flash_attn,
     flash_attn.flash_attn_interface, flash_attn.bert_padding and flash_attn.layers.rotary; importlib.util.find_spec
     knows them, and flash_attn.__version__ is "2.8.3+fastattn". There is no distribution of that name:
-    importlib.metadata.version("flash_attn") raises PackageNotFoundError as before. So Hugging Face Transformers, which
-    looks for the package, its version and a GPU, still says without a GPU that flash-attn is not available.
+    importlib.metadata.version("flash_attn") raises PackageNotFoundError as before. Hugging Face Transformers then takes
+    __version__, and says that flash-attn is available where it also sees a GPU, and only there.
     Processes that are started anew, as by DataLoader workers with spawn, call it again.
     """
     if _finder in sys.meta_path:
