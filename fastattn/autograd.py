@@ -63,6 +63,8 @@ def _in_transform() -> bool:
     Only an autograd function knows what to do there: the operators would refuse the first three, also under vmap, and
     forward mode, which has no formula here, would lose its tangents without a word.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return False  # it has been asked already
     if forward_ad._current_level >= 0:
         return True
     interpreter = torch._C._functorch.peek_interpreter_stack()
@@ -73,8 +75,7 @@ def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tenso
     """(out, lse) of a dense or varlen call, differentiable."""
     _check_no_gradient("alibi_slopes", inputs.alibi_slopes)
     args = ops.join_arguments(inputs, options, backend)
-    if torch.compiler.is_dynamo_compiling():
-        _prepare_dynamo()
+    if torch.compiler.is_dynamo_compiling() and _dynamo_in_transform():
         return _traced_forward(*args)
     in_transform = _in_transform()
     if not in_transform and not _all_plain(inputs):
@@ -135,19 +136,25 @@ def _run_forward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _traced_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    """One node of Dynamo's graph: what surrounds a call is not Dynamo's to see.
+    """One node of Dynamo's graph, for calls inside function transforms, which the operators would refuse.
 
     Whoever looks into the node later runs this module's code as it is.
     """
     return _run_forward(*args)
 
 
-def _prepare_dynamo() -> None:
-    """Tells Dynamo of `_traced_forward`, when it first gets here: an import of fastattn must not import Dynamo."""
+def _dynamo_in_transform() -> bool:
+    """Whether Dynamo traces a function transform: run by it as it traces, and a constant of the graph.
+
+    Tells it of `_traced_forward` on the way, as an import of fastattn must not import Dynamo.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
     torch.compiler.allow_in_graph(_traced_forward)
+    return True
 
 
-_prepare_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does: is run
+_dynamo_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
 
 
 def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
