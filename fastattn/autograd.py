@@ -13,13 +13,14 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from . import ops
+from . import batching, ops
 from .backends import Needs
 from .philox import draw_seed
 from .problem import DIFFERENTIABLE, Inputs, Options, check_tensors, describe
 from .reference import softmax_attention
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
 _N_ARGS = len(ops.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
 _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
 _BACKWARD_LEADING = 4  # dout, dlse, out, lse come before the arguments of the forward
@@ -57,23 +58,25 @@ def _all_plain(inputs: Inputs) -> bool:
 
 
 def _in_transform() -> bool:
-    """True inside torch.func.grad, vjp, jacrev or jvp, and while forward-mode derivatives are recorded.
+    """True inside torch.func.grad, vjp, jacrev, vmap or jvp, and while forward-mode derivatives are recorded.
 
-    Only an autograd function knows what to do there: the operators would refuse the first three, and forward mode,
-    which has no formula here, would lose its tangents without a word.
+    Only an autograd function knows what to do there: the operators would refuse the first three, also under vmap, and
+    forward mode, which has no formula here, would lose its tangents without a word.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
+    if torch.compiler.is_dynamo_compiling():
+        return False  # it has been asked already
     if forward_ad._current_level >= 0:
         return True
     interpreter = torch._C._functorch.peek_interpreter_stack()
-    return interpreter is not None and interpreter.key() in (TransformType.Grad, TransformType.Jvp)
+    return interpreter is not None and interpreter.key() in _TRANSFORMS
 
 
 def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     """(out, lse) of a dense or varlen call, differentiable."""
     _check_no_gradient("alibi_slopes", inputs.alibi_slopes)
     args = ops.join_arguments(inputs, options, backend)
+    if torch.compiler.is_dynamo_compiling() and _dynamo_in_transform():
+        return _traced_forward(*args)
     in_transform = _in_transform()
     if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
@@ -127,12 +130,47 @@ def _alias(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.view_as(x)
 
 
+def _run_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """`attend`, with the arguments of the operator."""
+    return attend(*ops.split_arguments(args))
+
+
+def _traced_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """One node of Dynamo's graph, for calls inside function transforms, which the operators would refuse.
+
+    Whoever looks into the node later runs this module's code as it is.
+    """
+    return _run_forward(*args)
+
+
+def _dynamo_in_transform() -> bool:
+    """Whether Dynamo traces a function transform: run by it as it traces, and a constant of the graph.
+
+    Tells it of `_traced_forward` on the way, as an import of fastattn must not import Dynamo.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    torch.compiler.allow_in_graph(_traced_forward)
+    return True
+
+
+_dynamo_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
+
+
+def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return batching.forward(_run_forward, info.batch_size, in_dims, args)
+
+
 class Attention(torch.autograd.Function):
     """forward(*arguments of the operator `forward`) -> (out, lse)."""
 
+    vmap = staticmethod(_vmap_forward)
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return ops.run_forward(*args)
+        if is_plain(*args[:3]):
+            return ops.run_forward(*args)
+        return torch.ops.fastattn.forward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: D102
@@ -159,23 +197,35 @@ def gradients(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple[Any, ...], needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, bias and sinks, None where not needed; differentiable again if gradients are recorded."""
-    args = (dout, dlse, out, lse, *arguments, needs)
-    in_transform = _in_transform()
-    if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, out, arguments[0])):
-        grads = torch.ops.fastattn.backward(*args)
-    elif in_transform or torch.is_grad_enabled():
-        grads = AttentionBackward.apply(*args)
-    else:
-        grads = ops.run_backward(*args)
+    grads = _run_backward(dout, dlse, out, lse, *arguments, needs)
     return tuple([grad if need else None for need, grad in zip(needs, grads, strict=True)])
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    """`gradients`, with the arguments and results of the operator."""
+    dout, dlse, out, _, q, *_ = args
+    in_transform = _in_transform()
+    if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, out, q)):
+        return torch.ops.fastattn.backward(*args)
+    if in_transform or torch.is_grad_enabled():
+        return AttentionBackward.apply(*args)
+    return ops.run_backward(*args)
+
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return batching.backward(_run_backward, info.batch_size, in_dims, args)
 
 
 class AttentionBackward(torch.autograd.Function):
     """forward(*arguments of the operator `backward`) -> gradients of q, k, v, bias and sinks."""
 
+    vmap = staticmethod(_vmap_backward)
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
-        return ops.run_backward(*args)
+        if is_plain(args[0], *args[_BACKWARD_LEADING : _BACKWARD_LEADING + 2]):
+            return ops.run_backward(*args)
+        return torch.ops.fastattn.backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
@@ -223,3 +273,14 @@ torch.library.register_autograd("fastattn::forward", Attention.backward, setup_c
 torch.library.register_autograd(
     "fastattn::backward", AttentionBackward.backward, setup_context=AttentionBackward.setup_context
 )
+
+
+@torch.library.register_vmap("fastattn::forward")
+def _vmap_forward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """For graphs of operators under vmap."""
+    return batching.forward(torch.ops.fastattn.forward, info.batch_size, in_dims, args)
+
+
+@torch.library.register_vmap("fastattn::backward")
+def _vmap_backward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    return batching.backward(torch.ops.fastattn.backward, info.batch_size, in_dims, args)

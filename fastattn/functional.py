@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack  # a requirement of torch itself
 
-from . import autograd, dispatch, shortcuts
+from . import autograd, dispatch, sdpa, shortcuts
+from .casting import autocast
 from .dispatch import Report, available_backends
 from .merge import merge_states
 from .philox import seed_tensor
 from .problem import (
-    DTYPES,
     AttentionOptions,
     CacheOptions,
     Inputs,
@@ -141,7 +139,7 @@ def attention(
         out = shortcuts.attend(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
         if out is not None:
             return out
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     left, right = split_window(window)
     inputs = Inputs(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, None, None, _seed(seed, dropout_p))
     options = Options(causal, left, right, causal_alignment, softcap, scale, dropout_p)
@@ -225,7 +223,7 @@ def attention_varlen(
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu is None:
             raise TypeError(f"{name} must be an int32 tensor of shape (batch + 1,), got None")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     left, right = split_window(window)
     inputs = Inputs(
         *(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, _seed(seed, dropout_p))
@@ -346,30 +344,9 @@ def scaled_dot_product_attention(
     The dropout mask is fastattn's own, not torch's. Rows that see nothing give 0.
     Raises TypeError or ValueError if an argument does not fit.
     """
-    if is_causal and attn_mask is not None:
-        raise ValueError("attn_mask must be None when is_causal is True, got both")
-    query, key, value = _autocast(query, key, value)
-    query, key, value, lead = _four_dimensional(query, key, value, enable_gqa)
-    mask = bias = None
-    if attn_mask is not None:
-        _check_attn_mask(attn_mask, (*lead, query.shape[-2], key.shape[-2]))
-        if attn_mask.ndim > 2 and len(lead) != 2:
-            attn_mask = attn_mask.expand(*lead, *attn_mask.shape[-2:]).reshape(*query.shape[:2], *attn_mask.shape[-2:])
-        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    all_dropped = dropout_p == 1  # torch allows it, and nothing is left
-    out = attention(
-        query,
-        key,
-        value,
-        causal=is_causal,
-        causal_alignment="top-left",
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        dropout_p=0.0 if all_dropped else dropout_p,
-    )
-    out = out * 0.0 if all_dropped else out
-    return out if len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+    query, key, value = autocast(query, key, value)
+    call = sdpa.translate(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return call.finish(attention(call.q, call.k, call.v, **call.options))
 
 
 def explain(
@@ -395,7 +372,7 @@ def explain(
     tensors = {name: given.pop(name) for name in list(given) if name in Inputs._fields}
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together, got only one of them")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     inputs = Inputs(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed, **tensors)
     kind = "dense" if cu_seqlens_q is None else "varlen"
     problem = describe(kind, inputs, Options(**given, window_left=left, window_right=right), cached=False)
@@ -404,19 +381,6 @@ def explain(
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Casts as torch.autocast does for torch's own scaled_dot_product_attention."""
-    if not isinstance(q, Tensor) or q.device.type == "meta" or not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    return _cast(q, dtype), _cast(k, dtype), _cast(v, dtype)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    castable = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(dtype) if castable else x
 
 
 def _seed(seed: int | Tensor | None, dropout_p: float, *, draw: bool = True) -> Tensor | None:
@@ -437,88 +401,3 @@ def _split_rotary(rotary: Any) -> tuple[Tensor | None, Tensor | None, bool]:
         if not isinstance(table, Tensor):
             raise TypeError(f"rotary.{name} must be a torch.Tensor, got {type(table).__name__}")
     return cos, sin, bool(interleaved)
-
-
-def _four_dimensional(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, Sequence[int]]:
-    """Query, key and value as (batch, heads, seqlen, dim), and the leading dimensions that they came with."""
-    tensors = {"query": query, "key": key, "value": value}
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.is_nested:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got a nested tensor: see attention_varlen")
-        if x.ndim < 2:
-            raise ValueError(f"{name} must have shape (..., seqlen, head_dim), got {tuple(x.shape)}")
-    _check_sdpa(query, key, value)
-    if enable_gqa:
-        key, value = _grouped_heads(query, key, value)
-        batches = [x.shape[:-3] for x in (query, key, value)]
-        heads = [x.shape[-3:-2] for x in (query, key, value)]
-    else:
-        batches, heads = [x.shape[:-2] for x in (query, key, value)], [torch.Size()] * 3
-    try:
-        batch = torch.broadcast_shapes(*batches)
-    except RuntimeError:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-        raise ValueError(f"the leading dimensions of query, key and value must broadcast, got {shapes}") from None
-    lead = (*batch, *heads[0])
-    query, key, value = (
-        _as_four(x.expand(*batch, *h, *x.shape[-2:])) for x, h in zip((query, key, value), heads, strict=True)
-    )
-    return query, key, value, lead
-
-
-def _check_sdpa(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """What `attention` would refuse as well, but under the names q, k and v."""
-    if query.dtype not in DTYPES:
-        raise TypeError(f"query must have dtype float32, float64, bfloat16 or float16, got {query.dtype}")
-    for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}, but query has {query.dtype}: they must be the same")
-        if x.device != query.device:
-            raise ValueError(f"{name} is on device {x.device}, but query is on {query.device}")
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have the head_dim of query, {query.shape[-1]}, got shape {tuple(key.shape)}")
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have the seqlen of key, {key.shape[-2]}, got shape {tuple(value.shape)}")
-
-
-def _check_attn_mask(attn_mask: Tensor, target: Sequence[int]) -> None:
-    if not isinstance(attn_mask, Tensor):
-        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
-    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-        raise TypeError(f"attn_mask must have dtype torch.bool or a floating point dtype, got {attn_mask.dtype}")
-    fits = attn_mask.ndim <= len(target) and all(
-        size in (1, want) for size, want in zip(attn_mask.shape, target[len(target) - attn_mask.ndim :], strict=True)
-    )
-    if not fits:
-        raise ValueError(
-            f"attn_mask must be broadcastable to (..., seqlen_q, seqlen_k) = {tuple(target)}, "
-            f"got shape {tuple(attn_mask.shape)}"
-        )
-
-
-def _grouped_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim < 3:
-            raise ValueError(
-                f"{name} must have shape (..., heads, seqlen, head_dim) with enable_gqa, got {tuple(x.shape)}"
-            )
-    heads_q = query.shape[-3]
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[-3] != heads_q and (x.shape[-3] == 0 or heads_q % x.shape[-3] != 0):
-            raise ValueError(f"{name} must have a number of heads that divides query's {heads_q}, got {x.shape[-3]}")
-    if key.shape[-3] == value.shape[-3]:
-        return key, value
-    repeated = (x.repeat_interleave(heads_q // x.shape[-3], dim=-3) for x in (key, value))
-    return tuple(repeated)  # type: ignore[return-value]
-
-
-def _as_four(x: Tensor) -> Tensor:
-    if x.ndim == 4:
-        return x
-    if x.ndim < 4:
-        return x[(None,) * (4 - x.ndim)]
-    return x.flatten(0, -4)

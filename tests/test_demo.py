@@ -127,8 +127,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for backend in fastattn.dispatch.BACKENDS:
         monkeypatch.setattr(backend, "forward", note(backend.name, backend.forward))
-    theirs = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note("torch", theirs))
+    theirs = torch.ops.aten.scaled_dot_product_attention
+    monkeypatch.setattr(torch.ops.aten, "scaled_dot_product_attention", note("torch", theirs))
     return names
 
 

@@ -11,7 +11,7 @@ from .masks import spell_out_positions
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-    """`fastattn.attention` of a "top-left" call by torch.nn.functional.scaled_dot_product_attention.
+    """`fastattn.attention` of a "top-left" call by torch's scaled_dot_product_attention.
 
     The modules refuse softcap and sinks, which torch lacks, when they are built. torch's dropout has its own
     mask, and torch leaves rows that see no key to its kernels.
@@ -22,7 +22,8 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) ->
     mask = None
     if not plain_causal:
         mask = _one_mask(spell_out_positions(options, q.shape[2], k.shape[2], q.device), q.dtype)
-    return torch.nn.functional.scaled_dot_product_attention(
+    # The operator itself, which `fastattn.integrations.torch.use` leaves alone: torch was asked for by name.
+    return torch.ops.aten.scaled_dot_product_attention(
         q,
         k,
         v,

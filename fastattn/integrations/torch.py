@@ -1,0 +1,235 @@
+"""torch.nn.functional.scaled_dot_product_attention on fastattn, for code that calls torch's function.
+
+    with fastattn.integrations.torch.use():
+        model(x)
+
+A torch function mode sees every call of torch's function from Python, whoever imported it and when, and while it is
+active torch's modules leave their native fast path. torch's own function runs what fastattn should not.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
+
+from .. import sdpa
+from ..autograd import is_plain
+from ..casting import autocast
+from ..dispatch import Report, choose, choose_cached, explain_choice
+from ..functional import attention
+from ..problem import Inputs, Options, Problem, describe
+
+__all__ = ["Explanation", "explain", "use"]
+
+_torch_sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
+_torch_multi_head: Callable[..., Any] = F.multi_head_attention_forward
+_QUESTIONS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+_OWN_TYPES = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)  # the last two are tracers' stand-ins
+
+
+class use:  # named as what it does, like torch.no_grad
+    """Runs scaled_dot_product_attention on fastattn wherever it means the same: from here on, or in a with block.
+
+        use()              from here on, in this thread
+        use(False)         torch's own function again
+        with use(): ...    in the block; what was before is restored, whatever happens in it
+
+    Calls reach fastattn from anywhere in Python: torch.nn.functional, names imported from it earlier,
+    nn.MultiheadAttention and the nn.Transformer family (whose native fast path is left meanwhile), libraries. Results
+    and gradients are torch's up to rounding; the memory order of the output is the query's. Dropout keeps other
+    entries than torch would: the mask is fastattn's, from one number of torch's default CPU generator per call, so
+    torch.manual_seed reproduces it. What fastattn does not take runs on torch, see `explain`; so do calls that never
+    pass through Python: TorchScript, and the native fast path elsewhere.
+
+    Like torch.no_grad it counts for the thread that calls it. A backward pass that computes a forward again, as
+    checkpointing does, belongs under it as the forward does. torch.compile follows it, around calls of compiled
+    functions and inside them. Every call of one of torch's functions from Python takes a little longer meanwhile.
+    torch.nn.attention.sdpa_kernel chooses between torch's own kernels, for the calls that torch gets.
+    Raises TypeError if enabled is no bool.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        if not isinstance(enabled, bool):
+            raise TypeError(f"enabled must be a bool, got {type(enabled).__name__} {enabled!r}")
+        self._before = _switch(enabled)
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _switch(self._before)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where a call of scaled_dot_product_attention runs under `use`. str() of it is meant for people.
+
+    runs_on: "fastattn" or "torch". reason: why torch; None for fastattn. report: fastattn's own choice of a backend,
+    as of `fastattn.explain`; None where it did not come to that. active: whether `use` is on in this thread.
+    """
+
+    runs_on: str
+    reason: str | None
+    report: Report | None
+    active: bool
+
+    def __str__(self) -> str:
+        when = "runs" if self.active else "would run"
+        lines = [f"This call of scaled_dot_product_attention {when} on {self.runs_on}."]
+        if not self.active:
+            lines.append("  note: fastattn.integrations.torch.use() is not active in this thread, so torch runs it.")
+        if self.reason is not None:
+            lines.append(f"  not fastattn: {self.reason}")
+        return "\n".join(lines + ([] if self.report is None else [str(self.report)]))
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Explanation:
+    """Where this call of scaled_dot_product_attention runs under `use`, and why.
+
+    Takes the arguments of torch's function; computes nothing. print() the result.
+    """
+    call = _understand(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if isinstance(call, str):
+        return Explanation("torch", call, None, _mode in _stack())
+    reason = _why_torch(call)
+    report = explain_choice(call.problem, call.inputs, None)
+    return Explanation("fastattn" if reason is None else "torch", reason, report, _mode in _stack())
+
+
+# ------------------------------------------------------------------------------------------------------ the decision
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call in fastattn's terms."""
+
+    translated: sdpa.SdpaCall
+    problem: Problem
+    inputs: Inputs
+
+
+def _understand(*args: Any, **kwargs: Any) -> _Call | str:
+    """The call in fastattn's terms, or a sentence that says why it has to be torch's."""
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor) and type(x) not in _OWN_TYPES:
+            return f"one of its tensors is a {type(x).__name__}, which has a way of its own with torch's functions."
+    if forward_ad._current_level >= 0:
+        return "derivatives in forward mode are recorded, for which fastattn has no formula."
+    try:
+        call = _translate(*args, **kwargs)
+        o = call.options
+        inputs = Inputs(call.q, call.k, call.v, o["mask"], o["bias"])
+        options = Options(o["causal"], None, None, o["causal_alignment"], None, o["scale"], o["dropout_p"])
+        problem = describe("dense", inputs, options, cached=is_plain(call.q, call.k, call.v))
+    except (TypeError, ValueError) as refusal:
+        return f"fastattn does not take it: {refusal}."
+    return _Call(call, problem, inputs)
+
+
+def _translate(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> sdpa.SdpaCall:
+    return sdpa.translate(*autocast(query, key, value), *args, **kwargs)
+
+
+def _why_torch(call: _Call) -> str | None:
+    """None if fastattn should compute the call, else a sentence that says why not."""
+    decide = choose_cached if is_plain(*call.inputs[:3]) else choose
+    if decide(call.problem, None).name == "reference":
+        return "fastattn has no fused kernel for it here, only its reference."
+    return None
+
+
+def _attend(*args: Any, **kwargs: Any) -> Tensor:
+    """torch's function, on fastattn where that is right."""
+    call = _understand(*args, **kwargs)
+    if isinstance(call, str) or _why_torch(call) is not None:
+        return _torch_sdpa(*args, **kwargs)
+    q, k, v, options, *_ = call.translated
+    return call.translated.finish(attention(q, k, v, **options))
+
+
+# As torch's own, they are one node of a graph to torch.compile, looked into only after that.
+_attend_in_graph = torch.compiler.allow_in_graph(_attend)
+
+
+def _multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
+    return _with_mode(_torch_multi_head, *args, **kwargs)
+
+
+_multi_head_in_graph = torch.compiler.allow_in_graph(_multi_head_attention_forward)
+
+
+# -------------------------------------------------------------------------------------------------------- the switch
+
+
+class _Mode(TorchFunctionMode):
+    """Sees the calls of torch's functions while it is on the stack of this thread; is off while it handles one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _torch_sdpa:
+            return _attend_in_graph(*args, **kwargs)
+        if any(kind not in _OWN_TYPES for kind in types):  # a subclass of Tensor has its say first
+            return func(*args, **kwargs)
+        if func is _torch_multi_head:
+            return _multi_head_in_graph(*args, **kwargs)
+        if func is torch.autograd.grad or func is Tensor.backward:  # checkpoints run forward passes there
+            return _with_mode(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+_mode = _Mode()
+
+
+def _with_mode(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """The body of one of torch's Python functions, with the mode on.
+
+    Such a function begins with a question whether somebody overrides it, which the mode would affirm for ever.
+    """
+    names = {**function.__globals__, **dict.fromkeys(_QUESTIONS, lambda *_: False)}
+    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    with use():
+        return body(*args, **kwargs)
+
+
+def _stack() -> list[Any]:
+    return _get_current_function_mode_stack()
+
+
+def _switch(on: bool) -> bool:
+    """Puts the mode on the stack of this thread, or takes it off; returns whether it was there.
+
+    It lies at the bottom, so that modes that come and go meanwhile find themselves on top as they left; only torch's
+    default device must lie below.
+    """
+    before = _stack()
+    if (_mode in before) == on:
+        return on
+    after = [mode for mode in before if mode is not _mode]
+    if on:
+        after.insert(1 if after and isinstance(after[0], DeviceContext) else 0, _mode)
+    for _ in before:
+        _pop_mode()
+    for mode in after:
+        _push_mode(mode)
+    return not on
