@@ -11,7 +11,7 @@ NATIVE := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cpu/simd csrc/cuda csrc
             $(addprefix $(folder)/*,.h .cpp .cu)))
 CPP    := $(NATIVE) $(wildcard tests/native/*.cpp)
 
-.PHONY: demo test bench lint format sanitize clean
+.PHONY: demo test bench bench-gpu lint format sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -24,6 +24,11 @@ test: $(STAMP) $(OLDEST_TRITON)
 
 bench: $(STAMP)
 	$(BIN)/python -m fastattn bench --plot benchmark.png --json benchmark.json
+
+# For a machine with an NVIDIA GPU, in an environment of its own with torch built for CUDA.
+bench-gpu:
+	$(PYTHON) -m fastattn bench --device cuda --suite gpu --backend cuda,triton --json gpu.json --plot gpu.png \
+	  --rivals sdpa,sdpa-flash,sdpa-cudnn,sdpa-efficient,flash-attn
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

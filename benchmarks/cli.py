@@ -23,12 +23,13 @@ from .plot import has_curves, plot
 from .report import Table, header_lines, summary_lines
 from .results import Run
 from .rivals import Eager, Fastattn, Rival, Sdpa
-from .rivals_extra import FlashAttn, Flex, Xformers
+from .rivals_extra import FlashAttn, Flex, SdpaCudnn, SdpaEfficient, SdpaFlash, Xformers
 from .suites import DEFAULT_SUITE, SUITES
 from .timing import Effort, clock_for
 
-RIVALS: dict[str, type[Rival]] = {rival.name: rival for rival in (Sdpa, Eager, Flex, FlashAttn, Xformers)}
-DEFAULT_RIVALS = tuple(name for name, rival in RIVALS.items() if not rival.compiles)
+_RIVALS: tuple[type[Rival], ...] = (Sdpa, Eager, Flex, FlashAttn, Xformers, SdpaFlash, SdpaCudnn, SdpaEfficient)
+RIVALS = {rival.name: rival for rival in _RIVALS}
+DEFAULT_RIVALS = tuple(name for name, rival in RIVALS.items() if not rival.compiles and not rival.named_only)
 
 OK, WRONG_RESULT, BAD_ARGUMENT = 0, 1, 2
 

@@ -23,12 +23,14 @@ class Rival(ABC):
     """One way to compute attention.
 
     name: as printed. ours: part of fastattn, so that a wrong result fails the run. compiles: takes seconds or
-    more to prepare each new shape, hence runs only when asked for.
+    more to prepare each new shape, hence runs only when asked for. named_only: likewise, as another rival stands
+    for it.
     """
 
     name: str
     ours = False
     compiles = False
+    named_only = False
 
     def why_not(self, case: Case, data: Data) -> str | None:
         """None if the rival can compute the case on these tensors here, else a sentence."""

@@ -1,7 +1,8 @@
-"""Rivals that not every machine runs: FlexAttention needs a compiler, flash-attn and xformers a GPU."""
+"""Rivals that not every machine runs: FlexAttention needs a compiler, the others a GPU."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .cases import Case
 from .data import Data, hidden_pairs
-from .rivals import Rival
+from .rivals import Rival, Sdpa
 
 
 class Flex(Rival):
@@ -196,3 +198,50 @@ class Xformers(Rival):
         elif data.bias is not None:
             bias = data.bias.expand(case.batch, case.heads_q, -1, -1)
         return lambda: ops.memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
+
+
+class _SdpaKernel(Sdpa):
+    """torch's scaled_dot_product_attention held to one of its GPU kernels, which `sdpa` chooses from by itself."""
+
+    named_only = True
+    kernel: SDPBackend
+
+    def why_not(self, case: Case, data: Data) -> str | None:
+        """CUDA, and whatever torch says when it is asked for this kernel alone."""
+        if data.q.device.type != "cuda":
+            return f"{self.name} runs on CUDA devices only"
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # torch warns of each thing that stands in the way
+                self.forward(case, data)()
+        except RuntimeError as error:
+            return f"torch refuses: {str(error).splitlines()[0]}"
+        return None
+
+    def dense(self, case: Case, data: Data) -> Callable[[], Tensor]:
+        """One scaled_dot_product_attention under `sdpa_kernel`."""
+        call = super().dense(case, data)
+
+        def held() -> Tensor:
+            with sdpa_kernel(self.kernel):
+                return call()
+
+        return held
+
+
+class SdpaFlash(_SdpaKernel):
+    """FlashAttention-2 as torch brings it along."""
+
+    name, kernel = "sdpa-flash", SDPBackend.FLASH_ATTENTION
+
+
+class SdpaCudnn(_SdpaKernel):
+    """The attention of cuDNN."""
+
+    name, kernel = "sdpa-cudnn", SDPBackend.CUDNN_ATTENTION
+
+
+class SdpaEfficient(_SdpaKernel):
+    """The memory-efficient attention of xformers as torch brings it along."""
+
+    name, kernel = "sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION

@@ -235,6 +235,47 @@ def _quick() -> list[Case]:
     ]
 
 
+def _gpu() -> list[Case]:
+    """What kernels for GPUs are compared on: 16384 tokens however long the sequences, 2048 numbers per token."""
+    square = [
+        dense(
+            f"gpu-{mode}-{'causal' if causal else 'full'}",
+            seqlen=seqlen,
+            batch=16384 // seqlen,
+            heads=2048 // head_dim,
+            head_dim=head_dim,
+            dtype=dtype,
+            mode=mode,
+            causal=causal,
+        )
+        for mode in ("forward", "train")
+        for dtype in ("bfloat16", "float16")
+        for causal in (False, True)
+        for head_dim in (64, 128)
+        for seqlen in (512, 2048, 8192)
+    ]
+    others = [
+        case
+        for mode in ("forward", "train")
+        for case in (
+            dense(
+                "gpu-window",
+                seqlen=8192,
+                dtype="bfloat16",
+                heads=16,
+                head_dim=128,
+                causal=True,
+                window=(511, 0),
+                mode=mode,
+            ),
+            dense("gpu-gqa", seqlen=4096, dtype="bfloat16", heads=32, heads_kv=8, head_dim=128, causal=True, mode=mode),
+            ragged("gpu-varlen", RAGGED_LENGTHS * 8, dtype="bfloat16", heads=16, head_dim=128, causal=True, mode=mode),
+            dense("gpu-head-dim", seqlen=4096, dtype="bfloat16", heads=8, head_dim=256, causal=True, mode=mode),
+        )
+    ]
+    return square + others
+
+
 def _build() -> dict[str, list[Case]]:
     suites = {
         "quick": _quick(),
@@ -248,8 +289,9 @@ def _build() -> dict[str, list[Case]]:
         "small": _small(),
         "sweep": _sweep(),
         "sweep60": _sweep60(),
+        "gpu": _gpu(),
     }
-    parts = [cases for name, cases in suites.items() if name not in ("quick", "sweep60")]
+    parts = [cases for name, cases in suites.items() if name not in ("quick", "sweep60", "gpu")]
     return suites | {"all": [case for cases in parts for case in cases]}
 
 

@@ -7,12 +7,13 @@ from functools import lru_cache
 
 from .backends import Backend
 from .backends.cpu import CpuBackend
+from .backends.cuda import CudaBackend, Gpu
 from .backends.reference import ReferenceBackend
 from .backends.triton import TritonBackend
 from .kernels.machine import machine
 from .problem import Inputs, Problem
 
-BACKENDS: tuple[Backend, ...] = (TritonBackend(machine()), CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (CudaBackend(Gpu()), TritonBackend(machine()), CpuBackend(), ReferenceBackend())
 """In the order in which automatic choice tries them."""
 
 

@@ -16,8 +16,9 @@ COMPLETE_BACKENDS = ("reference", "cpu", "triton")
 """Those that promise every feature: for them a refused call is a failure, for others a skipped test."""
 
 REFUSED_DTYPES = {
+    "cuda": (torch.float64, torch.float32),  # half precision alone
     # Triton's kernels compute in float32; its interpreter gets bfloat16 wrong.
-    "triton": (torch.float64, torch.bfloat16) if interpreting() else (torch.float64,)
+    "triton": (torch.float64, torch.bfloat16) if interpreting() else (torch.float64,),
 }
 
 

@@ -65,10 +65,46 @@ Arguments arguments_of(const Params& p) {
   return a;
 }
 
-Plan plan_forward(const Params& p, const Gpu& gpu) {
-  const Kernel kernel = of_families<sm75::ForwardKernels, sm80::ForwardKernels>(p, gpu);
+// The most keys that a tile of `rows` queries can see; how many there are may be known to the device alone.
+int64_t keys_of_tile(const Params& p, int rows) {
+  const bool open = p.window_left < 0 || p.window_right < 0;
+  return open ? p.seqlen_k : std::min(p.seqlen_k, p.window_left + p.window_right + rows);
+}
+
+// Attention of few queries: their keys are split over blocks of threads, whose results are merged.
+void plan_splits(const Params& p, Arguments a, const Gpu& gpu, Workspace& workspace, Plan& plan) {
+  constexpr int kSharedBytes = 96 * 1024;  // of a multiprocessor, at least
+  const Kernel decode = of_family<sm80::DecodeKernels>(p);
+  const int64_t blocks = packed_tiles(p, decode.rows) * p.heads_kv * p.batch;
+  const int64_t slots = int64_t(gpu.multiprocessors) * (kSharedBytes / decode.shared_bytes);
+  const int64_t rows = p.batch * p.heads_q * p.seqlen_q;
+  a.splits = static_cast<int32_t>(splits(blocks, keys_of_tile(p, decode.rows), slots));
+  if (a.splits > 1) {
+    a.part_out = workspace.take<float>(a.splits * rows * p.head_dim_v);
+    a.part_lse = workspace.take<float>(a.splits * rows);
+  }
+  plan.launches.push_back({decode, blocks * a.splits, a});
+  if (a.splits > 1) plan.launches.push_back({sm80::combine_kernel(p.dtype), rows, a});
+}
+
+// Attention of the queries in `a`, by the tiles that serve their number.
+void plan_attention(const Params& p, const Arguments& a, const Gpu& gpu, Workspace& workspace, Plan& plan) {
+  // The heads that share keys lie in tiles of 16 rows: up to so many queries, no key is read by more of these than of
+  // the forward's tiles, of 64 to 128 queries of one head.
+  constexpr int64_t kFewQueries = 16;
+  if (gpu.capability >= 80 && (p.page_size > 0 || (!varlen(p) && p.seqlen_q <= kFewQueries))) {
+    plan_splits(p, a, gpu, workspace, plan);
+  } else {
+    const Kernel kernel = of_families<sm75::ForwardKernels, sm80::ForwardKernels>(p, gpu);
+    plan.launches.push_back({kernel, query_blocks(p, kernel.rows), a});
+  }
+}
+
+Plan plan_forward(const Params& p, const Gpu& gpu, void* memory) {
   Plan plan;
-  plan.launches.push_back({kernel, query_blocks(p, kernel.rows), arguments_of(p)});
+  Workspace workspace(memory);
+  plan_attention(p, arguments_of(p), gpu, workspace, plan);
+  plan.workspace_bytes = workspace.bytes();
   return plan;
 }
 
@@ -97,12 +133,6 @@ Plan plan_backward(const Params& p, const Gpu& gpu, void* workspace) {
   return plan;
 }
 
-// The most keys that a tile of a call with a cache can see; how many there are is known to the device alone.
-int64_t keys_of_tile(const Params& p, int rows) {
-  const bool open = p.window_left < 0 || p.window_right < 0;
-  return open ? p.seqlen_k : std::min(p.seqlen_k, p.window_left + p.window_right + rows);
-}
-
 // Appends new keys and values, and rotates: what calls with a cache begin with. Returns the arguments for the rest.
 Arguments plan_append(const Params& p, Workspace& workspace, Plan& plan) {
   const Kernel append = sm80::append_kernel(p.dtype);
@@ -119,30 +149,13 @@ Arguments plan_append(const Params& p, Workspace& workspace, Plan& plan) {
 }
 
 Plan plan_decode(Params p, const Gpu& gpu, void* memory) {
-  constexpr int kSharedBytes = 96 * 1024;  // of a multiprocessor, at least
-  constexpr int64_t kManyQueries = 64;  // which the forward's tiles serve better: they read a key for 128 rows at once
   if (p.page_size % kPageUnit != 0) throw std::invalid_argument("page_size must be a multiple of 16");
   if (p.page_size > 0 && p.num_pages == 0) p.seqlen_k = 0;  // there is no page to look into
   if (p.rotary_positions == 0) p.rotary_dim = 0;
   Plan plan;
   Workspace workspace(memory);
-  Arguments a = plan_append(p, workspace, plan);
-  if (p.page_size == 0 && p.seqlen_q >= kManyQueries) {
-    const Kernel forward = of_family<sm80::ForwardKernels>(p);
-    plan.launches.push_back({forward, query_blocks(p, forward.rows), a});
-  } else {
-    const Kernel decode = of_family<sm80::DecodeKernels>(p);
-    const int64_t blocks = packed_tiles(p, decode.rows) * p.heads_kv * p.batch;
-    const int64_t slots = int64_t(gpu.multiprocessors) * (kSharedBytes / decode.shared_bytes);
-    const int64_t rows = p.batch * p.heads_q * p.seqlen_q;
-    a.splits = static_cast<int32_t>(splits(blocks, keys_of_tile(p, decode.rows), slots));
-    if (a.splits > 1) {
-      a.part_out = workspace.take<float>(a.splits * rows * p.head_dim_v);
-      a.part_lse = workspace.take<float>(a.splits * rows);
-    }
-    plan.launches.push_back({decode, blocks * a.splits, a});
-    if (a.splits > 1) plan.launches.push_back({sm80::combine_kernel(p.dtype), rows, a});
-  }
+  const Arguments a = plan_append(p, workspace, plan);
+  plan_attention(p, a, gpu, workspace, plan);
   plan.workspace_bytes = workspace.bytes();
   return plan;
 }
@@ -152,7 +165,7 @@ Plan plan_decode(Params p, const Gpu& gpu, void* memory) {
 Plan plan(Operation operation, const Params& p, const Gpu& gpu, void* workspace) {
   switch (operation) {
     case Operation::kForward:
-      return plan_forward(p, gpu);
+      return plan_forward(p, gpu, workspace);
     case Operation::kBackward:
       return plan_backward(p, gpu, workspace);
     case Operation::kDecode:
