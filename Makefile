@@ -1,6 +1,8 @@
 # `make demo` and `make test` need nothing but Python >= 3.10, a C++17 compiler and make.
 # The oldest Triton that the kernels support is unpacked beside the environment, for its compiler alone.
 PYTHON ?= python3
+# The machine code that tests look at; other GPUs compile the PTX. Where there is no nvcc this says nothing.
+export FASTATTN_CUDA_ARCHITECTURES ?= 75,80
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
