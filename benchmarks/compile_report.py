@@ -8,6 +8,8 @@ and warp, instructions per 32 scores, MUFU instructions of a lane per score, and
 
 Exits with 1 if a kernel does not compile, takes more stack than ALLOWED_STACK, spills more than ALLOWED_SPILLS in its
 main loop, or takes more shared memory than there is.
+
+With --cuda it reports on the CUDA C++ module instead, see cuda_report.py; then it exits with 1 if a mark is not met.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 from fastattn.backends import Needs, empty_lse, empty_out
 from fastattn.problem import Inputs, Options, Problem, describe
 
+from . import cuda_report
 from .sass import Code, Loop, inspect, inspect_amd
 
 try:
@@ -236,13 +239,18 @@ def complaints(line: Line, name: str) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="sm_80,sm_90", help=f"separated by commas, of {', '.join(ARCHITECTURES)}")
-    parser.add_argument("--short", action="store_true", help="only the most important kernels")
+    parser.add_argument("--arch", help=f"separated by commas, of {', '.join(ARCHITECTURES)}; or see --cuda")
+    parser.add_argument(
+        "--short", action="store_true", help="only the most important kernels; with --cuda, not simulated"
+    )
+    parser.add_argument("--cuda", action="store_true", help="the CUDA module as built, by default for sm_75,sm_80")
     given = parser.parse_args(arguments)
-    names = given.arch.split(",")
+    names = (given.arch or ("sm_75,sm_80" if given.cuda else "sm_80,sm_90")).split(",")
     for name in names:
         if name not in ARCHITECTURES:
             parser.error(f"--arch must name some of {', '.join(ARCHITECTURES)}, got {name!r}")
+    if given.cuda:
+        return 1 if cuda_report.report(names, simulate=not given.short) else 0
     failed = 0
     for name in names:
         print(f"{name}, Triton {triton.__version__}")

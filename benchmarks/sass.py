@@ -17,14 +17,22 @@ _LOCAL = ("LDL", "STL")
 
 
 class Loop(NamedTuple):
-    """A loop that holds tensor-core instructions and no other such loop: its instructions by name, without suffixes."""
+    """A loop that holds tensor-core instructions and no other such loop: how many of each opcode, suffixes included."""
 
-    instructions: Counter[str]
+    opcodes: Counter[str]
+
+    @property
+    def instructions(self) -> Counter[str]:
+        """By name, without suffixes."""
+        found: Counter[str] = Counter()
+        for opcode, count in self.opcodes.items():
+            found[opcode.split(".")[0]] += count
+        return found
 
     @property
     def total(self) -> int:
         """All instructions."""
-        return sum(self.instructions.values())
+        return sum(self.opcodes.values())
 
     @property
     def spills(self) -> int:
@@ -58,23 +66,29 @@ def inspect_amd(assembly: str) -> Code:
     )
 
 
+def kernels(text: str) -> dict[str, str]:
+    """The output of nvdisasm about several kernels, by their names."""
+    parts = re.split(r"(?m)^\s*\.section\s+\.text\.(\w+).*$", text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
 def loops(text: str) -> list[Loop]:
-    """Innermost loops with tensor-core instructions in the output of nvdisasm."""
-    names: list[str] = []
+    """Innermost loops with tensor-core instructions in the output of nvdisasm about a kernel, the shortest first."""
+    opcodes: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(names)
+            labels[label[1]] = len(opcodes)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
-            name = instruction[1].split(".")[0]
+            opcode = instruction[1]
             target = re.search(r"`\((\.L_\w+)\)", instruction[2])
-            if name == "BRA" and target and target[1] in labels:
-                spans.append((labels[target[1]], len(names)))
-            names.append(name)
-    with_tensor = [(a, b) for a, b in spans if any(name in _TENSOR for name in names[a : b + 1])]
+            if opcode.split(".")[0] == "BRA" and target and target[1] in labels:
+                spans.append((labels[target[1]], len(opcodes)))
+            opcodes.append(opcode)
+    with_tensor = [(a, b) for a, b in spans if any(x.split(".")[0] in _TENSOR for x in opcodes[a : b + 1])]
     inner = [(a, b) for a, b in with_tensor if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in with_tensor)]
-    return sorted((Loop(Counter(names[a : b + 1])) for a, b in inner), key=lambda loop: loop.total)
+    return sorted((Loop(Counter(opcodes[a : b + 1])) for a, b in inner), key=lambda loop: loop.total)
 
 
 def _output(*command: object) -> str:

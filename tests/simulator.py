@@ -15,26 +15,11 @@ from fastattn.kernels.launch import Launch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.compile_report import ARCHITECTURES
+from benchmarks.cuda_simulator import missing, ptxsim
+
+__all__ = ["Simulator", "missing", "ptxsim"]
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "shared"))
-
-
-def ptxsim() -> Any:
-    """The simulator. Raises ImportError where there is none."""
-    import ptxsim
-
-    return ptxsim
-
-
-def missing() -> str | None:
-    """Why there is no simulator. One that is there and broken is a failure."""
-    try:
-        ptxsim()
-    except ModuleNotFoundError as error:
-        if error.name != "ptxsim":
-            raise
-        return f"needs the PTX simulator ptxsim, which is not here: {error}"
-    return None
 
 
 class Simulator:

@@ -25,7 +25,9 @@ from .test_kv_cache import check
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from . import cuda_simulator, simulator
+from benchmarks import cuda_simulator
+
+from . import simulator
 
 _without = simulator.missing()
 

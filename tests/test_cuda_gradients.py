@@ -16,7 +16,9 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from . import cuda_simulator, simulator
+from benchmarks import cuda_simulator
+
+from . import simulator
 from .test_cuda_kernels import BF16, FP16, SIZES, _case, _dims
 
 _without = simulator.missing()

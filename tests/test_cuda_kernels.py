@@ -6,7 +6,6 @@ skip without them. Forward passes are tested here, gradients and calls with a ca
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,9 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from . import cuda_simulator, simulator
+from benchmarks import cuda_module, cuda_simulator
+
+from . import simulator
 
 _without = simulator.missing()
 
@@ -129,13 +130,11 @@ def test_nonfinite_values(use_backends: Callable[..., None]) -> None:
 
 def test_nothing_is_spilled() -> None:
     """In no kernel for sm_80. (On later GPUs, head_dim 128 and 256 still take 8 or 16 bytes of stack.)"""
-    usage = cuda_simulator.cuobjdump("--dump-resource-usage").split("arch = ")
-    stacks = [re.findall(r"Function (fastattn_\w+):\n\s+REG:\d+ STACK:(\d+) ", x) for x in usage if x[:6] == "sm_80\n"]
-    found = dict(stack for of_unit in stacks for stack in of_unit)
+    found = {name: x.stack for name, x in cuda_module.usage("sm_80").items()}
     if not found:
         pytest.skip("the module was built without machine code for sm_80 (FASTATTN_CUDA_ARCHITECTURES)")
     assert found.keys() == {name for name in cuda_simulator.kernels() if "sm75" not in name}
-    assert set(found.values()) == {"0"}
+    assert set(found.values()) == {0}
 
 
 def test_explain_names_copies(use_backends: Callable[..., None]) -> None:

@@ -18,7 +18,9 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from . import cuda_simulator, simulator
+from benchmarks import cuda_module, cuda_simulator
+
+from . import simulator
 
 _without = simulator.missing()
 
@@ -171,14 +173,14 @@ def test_wrong_lengths_stay_within_memory(use_backends: Callable[..., None], mon
 
 
 @pytest.fixture
-def usage() -> dict[str, cuda_simulator.Usage]:
-    found = cuda_simulator.usage("sm_75")
+def usage() -> dict[str, cuda_module.Usage]:
+    found = cuda_module.usage("sm_75")
     if not found:
         pytest.skip("the module was built without machine code for sm_75 (FASTATTN_CUDA_ARCHITECTURES)")
     return found
 
 
-def test_nothing_is_spilled(usage: dict[str, cuda_simulator.Usage]) -> None:
+def test_nothing_is_spilled(usage: dict[str, cuda_module.Usage]) -> None:
     found = {name: x.stack for name, x in usage.items() if name.startswith("fastattn_sm75_")}
     assert len(found) == 2 * (3 * 2 + 1)  # plain and general; head_dim 128 has a kernel for the gradient of values
     assert set(found.values()) == {0}
@@ -186,7 +188,7 @@ def test_nothing_is_spilled(usage: dict[str, cuda_simulator.Usage]) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_two_blocks_share_a_multiprocessor(
-    head_dim: int, usage: dict[str, cuda_simulator.Usage], use_backends: Callable[..., None]
+    head_dim: int, usage: dict[str, cuda_module.Usage], use_backends: Callable[..., None]
 ) -> None:
     """Of 128 threads each, of the forward pass without softcap and ALiBi."""
     machine = _simulator(use_backends)

@@ -1,17 +1,14 @@
 """Runs the CUDA backend's kernels on CPU tensors, in a simulator of PTX: what the built module would launch.
 
 The PTX is the module's own, taken out of it; grids, shared memory and arguments are those that its host code plans.
+Needs the simulator, `ptxsim`, on the path.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +16,25 @@ import torch
 from fastattn.backends.cuda import Processor
 from fastattn.backends.native import Tensors, addresses
 
-from .simulator import ptxsim
+from . import cuda_module
+
+
+def ptxsim() -> Any:
+    """The simulator. Raises ImportError where there is none."""
+    import ptxsim
+
+    return ptxsim
+
+
+def missing() -> str | None:
+    """Why there is no simulator. One that is there and broken raises."""
+    try:
+        ptxsim()
+    except ModuleNotFoundError as error:
+        if error.name != "ptxsim":
+            raise
+        return f"needs the PTX simulator ptxsim, which is not here: {error}"
+    return None
 
 
 class Simulator:
@@ -38,15 +53,19 @@ class Simulator:
         self.bank_conflicts = 0
 
     def why_unavailable(self) -> str | None:
+        """See `Machine`."""
         return None
 
     def why_not(self, device: torch.device) -> str | None:
+        """See `Machine`."""
         return None if device.type == "cpu" else f"its tensors are on {device}, not on the CPU."
 
     def processor(self, device: torch.device) -> Processor:
+        """See `Machine`."""
         return self._processor
 
     def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
+        """See `Machine`."""
         memory = _Memory(tensors.values())
         for name, blocks, threads, shared_bytes, argument in call.plan(operation, addresses(tensors), *self._processor):
             if blocks == 0:
@@ -89,45 +108,11 @@ class _Memory:
         raise AssertionError(f"a kernel is handed the address {address:#x}, which lies in no tensor of the call")
 
 
-def cuobjdump(*arguments: str, cwd: str | None = None) -> str:
-    """What it prints about the module; the tool comes with Triton."""
-    import triton
-
-    from fastattn import _cuda
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run(
-        [str(tool), *arguments, _cuda.__file__], cwd=cwd, check=True, capture_output=True, text=True
-    ).stdout
-
-
-class Usage(NamedTuple):
-    """What a kernel takes: registers and bytes of stack per thread, bytes of static shared memory per block."""
-
-    registers: int
-    stack: int
-    shared: int
-
-
-def usage(architecture: str) -> dict[str, Usage]:
-    """Of the kernels that the module has machine code of for an architecture, as "sm_80"."""
-    pattern = re.compile(r"Function (fastattn_\w+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) ")
-    units = cuobjdump("--dump-resource-usage").split("arch = ")
-    found = [row for unit in units if unit.startswith(f"{architecture}\n") for row in pattern.findall(unit)]
-    return {name: Usage(*map(int, numbers)) for name, *numbers in found}
-
-
 @lru_cache
 def kernels() -> dict[str, Any]:
     """The module's PTX, by the names of its kernels."""
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        cuobjdump("-xptx", "all", cwd=folder)
-        for file in Path(folder).glob("*.ptx"):
-            module = _Lazy(file.read_text())
-            for name in module.names:
-                found[name] = module
-    return found
+    units = [_Lazy(text) for text in cuda_module.ptx()]
+    return {name: unit for unit in units for name in unit.names}
 
 
 class _Lazy:

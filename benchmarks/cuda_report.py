@@ -1,0 +1,188 @@
+"""Reports what the CUDA module's kernels are made of, and what a simulator counts in them: no GPU, no times.
+
+python -m benchmarks.compile_report --cuda
+
+Per m16n8k16 of one warp (two m16n8k8 on compute capability 7.5): SASS instructions, those of FP32, MUFU, LDSM and LDS,
+and wavefronts of shared memory, in the main loop. That is, of the innermost loops with tensor-core instructions, the
+one with the fewest instructions for each of these: the others are for blocks with masks or done again, which only adds.
+The whole kernels are counted in a simulator of PTX, where there is one (`ptxsim`), every block of every grid.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fastattn.backends import Needs
+from fastattn.backends.cuda import CudaBackend
+from fastattn.problem import Inputs, Options, describe
+
+from . import cuda_marks, cuda_module, cuda_simulator, pipes
+from .cuda_marks import Counts, Mark
+from .sass import Loop
+
+SEQLEN = 1024
+_WIDTH = 52  # of the longest name
+MARKED = "sm_80"
+GPUS = {"sm_75": ("T4",), "sm_80": ("A100", "H100"), "sm_90": ("H100",)}
+"""Whose limits are told for the code of an architecture. For H100, that of sm_80 stands in where none is for sm_90."""
+
+
+class Name(NamedTuple):
+    """What a kernel's name says. general: for calls with softcap or ALiBi."""
+
+    architecture: str
+    kernel: str
+    dtype: str
+    general: bool
+    head_dim: int
+
+
+def parsed(name: str) -> Name | None:
+    """The parts of a name as fastattn_sm80_forward_bf16_general_d64; None of kernels without tensor cores."""
+    found = re.fullmatch(r"fastattn_sm(\d+)_(\w+)_(bf16|fp16)(_general)?_d(\d+)", name)
+    return Name(f"sm_{found[1]}", found[2], found[3], bool(found[4]), int(found[5])) if found else None
+
+
+def main_loop(loops: Sequence[Loop]) -> Loop:
+    """The one without masks."""
+    return min(loops, key=lambda loop: loop.total / pipes.products(loop))
+
+
+class Static(NamedTuple):
+    """A kernel's machine code. work: of its main loop; None if it has none."""
+
+    name: str
+    usage: cuda_module.Usage
+    work: pipes.Work | None
+
+    def __str__(self) -> str:
+        numbers = "" if self.work is None else "".join(f"  {x:10.2f}" for x in self.work)
+        return f"{self.name:{_WIDTH}} {self.usage.registers:4} {self.usage.stack:6}{numbers}"
+
+
+def statics(architecture: str) -> list[Static]:
+    """Of all kernels that the module has machine code of for an architecture."""
+    loops = cuda_module.loops(architecture)
+    return [
+        Static(name, usage, pipes.work(main_loop(loops[name])) if loops[name] else None)
+        for name, usage in sorted(cuda_module.usage(architecture).items())
+    ]
+
+
+def static_marks(found: Sequence[Static], architecture: str) -> Iterator[Mark]:
+    """Nothing is spilled; and on compute capability 8.0, what main loops may take."""
+    spilled = max((x.usage.stack for x in found), default=0)
+    yield Mark(f"{architecture}: bytes of stack, the largest of {len(found)} kernels", spilled, 0)
+    for x in found:
+        name = parsed(x.name)
+        if name and name.architecture == MARKED and name.dtype == "bf16" and not name.general and x.work:
+            yield from cuda_marks.of_loop(name.kernel, name.head_dim, x.work.instructions)
+
+
+def counts_of(counters: dict[str, Any], scores: int) -> Counts:
+    """A launch's counters, as the simulator gives them, for so many visible scores."""
+    classes = counters["by_class"]
+    products, instructions = classes["tensor"], counters["warp_instrs"] - counters["fused_mul_add_pairs"]
+    return Counts(
+        products,
+        instructions / products,
+        (instructions - classes["mov"]) / products,
+        32 * classes["mufu"] / scores,
+        counters["shared_wavefronts"] / products,
+        counters["bank_conflicts"],
+        counters["global_bytes"],
+    )
+
+
+def simulated(head_dim: int, causal: bool) -> tuple[dict[str, Counts], int]:
+    """Runs a forward and a backward pass of one head in bfloat16; counts by name of kernel, and findings."""
+    torch.manual_seed(0)
+    machine = cuda_simulator.Simulator(80)
+    backend = CudaBackend(machine)
+    inputs = Inputs(*torch.randn(3, 1, 1, SEQLEN, head_dim).bfloat16().unbind())
+    problem = describe("dense", inputs, Options(causal=causal))
+    out, lse = backend.forward(problem, inputs)
+    backend.backward(problem, inputs, out, lse, out, None, Needs(True, True, True, False, False))
+    scores = SEQLEN**2 // 2 if causal else SEQLEN**2
+    pairs = zip(machine.kernels, machine.counters, strict=True)
+    with_tensor = {name: counters for name, counters in pairs if "tensor" in counters["by_class"]}
+    return {name: counts_of(counters, scores) for name, counters in with_tensor.items()}, len(machine.findings)
+
+
+def _print_static(found: Sequence[Static], architecture: str) -> None:
+    print(f"{architecture}: machine code, main loop per m16n8k16 of one warp")
+    print(f"{'kernel':{_WIDTH}} {'regs':>4} {'stack':>6}", end="")
+    print("".join(f"  {title:>10}" for title in ("SASS", "FP32", "MUFU", "LDSM", "LDS", "wavefronts")))
+    print(*found, "", sep="\n")
+
+
+def _print_pipes(found: Sequence[Static], architecture: str) -> None:
+    works = {x.name: x.work for x in found}
+    for gpu in GPUS.get(architecture, ()):
+        print(
+            f"A model, not a measurement: cycles of a multiprocessor of {gpu} per m16n8k16, main loop of {architecture}"
+        )
+        print("(fp16 left out where it has the same counts as bf16)")
+        print(f"{'kernel':{_WIDTH}} {'tensor':>7} {'FP32':>7} {'MUFU':>7} {'shared':>7} {'issue':>7}  bound by")
+        for name, work in works.items():
+            same = "fp16" in name and works.get(name.replace("fp16", "bf16")) == work
+            if work is None or same:
+                continue
+            cycles = pipes.cycles(work, pipes.RATES[gpu])
+            text = " ".join(f"{cycle:7.2f}" for cycle in cycles.values())
+            print(f"{name:{_WIDTH}} {text}  {max(cycles, key=cycles.__getitem__)}")
+        print()
+
+
+def _print_simulated() -> list[Mark]:
+    print(
+        f"Simulated, bf16, {SEQLEN} queries and keys, one head, {MARKED}, all blocks. mma: m16n8k16 of warps; per mma,"
+    )
+    print(
+        "PTX instructions of warps (fused, then without moves) and shared wavefronts; per score (S^2, causal S^2 / 2), MUFU"
+    )
+    columns = ("mma", "instr/mma", "no moves", "MUFU/score", "wavefronts", "conflicts", "global B")
+    print(f"{'kernel':{_WIDTH}} {'call':7}" + "".join(f" {title:>10}" for title in columns))
+    marks: list[Mark] = []
+    for head_dim, causal in cuda_marks.FLASH_ATTENTION_2:
+        found, findings = simulated(head_dim, causal)
+        call = "causal" if causal else "full"
+        for name, counts in found.items():
+            text = "".join(f" {x:10}" if isinstance(x, int) else f" {x:10.3f}" for x in counts)
+            print(f"{name:{_WIDTH}} {call:7}{text}")
+            kernel = parsed(name)
+            assert kernel is not None, f"the kernel {name} has tensor-core instructions and no known name"
+            marks += cuda_marks.of_whole(kernel.kernel, head_dim, causal, counts)
+        marks.append(Mark(f"d{head_dim} {call}: races, reads of what nobody wrote and the like", findings, 0))
+    print()
+    return marks
+
+
+def report(architectures: Sequence[str], simulate: bool) -> int:
+    """Prints the report; returns how many marks are not met, wishes aside."""
+    if reason := CudaBackend(cuda_simulator.Simulator()).why_unavailable():
+        print(reason)
+        return 0
+    marks: list[Mark] = []
+    for architecture in architectures:
+        found = statics(architecture)
+        if not found:
+            print(f"{architecture}: the module was built without machine code for it\n")
+            continue
+        _print_static(found, architecture)
+        _print_pipes(found, architecture)
+        marks += static_marks(found, architecture)
+        if simulate and architecture == MARKED:
+            if reason := cuda_simulator.missing():
+                print(f"whole kernels are not counted, which {reason}\n")
+            else:
+                marks += _print_simulated()
+    print("Marks")
+    print(*marks, "", sep="\n")
+    missed = sum(not (mark.met or mark.wish) for mark in marks)
+    print("all met" if missed == 0 else f"{missed} not met")
+    return missed
