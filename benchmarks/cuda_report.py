@@ -143,7 +143,7 @@ def _print_simulated() -> list[Mark]:
         f"Simulated, bf16, {SEQLEN} queries and keys, one head, {MARKED}, all blocks. mma: m16n8k16 of warps; per mma,"
     )
     print(
-        "PTX instructions of warps (fused, then without moves) and shared wavefronts; per score (S^2, causal S^2 / 2), MUFU"
+        "PTX instructions of warps (fused, then without moves), shared wavefronts; MUFU per score (S^2, causal S^2 / 2)"
     )
     columns = ("mma", "instr/mma", "no moves", "MUFU/score", "wavefronts", "conflicts", "global B")
     print(f"{'kernel':{_WIDTH}} {'call':7}" + "".join(f" {title:>10}" for title in columns))

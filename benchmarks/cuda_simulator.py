@@ -6,6 +6,7 @@ Needs the simulator, `ptxsim`, on the path.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -41,11 +42,13 @@ class Simulator:
     """See `fastattn.backends.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like.
 
     kernels and counters: what has run, and what each launch took (see the simulator). `shared_bytes` says how much
-    dynamic shared memory each kernel was launched with.
+    dynamic shared memory each kernel was launched with; `tensors` are those of the last call.
     """
 
-    def __init__(self, capability: int = 80, multiprocessors: int = 4) -> None:
-        self._processor = Processor(capability, multiprocessors)
+    device = "cpu"
+
+    def __init__(self, capability: int = 80, multiprocessors: int = 16) -> None:
+        self.capability, self.multiprocessors = capability, multiprocessors
         self.findings: list[Any] = []
         self.kernels: list[str] = []
         self.counters: list[Any] = []
@@ -62,21 +65,32 @@ class Simulator:
 
     def processor(self, device: torch.device) -> Processor:
         """See `Machine`."""
-        return self._processor
+        return Processor(self.capability, self.multiprocessors)
 
     def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
         """See `Machine`."""
+        self.tensors = tensors
         memory = _Memory(tensors.values())
-        for name, blocks, threads, shared_bytes, argument in call.plan(operation, addresses(tensors), *self._processor):
+        plan = call.plan(operation, addresses(tensors), *self.processor(device))
+        for name, blocks, threads, shared_bytes, argument in plan:
             if blocks == 0:
                 continue
             struct = ptxsim().Struct(len(argument), memory.fields(argument))
-            counters = kernels()[name].launch(name, (blocks,), threads, [struct], shared_bytes=shared_bytes)
+            counters = self.launch(name, (blocks,), threads, [struct], shared_bytes=shared_bytes)
             self.kernels.append(name)
             self.counters.append(counters)
             self.shared_bytes[name] = shared_bytes
             self.bank_conflicts += counters["bank_conflicts"]
-            self.findings += [f for f in counters.findings if not f[0].startswith("note:")]
+            self.findings += findings(counters)
+
+    def launch(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """Runs a kernel; returns the simulator's counters."""
+        return kernels()[name].launch(name, *arguments, **options)
+
+
+def findings(counters: Any) -> list[Any]:
+    """What the simulator found in a launch, but for notes, which may be legitimate."""
+    return [found for found in counters.findings if not found[0].startswith("note:")]
 
 
 class _Memory:
@@ -113,6 +127,13 @@ def kernels() -> dict[str, Any]:
     """The module's PTX, by the names of its kernels."""
     units = [_Lazy(text) for text in cuda_module.ptx()]
     return {name: unit for unit in units for name in unit.names}
+
+
+def ptx(name: str) -> str:
+    """The PTX of one kernel, without those that were compiled with it."""
+    head, *entries = re.split(r"(?m)^(?=\.visible \.entry )", kernels()[name].text)
+    (entry,) = (x for x in entries if x.split()[2].split("(")[0] == name)
+    return head + entry
 
 
 class _Lazy:

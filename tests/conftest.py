@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fastattn.kernels.machine import interpreting
 
 import fastattn
 from fastattn import dispatch, shortcuts
-from fastattn.backends import Backend
+from fastattn.backends import Backend, cuda
 
 COMPLETE_BACKENDS = ("reference", "cpu", "triton")
 """Those that promise every feature: for them a refused call is a failure, for others a skipped test."""
@@ -37,6 +38,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "backend", [pytest.param(name, marks=on_gpu if device_of(name) == "cuda" else ()) for name in chosen]
         )
+    if "machine" in metafunc.fixturenames:
+        from . import cuda_machines
+
+        metafunc.parametrize("machine", cuda_machines.parameters(metafunc.module.CAPABILITY), indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -96,6 +101,17 @@ def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
 
     yield use
     forget()
+
+
+@pytest.fixture
+def machine(request: pytest.FixtureRequest, use_backends: Callable[..., None]) -> Any:
+    """What runs CUDA kernels of the compute capability that the test's module says (CAPABILITY, times 10).
+
+    See tests/cuda_machines.py. It stands behind the backend "cuda", which is there before all others.
+    """
+    machine = request.param()
+    use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
+    return machine
 
 
 def skip_if_refused(backend: str, explain: Callable[..., fastattn.Report]) -> None:

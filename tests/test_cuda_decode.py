@@ -1,4 +1,4 @@
-"""Calls with a cache on the CUDA C++ kernels as built, in a simulator of PTX: results, what is written, races, bounds.
+"""Calls with a cache on the CUDA C++ kernels as built: results, what is written, races, bounds.
 
 Needs what tests/test_cuda_kernels.py needs, and skips without it.
 """
@@ -6,6 +6,7 @@ Needs what tests/test_cuda_kernels.py needs, and skips without it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor
 import fastattn
 from fastattn import dispatch
 from fastattn.backends import cuda
-from fastattn.backends.native import Tensors
 from fastattn.problem import Inputs, Options, describe
 
 from .cache_cases import CONTIGUOUS, PAGED, ROTARY, CacheCase, build
@@ -25,18 +25,17 @@ from .test_kv_cache import check
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from benchmarks import cuda_simulator
+from benchmarks.cuda_simulator import Simulator
 
-from . import simulator
-
-_without = simulator.missing()
+from . import cuda_machines
+from .cuda_machines import Hardware
 
 pytestmark = [
     pytest.mark.skipif(cuda._cuda is None, reason="fastattn was built without nvcc"),
-    pytest.mark.skipif(_without is not None, reason=str(_without)),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
+CAPABILITY = 80
 BF16, FP16 = torch.bfloat16, torch.float16
 RAGGED: dict[str, Any] = {"lengths": (77, 0, 30), "capacity": 96, "head_dim": 64, "head_dim_v": 64}
 STEP = {**RAGGED, "seqlen_new": 1}
@@ -129,17 +128,10 @@ def _takes(case: CacheCase) -> bool:
 OF_ALL_BACKENDS = [case for case in (*CONTIGUOUS, *ROTARY, *PAGED) if _takes(case)]
 
 
-def _machine(use_backends: Callable[..., None], multiprocessors: int = 16) -> cuda_simulator.Simulator:
-    machine = cuda_simulator.Simulator(multiprocessors=multiprocessors)
-    use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
-    return machine
-
-
 @pytest.mark.parametrize("run", CASES, ids=lambda run: f"{run[0]}-{str(run[1]).removeprefix('torch.')}")
-def test_decode(run: tuple[CacheCase, torch.dtype], use_backends: Callable[..., None]) -> None:
+def test_decode(run: tuple[CacheCase, torch.dtype], machine: Simulator | Hardware) -> None:
     case, dtype = run
-    machine = _machine(use_backends)
-    check(case, dtype, "cuda", "cpu")
+    check(case, dtype, "cuda", machine.device)
     wanted = [r"append_(bf|fp)16"] if case.seqlen_new or case.rotary_dim else []
     many = case.seqlen_q > 16 and not case.page_size
     wanted.append(f"{'forward' if many else 'decode'}_(bf|fp)16(_general)?_d[0-9]+")
@@ -152,16 +144,15 @@ def test_decode(run: tuple[CacheCase, torch.dtype], use_backends: Callable[..., 
 
 
 @pytest.mark.parametrize("case", OF_ALL_BACKENDS, ids=str)
-def test_what_all_backends_do(case: CacheCase, use_backends: Callable[..., None]) -> None:
-    machine = _machine(use_backends)
-    check(case, BF16, "cuda", "cpu")
+def test_what_all_backends_do(case: CacheCase, machine: Simulator | Hardware) -> None:
+    check(case, BF16, "cuda", machine.device)
     assert not machine.findings
 
 
 @pytest.mark.parametrize(("multiprocessors", "launches"), [(1, 2), (6, 3), (12, 3), (40, 3)])
-def test_any_number_of_splits(multiprocessors: int, launches: int, use_backends: Callable[..., None]) -> None:
-    machine = _machine(use_backends, multiprocessors)
-    check(CacheCase("split", sinks=True, **LONG), BF16, "cuda", "cpu")
+def test_any_number_of_splits(multiprocessors: int, launches: int, machine: Simulator | Hardware) -> None:
+    machine.multiprocessors = multiprocessors
+    check(CacheCase("split", sinks=True, **LONG), BF16, "cuda", machine.device)
     assert len(machine.kernels) == launches
     assert not machine.findings
 
@@ -176,39 +167,31 @@ def test_number_of_splits() -> None:
     assert splits(60, 1 << 16, 108) == 7  # 1 split would leave 48 idle; 420 blocks nearly fill 4 waves
 
 
-class Recorder(cuda_simulator.Simulator):
-    """Keeps the tensors of its last call."""
-
-    def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
-        self.tensors = tensors
-        super().run(device, operation, call, tensors)
-
-
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_combine_is_merge_states(dtype: torch.dtype, use_backends: Callable[..., None]) -> None:
+def test_combine_is_merge_states(dtype: torch.dtype, machine: Simulator | Hardware) -> None:
     """The result is what `fastattn.merge_states` makes of the splits' results, one of which may have seen nothing."""
-    machine = Recorder(multiprocessors=16)
-    use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
-    call = build(CacheCase("merged", **{**LONG, "lengths": (650, 0, 129, 5)}, heads_q=16), dtype)
+    call = build(CacheCase("merged", **{**LONG, "lengths": (650, 0, 129, 5)}, heads_q=16), dtype, machine.device)
     out, lse = call.run(return_lse=True, backend="cuda")
     rows = lse.numel()  # 64: both parts of the workspace are whole multiples of 256 bytes
     numbers = machine.tensors["workspace"].view(torch.float32)
     count = numbers.numel() // (rows * 65)
     assert count > 1
     part_out, part_lse = numbers.split((count * rows * 64, count * rows))
-    lses = part_lse.view(count, *lse.shape) * torch.tensor(2.0).log()
+    lses = part_lse.view(count, *lse.shape) * math.log(2.0)
     assert (lses == -torch.inf).any()
     want, want_lse = fastattn.merge_states(part_out.view(count, *out.shape), lses)
     torch.testing.assert_close(lse, want_lse, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out, want.to(dtype), rtol=2**-7, atol=1e-6)  # rounded once more, by one unit at most
 
 
+@cuda_machines.needs_simulator
 @pytest.mark.parametrize("page_size", [0, 64])
 def test_cost_of_a_piece(page_size: int, use_backends: Callable[..., None]) -> None:
     """16 keys of head_dim 128: 32 products, few other instructions, no conflict in shared memory."""
     taken = []
     for keys in (512, 1536):
-        machine = _machine(use_backends, multiprocessors=1)
+        machine = Simulator(multiprocessors=1)
+        use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
         sizes = {"lengths": (keys,), "capacity": keys, "head_dim": 128, "head_dim_v": 128}
         build(CacheCase("cost", page_size=page_size, heads_q=8, heads_kv=1, **sizes), BF16).run(backend="cuda")
         (counters,) = machine.counters
@@ -220,22 +203,20 @@ def test_cost_of_a_piece(page_size: int, use_backends: Callable[..., None]) -> N
     assert conflicts == 0
 
 
-def test_same_bits_again(use_backends: Callable[..., None]) -> None:
-    _machine(use_backends)
+def test_same_bits_again(machine: Simulator | Hardware) -> None:
     case = CacheCase("again", **LONG, **EVERYTHING)
-    first, second = (build(case, BF16).run(return_lse=True, backend="cuda") for _ in range(2))
+    first, second = (build(case, BF16, machine.device).run(return_lse=True, backend="cuda") for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
 
-def test_stale_references_are_renewed(use_backends: Callable[..., None]) -> None:
+def test_stale_references_are_renewed(machine: Simulator | Hardware) -> None:
     """Keys that grow by far more than a float16 holds, piece after piece."""
-    machine = _machine(use_backends)
     for dtype in (BF16, FP16):
-        q = torch.ones(1, 2, 3, 64, dtype=dtype)
-        k = torch.arange(300.0)[None, None, :, None].expand(1, 1, 300, 64).to(dtype).contiguous()
-        v = torch.randn(1, 1, 300, 64).to(dtype)
-        lengths = torch.tensor([299], dtype=torch.int32)
+        q = torch.ones(1, 2, 3, 64, dtype=dtype, device=machine.device)
+        k = torch.arange(300.0).to(q)[None, None, :, None].expand(1, 1, 300, 64).contiguous()
+        v = torch.randn(1, 1, 300, 64).to(q)
+        lengths = torch.tensor([299], dtype=torch.int32, device=machine.device)
         out, lse = fastattn.attention_with_kv_cache(
             q, k, v, cache_lengths=lengths, causal=True, return_lse=True, backend="cuda"
         )
@@ -247,21 +228,16 @@ def test_stale_references_are_renewed(use_backends: Callable[..., None]) -> None
     assert not machine.findings
 
 
-def test_nonfinite_values(use_backends: Callable[..., None]) -> None:
+def test_nonfinite_values(machine: Simulator | Hardware) -> None:
     """Visible NaN and inf spread to the rows that see them; keys that the window hides from all rows are not read."""
-    machine = _machine(use_backends)
-    q, k, v = (
-        torch.randn(2, 2, 2, 64).to(BF16),
-        torch.randn(2, 2, 500, 64).to(BF16),
-        torch.randn(2, 2, 500, 64).to(BF16),
-    )
+    q, k, v = (torch.randn(2, 2, n, 64).to(machine.device, BF16) for n in (2, 500, 500))
     k[:, :, :101] = v[:, :, :101] = torch.nan
     k[1, 0, 498] = torch.nan
     k[1, 1, 200] = torch.inf
     v[0, 0, 499] = torch.inf
-    lengths = torch.tensor([500, 500], dtype=torch.int32)
-    clean_k, clean_v = (torch.where(torch.arange(500)[:, None] < 101, 0.0, x) for x in (k, v))
-    for sinks in (None, torch.tensor([0.5, -torch.inf])):
+    lengths = torch.tensor([500, 500], dtype=torch.int32, device=machine.device)
+    clean_k, clean_v = (torch.where(torch.arange(500, device=machine.device)[:, None] < 101, 0.0, x) for x in (k, v))
+    for sinks in (None, torch.tensor([0.5, -torch.inf], device=machine.device)):
         options: dict[str, Any] = {"window": (397, 0), "sinks": sinks, "return_lse": True}
         out, lse = fastattn.attention_with_kv_cache(q, k, v, cache_lengths=lengths, backend="cuda", **options)
         want, want_lse = fastattn.reference.attention(q, clean_k, clean_v, **options)
@@ -285,14 +261,11 @@ GARBAGE = (-(2**31), -1, 0, 5, 100, 2**20, 2**31 - 1)
         ("block_table", {**LONG, "page_size": 32}),
     ],
 )
-def test_garbage_does_not_lead_out_of_memory(
-    name: str, sizes: dict[str, Any], use_backends: Callable[..., None]
-) -> None:
+def test_garbage_does_not_lead_out_of_memory(name: str, sizes: dict[str, Any], machine: Simulator | Hardware) -> None:
     """Index tensors on a GPU are checked by nobody; the simulator raises on an access outside of a tensor."""
-    machine = _machine(use_backends)
     case = CacheCase("garbage", rotary_dim=16, **sizes)
     for first, second in zip(GARBAGE, GARBAGE[1:] + GARBAGE[:1], strict=True):
-        call = build(case, BF16)
+        call = build(case, BF16, machine.device)
         inputs = _inputs(call.q, call.k_cache, call.v_cache, call.options)
         wrong = inputs.block_table if name == "block_table" else inputs.kv_lengths
         assert wrong is not None
@@ -302,10 +275,9 @@ def test_garbage_does_not_lead_out_of_memory(
     assert not machine.findings
 
 
-def test_no_pages_at_all(use_backends: Callable[..., None]) -> None:
+def test_no_pages_at_all(machine: Simulator | Hardware) -> None:
     """Not even lengths that say otherwise make the kernels look for keys where there are none."""
-    machine = _machine(use_backends)
-    call = build(CacheCase("no pages", page_size=16, **RAGGED), BF16)
+    call = build(CacheCase("no pages", page_size=16, **RAGGED), BF16, machine.device)
     inputs = _inputs(call.q, call.k_cache[:0], call.v_cache[:0], call.options)
     out, lse = cuda.CudaBackend(machine).decode(describe("cache", inputs, Options()), inputs)
     assert (out == 0).all()
@@ -318,20 +290,18 @@ def _inputs(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Inputs:
     return Inputs(q, k, v, kv_lengths=options["cache_lengths"], cos=cos, sin=sin, **given)
 
 
-def test_version_counters_see_the_write(use_backends: Callable[..., None]) -> None:
-    _machine(use_backends)
-    call = build(CacheCase("counted", **STEP), BF16)
+def test_version_counters_see_the_write(machine: Simulator | Hardware) -> None:
+    call = build(CacheCase("counted", **STEP), BF16, machine.device)
     before = call.k_cache._version, call.v_cache._version
     call.run(backend="cuda")
     assert call.k_cache._version > before[0]
     assert call.v_cache._version > before[1]
 
 
-def test_queries_of_any_layout(use_backends: Callable[..., None]) -> None:
+def test_queries_of_any_layout(machine: Simulator | Hardware) -> None:
     """They are copied if they must be, and explain says so."""
-    machine = _machine(use_backends)
-    call = build(CacheCase("layout", **CHUNK), BF16)
-    want = build(call.case, BF16).run(backend="cuda")
+    call = build(CacheCase("layout", **CHUNK), BF16, machine.device)
+    want = build(call.case, BF16, machine.device).run(backend="cuda")
     plain = call.q
     call.q = plain.transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(call.run(backend="cuda"), want)
@@ -352,11 +322,10 @@ def test_queries_of_any_layout(use_backends: Callable[..., None]) -> None:
         ({"head_dim": 60}, "head_dim is 60"),
     ],
 )
-def test_refusals(changes: dict[str, Any], reason: str, use_backends: Callable[..., None]) -> None:
+def test_refusals(changes: dict[str, Any], reason: str, machine: Simulator | Hardware) -> None:
     """A backend asked for by name says why it cannot; automatic choice takes another."""
-    machine = _machine(use_backends)
     case = dataclasses.replace(CacheCase("refused", **STEP), **changes)
     with pytest.raises(ValueError, match=reason):
-        build(case, BF16).run(backend="cuda")
-    build(case, BF16).run()
+        build(case, BF16, machine.device).run(backend="cuda")
+    build(case, BF16, machine.device).run()
     assert machine.kernels == []

@@ -1,13 +1,10 @@
-"""Gradients of the CUDA C++ kernels as built, executed in a simulator of PTX; see test_cuda_kernels.py."""
+"""Gradients of the CUDA C++ kernels as built, executed in a simulator of PTX and on a GPU; see test_cuda_kernels.py."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from fastattn import dispatch
 from fastattn.backends import cuda
 
 from . import cases
@@ -16,19 +13,17 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from benchmarks import cuda_simulator
+from benchmarks.cuda_simulator import Simulator
 
-from . import simulator
+from .cuda_machines import Hardware
 from .test_cuda_kernels import BF16, FP16, SIZES, _case, _dims
-
-_without = simulator.missing()
 
 pytestmark = [
     pytest.mark.skipif(cuda._cuda is None, reason="fastattn was built without nvcc"),
-    pytest.mark.skipif(_without is not None, reason=str(_without)),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
+CAPABILITY = 80
 ALL_DIMS = (8, 32, 64, 96, 128, 192, 256)
 
 CASES: tuple[tuple[Case, torch.dtype], ...] = (
@@ -62,14 +57,12 @@ CASES: tuple[tuple[Case, torch.dtype], ...] = (
 
 
 @pytest.mark.parametrize("run", CASES, ids=lambda run: f"{run[0]}-{str(run[1]).removeprefix('torch.')}")
-def test_gradients(run: tuple[Case, torch.dtype], use_backends: Callable[..., None]) -> None:
+def test_gradients(run: tuple[Case, torch.dtype], machine: Simulator | Hardware) -> None:
     case, dtype = run
-    machine = cuda_simulator.Simulator()
-    use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
-    call, want = cases.build(case, dtype), cases.expected(case, dtype)
+    call, want = cases.build(case, dtype, machine.device), cases.expected(case, dtype)
     leaves = call.requires_grad()
     out, lse = call.run(return_lse=True, backend="cuda")
-    torch.autograd.backward((out, lse), (want.dout, want.dlse))
+    torch.autograd.backward((out, lse), (want.dout.to(out.device), want.dlse.to(out.device)))
     for name, leaf in leaves.items():
         assert leaf.grad is not None, name
         term = want.exact.terms.get(name, 0.0)

@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels as built, executed in a simulator of PTX: results, races, bounds.
+"""The CUDA C++ kernels as built, executed in a simulator of PTX and, with -m gpu, on a GPU: results, races, bounds.
 
-Needs the simulator `ptxsim` on the path, or beside the project in ../shared, and a module built with nvcc; the tests
+Needs a module built with nvcc, and the simulator `ptxsim` on the path, or beside the project in ../shared; the tests
 skip without them. Forward passes are tested here, gradients and calls with a cache in files of their own.
 """
 
@@ -23,17 +23,16 @@ from .tolerance import assert_close
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
 from benchmarks import cuda_module, cuda_simulator
+from benchmarks.cuda_simulator import Simulator
 
-from . import simulator
-
-_without = simulator.missing()
+from .cuda_machines import Hardware
 
 pytestmark = [
     pytest.mark.skipif(cuda._cuda is None, reason="fastattn was built without nvcc"),
-    pytest.mark.skipif(_without is not None, reason=str(_without)),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
+CAPABILITY = 80
 BF16, FP16 = torch.bfloat16, torch.float16
 _BASE: dict[str, Any] = {"batch": 1, "heads_q": 2, "heads_kv": 2, "head_dim": 64, "head_dim_v": 64}
 
@@ -81,11 +80,9 @@ CASES: tuple[tuple[Case, torch.dtype], ...] = (
 
 
 @pytest.mark.parametrize("run", CASES, ids=lambda run: f"{run[0]}-{str(run[1]).removeprefix('torch.')}")
-def test_forward(run: tuple[Case, torch.dtype], use_backends: Callable[..., None]) -> None:
+def test_forward(run: tuple[Case, torch.dtype], machine: Simulator | Hardware) -> None:
     case, dtype = run
-    machine = cuda_simulator.Simulator()
-    use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
-    call, want = cases.build(case, dtype), cases.expected(case, dtype)
+    call, want = cases.build(case, dtype, machine.device), cases.expected(case, dtype)
     with torch.no_grad():
         out, lse = call.run(return_lse=True, backend="cuda")
     assert_close("out", out, want.exact.out, want.eager_out, dtype)
@@ -95,14 +92,12 @@ def test_forward(run: tuple[Case, torch.dtype], use_backends: Callable[..., None
     assert not machine.findings
 
 
-def test_stale_references_are_renewed(use_backends: Callable[..., None]) -> None:
+def test_stale_references_are_renewed(machine: Simulator | Hardware) -> None:
     """Keys that grow by far more than a float16 holds, block after block: each block must be done again."""
-    machine = cuda_simulator.Simulator()
-    use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
     for dtype in (BF16, FP16):
-        q = torch.ones(1, 1, 150, 64, dtype=dtype)
-        k = torch.arange(300.0)[None, None, :, None].expand(1, 1, 300, 64).to(dtype) / 8
-        v = torch.randn(1, 1, 300, 64).to(dtype)
+        q = torch.ones(1, 1, 150, 64, dtype=dtype, device=machine.device)
+        k = torch.arange(300.0).to(q)[None, None, :, None].expand(1, 1, 300, 64) / 8
+        v = torch.randn(1, 1, 300, 64).to(q)
         out, lse = fastattn.attention(q, k, v, return_lse=True, backend="cuda")
         want, want_lse = fastattn.reference.attention(q.double(), k.double(), v.double(), return_lse=True)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=0)
@@ -110,15 +105,13 @@ def test_stale_references_are_renewed(use_backends: Callable[..., None]) -> None
     assert not machine.findings
 
 
-def test_nonfinite_values(use_backends: Callable[..., None]) -> None:
+def test_nonfinite_values(machine: Simulator | Hardware) -> None:
     """Visible NaN and inf spread to the rows that see them, also where no score of a row is a number."""
-    machine = cuda_simulator.Simulator()
-    use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
-    q, k, v = torch.randn(3, 1, 2, 200, 64).to(BF16)
+    q, k, v = torch.randn(3, 1, 2, 200, 64).to(machine.device, BF16)
     q[0, 0, 3] = q[0, 0, 150, 7] = torch.nan
     k[0, 0, 180] = torch.nan
     k[0, 1, 120] = torch.inf
-    sinks = torch.tensor([0.5, -torch.inf])
+    sinks = torch.tensor([0.5, -torch.inf], device=machine.device)
     calls: list[dict[str, Any]] = [{}, {"causal": True}, {"causal": True, "window": (20, 0)}]
     for options in (*calls, {"causal": True, "sinks": sinks}):
         out, lse = fastattn.attention(q, k, v, return_lse=True, backend="cuda", **options)
@@ -138,7 +131,7 @@ def test_nothing_is_spilled() -> None:
 
 
 def test_explain_names_copies(use_backends: Callable[..., None]) -> None:
-    use_backends(cuda.CudaBackend(cuda_simulator.Simulator()), *dispatch.BACKENDS)
+    use_backends(cuda.CudaBackend(Simulator()), *dispatch.BACKENDS)
     q = torch.randn(1, 2, 64, 64).bfloat16()
     k = torch.randn(1, 2, 64, 65).bfloat16()[..., 1:]
     report = fastattn.explain(q, k, q, backend="cuda")
@@ -161,7 +154,7 @@ def test_explain_names_copies(use_backends: Callable[..., None]) -> None:
 def test_refusals(
     options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, reason: str, use_backends: Callable[..., None]
 ) -> None:
-    use_backends(cuda.CudaBackend(cuda_simulator.Simulator()), *dispatch.BACKENDS)
+    use_backends(cuda.CudaBackend(Simulator()), *dispatch.BACKENDS)
     q = torch.zeros(shape, dtype=dtype)
     with pytest.raises(ValueError, match=reason):
         fastattn.attention(q, q, q, backend="cuda", **options)

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels for compute capability 7.5 as built, run in a simulator of PTX: see test_cuda_kernels.py."""
+"""The CUDA C++ kernels for compute capability 7.5 as built: see test_cuda_kernels.py."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from benchmarks import cuda_module, cuda_simulator
+from benchmarks import cuda_module
+from benchmarks.cuda_simulator import Simulator
 
-from . import simulator
-
-_without = simulator.missing()
+from . import cuda_machines
+from .cuda_machines import Hardware
 
 pytestmark = [
     pytest.mark.skipif(cuda._cuda is None, reason="fastattn was built without nvcc"),
-    pytest.mark.skipif(_without is not None, reason=str(_without)),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
+CAPABILITY = 75
 FP16 = torch.float16
 
 
@@ -67,16 +67,9 @@ CASES = (
 )
 
 
-def _simulator(use_backends: Callable[..., None]) -> cuda_simulator.Simulator:
-    machine = cuda_simulator.Simulator(capability=75)
-    use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
-    return machine
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward(case: Case, use_backends: Callable[..., None]) -> None:
-    machine = _simulator(use_backends)
-    call, want = cases.build(case, FP16), cases.expected(case, FP16)
+def test_forward(case: Case, machine: Simulator | Hardware) -> None:
+    call, want = cases.build(case, FP16, machine.device), cases.expected(case, FP16)
     with torch.no_grad():
         out, lse = call.run(return_lse=True, backend="cuda")
     assert_close("out", out, want.exact.out, want.eager_out, FP16)
@@ -111,12 +104,11 @@ GRADIENT_CASES = (
 
 
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
-def test_gradients(case: Case, use_backends: Callable[..., None]) -> None:
-    machine = _simulator(use_backends)
-    call, want = cases.build(case, FP16), cases.expected(case, FP16)
+def test_gradients(case: Case, machine: Simulator | Hardware) -> None:
+    call, want = cases.build(case, FP16, machine.device), cases.expected(case, FP16)
     leaves = call.requires_grad()
     out, lse = call.run(return_lse=True, backend="cuda")
-    torch.autograd.backward((out, lse), (want.dout, want.dlse))
+    torch.autograd.backward((out, lse), (want.dout.to(out.device), want.dlse.to(out.device)))
     for name, leaf in leaves.items():
         assert leaf.grad is not None, name
         term = want.exact.terms.get(name, 0.0)
@@ -128,12 +120,11 @@ def test_gradients(case: Case, use_backends: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_stale_references_are_renewed(head_dim: int, use_backends: Callable[..., None]) -> None:
+def test_stale_references_are_renewed(head_dim: int, machine: Simulator | Hardware) -> None:
     """Keys that grow by far more than a float16 holds, block after block: each block must be done again."""
-    machine = _simulator(use_backends)
-    q = torch.ones(1, 1, 40, head_dim, dtype=FP16)
-    k = torch.arange(200.0)[None, None, :, None].expand(1, 1, 200, head_dim).to(FP16) / 8
-    v = torch.randn(1, 1, 200, head_dim).to(FP16)
+    q = torch.ones(1, 1, 40, head_dim, dtype=FP16, device=machine.device)
+    k = torch.arange(200.0).to(q)[None, None, :, None].expand(1, 1, 200, head_dim) / 8
+    v = torch.randn(1, 1, 200, head_dim).to(q)
     out, lse = fastattn.attention(q, k, v, scale=0.125, return_lse=True, backend="cuda")
     want, want_lse = fastattn.reference.attention(q.double(), k.double(), v.double(), scale=0.125, return_lse=True)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=0)
@@ -141,10 +132,9 @@ def test_stale_references_are_renewed(head_dim: int, use_backends: Callable[...,
     assert not machine.findings
 
 
-def test_nonfinite_values(use_backends: Callable[..., None]) -> None:
+def test_nonfinite_values(machine: Simulator | Hardware) -> None:
     """Visible NaN and inf spread to the rows that see them, also where no score of a row is a number."""
-    machine = _simulator(use_backends)
-    q, k, v = torch.randn(3, 1, 2, 150, 64).to(FP16)
+    q, k, v = torch.randn(3, 1, 2, 150, 64).to(machine.device, FP16)
     q[0, 0, 3] = q[0, 0, 120, 7] = torch.nan
     k[0, 0, 130] = torch.nan
     k[0, 1, 90] = torch.inf
@@ -157,16 +147,15 @@ def test_nonfinite_values(use_backends: Callable[..., None]) -> None:
     assert not machine.findings
 
 
-def test_wrong_lengths_stay_within_memory(use_backends: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_lengths_stay_within_memory(machine: Simulator | Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
     """The simulator raises where a kernel leaves its tensors. (Lengths on a GPU are not checked; those here are.)"""
     for check in ("_check_cu_seqlens", "_check_lengths"):
         monkeypatch.setattr(problem, check, lambda *_: None)
-    machine = _simulator(use_backends)
-    q = torch.randn(60, 2, 64).to(FP16)
-    garbage = torch.tensor([-5, 1000, 7, 2**31 - 1], dtype=torch.int32)
+    q = torch.randn(60, 2, 64).to(machine.device, FP16)
+    garbage = torch.tensor([-5, 1000, 7, 2**31 - 1], dtype=torch.int32, device=machine.device)
     fastattn.attention_varlen(q, q, q, garbage, garbage.flip(0).contiguous(), causal=True, backend="cuda")
     dense = q.view(2, 30, 2, 64).transpose(1, 2)
-    lengths = torch.tensor([2**31 - 1, -7], dtype=torch.int32)
+    lengths = torch.tensor([2**31 - 1, -7], dtype=torch.int32, device=machine.device)
     fastattn.attention(dense, dense, dense, kv_lengths=lengths, backend="cuda")
     assert len(machine.kernels) == 2
     assert not machine.findings
@@ -186,12 +175,14 @@ def test_nothing_is_spilled(usage: dict[str, cuda_module.Usage]) -> None:
     assert set(found.values()) == {0}
 
 
+@cuda_machines.needs_simulator
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_two_blocks_share_a_multiprocessor(
     head_dim: int, usage: dict[str, cuda_module.Usage], use_backends: Callable[..., None]
 ) -> None:
     """Of 128 threads each, of the forward pass without softcap and ALiBi."""
-    machine = _simulator(use_backends)
+    machine = Simulator(capability=75)
+    use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
     q = torch.zeros(1, 1, 1, head_dim, dtype=FP16)
     fastattn.attention(q, q, q, backend="cuda")
     name = f"fastattn_sm75_forward_fp16_d{head_dim}"
@@ -212,7 +203,7 @@ def test_two_blocks_share_a_multiprocessor(
 def test_refusals(
     capability: int, dtype: torch.dtype, head_dim: int, reason: str, use_backends: Callable[..., None]
 ) -> None:
-    use_backends(cuda.CudaBackend(cuda_simulator.Simulator(capability)), *dispatch.BACKENDS)
+    use_backends(cuda.CudaBackend(Simulator(capability)), *dispatch.BACKENDS)
     q = torch.zeros(1, 1, 16, head_dim, dtype=dtype)
     with pytest.raises(ValueError, match=reason):
         fastattn.attention(q, q, q, backend="cuda")

@@ -69,11 +69,14 @@ class CopySource {
   int columns_;     // from this thread's first chunk on
 };
 
-// A number of 4 bytes that goes to an address, a multiple of 16 or 4 more, and to 8 bytes behind it.
+// A number of 4 bytes goes to two places: an address, a multiple of 16 or 4 more, and 8 bytes behind it. Every other
+// 16 threads turn to the second place first, so that a warp's 32 meet 32 banks.
+__device__ __forceinline__ uint32_t word_place(uint32_t to) { return to + (threadIdx.x & 16) / 2; }
+
 struct AsyncWord {
   __device__ __forceinline__ void ask(uint32_t to, const float* from, bool exists) {
-    ptx::cp_async_4(to, from, exists);
-    ptx::cp_async_4<8>(to, from, exists);
+    ptx::cp_async_4(word_place(to), from, exists);
+    ptx::cp_async_4(word_place(to) ^ 8, from, exists);
   }
   __device__ __forceinline__ void land(uint32_t) const {}  // a tile's land waits for it
 };
@@ -81,10 +84,8 @@ struct AsyncWord {
 struct RegisterWord {
   __device__ __forceinline__ void ask(uint32_t, const float* from, bool exists) { held = exists ? *from : 0.0f; }
   __device__ __forceinline__ void land(uint32_t to) const {
-    // Every other 16 threads turn to the second place first, so that a warp's 32 meet 32 banks.
-    const uint32_t first = to + (threadIdx.x & 16) / 2;
-    ptx::st_shared_4(first, __float_as_uint(held));
-    ptx::st_shared_4(first ^ 8, __float_as_uint(held));
+    ptx::st_shared_4(word_place(to), __float_as_uint(held));
+    ptx::st_shared_4(word_place(to) ^ 8, __float_as_uint(held));
   }
 
   float held;

@@ -69,7 +69,7 @@ class Gpu:
         """See `Machine`."""
         index = torch.cuda.current_device() if device.index is None else device.index
         stream = torch.cuda.current_stream(device).cuda_stream
-        call.run(operation, addresses(tensors), *_processor(device), index, stream)
+        call.run(operation, addresses(tensors), *self.processor(device), index, stream)
 
 
 @lru_cache
