@@ -124,9 +124,9 @@ def _print_pipes(found: Sequence[Static], architecture: str) -> None:
     works = {x.name: x.work for x in found}
     for gpu in GPUS.get(architecture, ()):
         print(
-            f"A model, not a measurement: cycles of a multiprocessor of {gpu} per m16n8k16, main loop of {architecture}"
+            f"A model, not a measurement: cycles per m16n8k16 on a multiprocessor of {gpu}, main loop, {architecture}"
         )
-        print("(fp16 left out where it has the same counts as bf16)")
+        print("(without fp16 where it counts as bf16 does; what bounds decoding is memory, not these)")
         print(f"{'kernel':{_WIDTH}} {'tensor':>7} {'FP32':>7} {'MUFU':>7} {'shared':>7} {'issue':>7}  bound by")
         for name, work in works.items():
             same = "fp16" in name and works.get(name.replace("fp16", "bf16")) == work
@@ -139,12 +139,11 @@ def _print_pipes(found: Sequence[Static], architecture: str) -> None:
 
 
 def _print_simulated() -> list[Mark]:
+    print(f"Simulated, bf16, {SEQLEN} queries and keys, one head, {MARKED}, all blocks. mma: m16n8k16 of warps.")
     print(
-        f"Simulated, bf16, {SEQLEN} queries and keys, one head, {MARKED}, all blocks. mma: m16n8k16 of warps; per mma,"
+        "Per mma: PTX instructions of warps (fused, then without moves), wavefronts of shared memory. Per score (S^2;"
     )
-    print(
-        "PTX instructions of warps (fused, then without moves), shared wavefronts; MUFU per score (S^2, causal S^2 / 2)"
-    )
+    print("causal S^2 / 2): MUFU. In all: bank conflicts, bytes of global memory.")
     columns = ("mma", "instr/mma", "no moves", "MUFU/score", "wavefronts", "conflicts", "global B")
     print(f"{'kernel':{_WIDTH}} {'call':7}" + "".join(f" {title:>10}" for title in columns))
     marks: list[Mark] = []
@@ -181,8 +180,7 @@ def report(architectures: Sequence[str], simulate: bool) -> int:
                 print(f"whole kernels are not counted, which {reason}\n")
             else:
                 marks += _print_simulated()
-    print("Marks")
-    print(*marks, "", sep="\n")
     missed = sum(not (mark.met or mark.wish) for mark in marks)
-    print("all met" if missed == 0 else f"{missed} not met")
+    if marks:
+        print("Marks", *marks, "", "all met" if missed == 0 else f"{missed} not met", sep="\n")
     return missed

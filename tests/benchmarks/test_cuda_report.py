@@ -156,7 +156,7 @@ def test_report_counts_what_is_not_met(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert _reported(monkeypatch, stack=8) == 2  # 8 bytes of stack, and 4.0 instructions where 3.9 are allowed
     printed = capsys.readouterr().out
     assert "2 not met" in printed
-    assert "A model, not a measurement: cycles of a multiprocessor of A100" in printed
+    assert "A model, not a measurement: cycles per m16n8k16 on a multiprocessor of A100" in printed
     assert _reported(monkeypatch, stack=0, code=PLAIN.replace("FMNMX", "HMMA.16816.F32.BF16")) == 0  # 8 for 3 products
     assert "all met" in capsys.readouterr().out
 
