@@ -17,6 +17,7 @@ from fastattn.kernels import config
 from fastattn.kernels.machine import Gpu, why_not_architecture
 
 import fastattn
+import native_build
 from fastattn.backends import cpu, cuda, triton
 from fastattn.integrations.torch import explain, use
 from fastattn.problem import Inputs
@@ -134,9 +135,20 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         assert says(reason), reason
 
 
+def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation that insists on CUDA kernels says what it misses; one that does not goes on."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(native_build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native_build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("FASTATTN_CUDA", "1")
+    with pytest.raises(RuntimeError, match="there is no nvcc") as refusal:
+        native_build.find_nvcc()
+    assert says(str(refusal.value))
+    monkeypatch.delenv("FASTATTN_CUDA")
+    assert native_build.find_nvcc() is None
+
+
 def test_note_of_a_copy() -> None:
-    if cuda._cuda is None:
-        pytest.skip("fastattn was built without nvcc")
     q, k = torch.randn(1, 2, 10, 16).half(), torch.randn(1, 2, 16, 10).half().mT
     problem = fastattn.explain(q, k, q).problem
     (note,) = cuda.CudaBackend(cuda.Gpu()).remarks(problem, Inputs(q, k, q))
@@ -156,8 +168,17 @@ def test_reasons_of_torchs_function() -> None:
         assert says(reason), reason
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_what_compilers_and_forward_mode_get() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    compiled = torch.compile(lambda q: q if fastattn.explain(q, q, q) else -q, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(q)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda q: fastattn.attention(q, q, q), (q,), (q,))
+
+
 def test_transformers() -> None:
-    pytest.importorskip("transformers", reason="Hugging Face Transformers is not installed")
     program = """
 import torch
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
