@@ -1,0 +1,216 @@
+"""fastattn as an attention implementation of Hugging Face Transformers.
+
+from fastattn.integrations import huggingface
+
+huggingface.register()
+model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..functional import attention, attention_varlen
+
+if TYPE_CHECKING:
+    from .huggingface_masks import MaskPlan
+
+__all__ = ["attention_forward", "register"]
+
+NAME = "fastattn"
+OLDEST = (4, 57)
+INTERFACES = ("AttentionInterface", "AttentionMaskInterface")
+
+# What models hand down to every attention implementation, and eager ignores: it is used elsewhere in the model, or is
+# about something that the mask says as well.
+HARMLESS = frozenset(
+    (
+        *("adapter_names", "cache", "past_key_value", "past_key_values", "use_cache", "cache_position"),
+        *("position_ids", "position_embeddings", "seq_idx", "token_type_ids", "mm_token_type_ids", "layer_idx"),
+        *("logits_to_keep", "num_items_in_batch", "output_hidden_states", "output_router_logits", "return_dict"),
+        "deterministic",
+    )
+)
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def register() -> None:
+    """Makes `attn_implementation="fastattn"` known to transformers, with its masks; more than once does no harm.
+
+    Raises ImportError if transformers is missing, or older than 4.57.
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+    except ModuleNotFoundError as missing:
+        raise ImportError(f"fastattn.integrations.huggingface needs transformers>=4.57: {missing}") from missing
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < OLDEST or not all(hasattr(transformers, name) for name in INTERFACES):
+        raise ImportError(
+            "fastattn.integrations.huggingface needs transformers>=4.57, with its AttentionInterface and "
+            f"AttentionMaskInterface, got transformers {transformers.__version__}"
+        )
+    from .huggingface_masks import make_mask
+
+    # A name that only the first knows gets no masks at all, silently.
+    for interface, function in zip(INTERFACES, (attention_forward, make_mask), strict=True):
+        getattr(transformers, interface).register(NAME, function)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention as the library's models call it, with the meaning of its eager implementation.
+
+        query           (batch, heads_q, seqlen_q, head_dim)
+        key, value      (batch, heads_kv, seqlen_k, head_dim), (batch, heads_kv, seqlen_k, head_dim_v)
+        attention_mask  what the mask function "fastattn" returned; or (batch or 1, heads_q or 1, seqlen_q, seqlen_k),
+                        bool, True = attend, or floating point, added to the scores; or None
+        s_aux           (heads_q,): attention sinks
+        position_bias   broadcastable to (batch, heads_q, seqlen_q, seqlen_k), added to the scores; differentiable
+
+    A mask says everything about which keys are seen, as in eager; is_causal or module.is_causal counts where there is
+    none. Dropout is for training only. In a mask of floats the lowest finite number of its dtype, which the library
+    writes for "hidden", means hidden, as -inf does: rows that see nothing give 0.
+
+    Returns out, (batch, seqlen_q, heads_q, head_dim_v), and None for the probabilities, which are never formed.
+    Raises ValueError if they are asked for, or if the call leaves open what is to be seen; TypeError for an argument
+    that is not known.
+    """
+    _check_others(module, others, attention_mask)
+    if scaling is None and (
+        getattr(module, "scale_attn_by_inverse_layer_idx", False) or not getattr(module, "scale_attn_weights", True)
+    ):
+        raise ValueError(  # GPT-2 of transformers 4
+            f"{type(module).__name__} has scale_attn_by_inverse_layer_idx or not scale_attn_weights, but passed no "
+            "scaling: this version of transformers applies them in eager attention only"
+        )
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "dropout_p": float(dropout) if module.training else 0.0,
+    }
+    given: Any = attention_mask
+    plan: MaskPlan | None = getattr(given, "plan", None)
+    if plan is not None:
+        made_for = (given.shape[0], *given.shape[2:])
+        if made_for != (query.shape[0], query.shape[2], key.shape[2]):
+            raise ValueError(
+                f"attention_mask was made for (batch, seqlen_q, seqlen_k) = {made_for}, got query "
+                f"{tuple(query.shape)} and key {tuple(key.shape)}"
+            )
+        if plan.cu_seqlens is None or position_bias is None:
+            return _planned(plan, query, key, value, position_bias, options), None
+        given = given.spelled_out()  # a bias counts from the start of the row, not of the sequence
+    if given is None:
+        options |= _unmasked(module, query.shape[2], key.shape[2], is_causal, sliding_window)
+    else:
+        position_bias, options["mask"] = _mask_and_bias(given, position_bias)
+    return _heads_last(attention(query, key, value, bias=position_bias, **options)), None
+
+
+def _planned(
+    plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    options = {**options, "causal": plan.causal, "window": plan.window}
+    if plan.cu_seqlens is not None:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        out = attention_varlen(q, k, v, plan.cu_seqlens, plan.cu_seqlens, **options)
+        return out.unflatten(0, (query.shape[0], query.shape[2]))
+    n = plan.seqlen_k
+    if bias is not None and bias.shape[-1] != 1:
+        bias = bias[..., :n]
+    options |= {"causal_alignment": plan.causal_alignment, "kv_lengths": plan.kv_lengths, "mask": plan.key_mask}
+    return _heads_last(attention(query, key[:, :, :n], value[:, :, :n], bias=bias, **options))
+
+
+def _heads_last(out: Tensor) -> Tensor:
+    return out.transpose(1, 2).contiguous()
+
+
+def _unmasked(
+    module: torch.nn.Module, seqlen_q: int, seqlen_k: int, is_causal: bool | None, sliding_window: int | None
+) -> dict[str, Any]:
+    """The options where the model made no mask: the only thing left to go by is whether the module is causal."""
+    who = type(module).__name__
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if seqlen_q > 1 and causal is None:
+        raise ValueError(f"{who} passed attention_mask=None, and neither is_causal nor module.is_causal says the rest")
+    if sliding_window is not None and sliding_window < seqlen_k:
+        raise ValueError(
+            f"{who} passed attention_mask=None with sliding_window={sliding_window} for {seqlen_k} keys: where the "
+            "queries stand is known from a mask only, expected one made by transformers.masking_utils"
+        )
+    if causal and 1 < seqlen_q != seqlen_k:
+        raise ValueError(
+            f"{who} passed attention_mask=None, causal, for {seqlen_q} queries and {seqlen_k} keys: where the queries "
+            "stand is known from a mask only, expected one made by transformers.masking_utils"
+        )
+    return {"causal": bool(causal) and seqlen_q > 1}
+
+
+def _mask_and_bias(mask: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(bias, mask) of a mask that is there as a tensor."""
+    if mask.ndim != 4:
+        raise ValueError(
+            "attention_mask must have shape (batch or 1, heads or 1, seqlen_q, seqlen_k), 4 dimensions, got shape "
+            f"{tuple(mask.shape)}"
+        )
+    if mask.dtype == torch.bool:
+        return bias, mask
+    if not mask.is_floating_point():
+        raise TypeError(
+            f"attention_mask must have dtype torch.bool (True = attend) or floating point (added), got {mask.dtype}"
+        )
+    seen = mask.detach() > torch.finfo(mask.dtype).min
+    return mask if bias is None else bias + mask, seen
+
+
+def _check_others(module: torch.nn.Module, others: dict[str, Any], attention_mask: Tensor | None) -> None:
+    """Refuses arguments that would change the meaning of the call."""
+    if others.pop("output_attentions", None) or _attentions_are_collected():
+        raise ValueError(
+            f'output_attentions=True needs the probabilities, which attn_implementation="{NAME}" never forms; use '
+            'model.set_attn_implementation("eager") to get them'
+        )
+    if not others:
+        return
+    unknown = sorted(name for name, x in others.items() if x is not None and name not in (*HARMLESS, *PACKING))
+    if unknown:
+        raise TypeError(
+            f"{type(module).__name__} passed {', '.join(unknown)}: unknown to fastattn, and what it means for the "
+            'result cannot be ignored; use attn_implementation="eager" for this model'
+        )
+    packed = getattr(getattr(attention_mask, "plan", None), "cu_seqlens", None) is not None
+    if not packed and any(others.get(name) is not None for name in PACKING):
+        raise ValueError(
+            f"{type(module).__name__} passed {PACKING[0]} and the like, but its mask is not one of packed sequences: "
+            "expected position_ids that begin again with each sequence, without attention_mask and without a cache"
+        )
+
+
+def _attentions_are_collected() -> bool:
+    """Whether transformers 5 collects attention probabilities from modules that do not pass output_attentions on."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return False
+    return any("attentions" in key for key in _active_collector.get() or ())
