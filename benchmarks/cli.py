@@ -141,7 +141,7 @@ class _Models(_Common):
         """Measures every case, printing each result as it comes."""
         found = ModelRun({**self.header(), "transformers": self.transformers}, [])
         table = ModelTable(self.cases, [OURS, *self.rivals])
-        _print_lines([*model_header_lines(found.header), "", table.head()])
+        _print_lines([*model_header_lines(found.header, self.cases), "", table.head()])
         _collect(found, run_model_cases(self.cases, self.rivals, self.device, self.effort), table)
         return found
 

@@ -34,7 +34,7 @@ def plot_models(run: ModelRun, path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     where = f"Transformers {run.header['transformers']}, {machine_line(run.header)}"
-    figure.suptitle(where, fontsize=9)
+    figure.suptitle(f"{where}, random weights", fontsize=9)
     figure.savefig(path, dpi=130, format="png")
 
 
@@ -61,7 +61,8 @@ def _ratio(result: CaseResult[ModelCase], rival: str) -> float:
 
 
 def _label(case: ModelCase) -> str:
-    words = f"{_NAMES[case.family]} {_WORKS[case.work]}\n{case.seqlen} tokens"
+    model = f"{_NAMES[case.family]} of {case.shape.num_hidden_layers} layers"
+    words = f"{model}, {_WORKS[case.work]}\n{len(case.lengths)} x {case.seqlen} tokens"
     if case.shape.sliding_window is not None:
         words += f", window {case.shape.sliding_window}"
     return words + (", padded" if len(set(case.lengths)) > 1 else "")

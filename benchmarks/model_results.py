@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,11 @@ class ModelTable(Table[ModelCase]):
         return (*time_cells(result, m), f"{result.case.tokens / m.median:.0f}", memory_cell(m))
 
 
-def model_header_lines(header: Mapping[str, Any]) -> Iterator[str]:
-    """Machine, versions, and how to read the table."""
+def model_header_lines(header: Mapping[str, Any], cases: Iterable[ModelCase]) -> Iterator[str]:
+    """Machine, versions, sizes of the models, and how to read the table."""
     yield from machine_lines(header)
     yield f"models    random weights, Transformers {header['transformers']}, attn_implementation as named"
+    for shape in dict.fromkeys(case.shape for case in cases):
+        heads = f"{shape.num_attention_heads}/{shape.num_key_value_heads} heads"
+        yield f"          {shape.family}: {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, {heads}"
     yield RATIO_LINE
