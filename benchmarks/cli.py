@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,10 +19,15 @@ from .cases import DTYPES, Case
 from .harness import run_cases
 from .machine import header
 from .memory import method
+from .model_harness import RIVALS as MODEL_RIVALS
+from .model_harness import register, run_model_cases
+from .model_plot import plot_models
+from .model_results import OURS, ModelRun, ModelTable, model_header_lines
+from .models import MODELS, ModelCase
 from .peaks import measure_peaks
 from .plot import has_curves, plot
-from .report import Table, header_lines, summary_lines
-from .results import Run
+from .report import CallTable, Table, header_lines, summary_lines
+from .results import C, CaseResult, Findings, Run
 from .rivals import Eager, Fastattn, Rival, Sdpa
 from .rivals_extra import FlashAttn, Flex, SdpaCudnn, SdpaEfficient, SdpaFlash, Xformers
 from .suites import DEFAULT_SUITE, SUITES
@@ -30,6 +36,10 @@ from .timing import Effort, clock_for
 _RIVALS: tuple[type[Rival], ...] = (Sdpa, Eager, Flex, FlashAttn, Xformers, SdpaFlash, SdpaCudnn, SdpaEfficient)
 RIVALS = {rival.name: rival for rival in _RIVALS}
 DEFAULT_RIVALS = tuple(name for name, rival in RIVALS.items() if not rival.compiles and not rival.named_only)
+
+MODEL_SUITE = "models"
+MODEL_EFFORT = Effort(min_rounds=5)
+AnyKind = TypeVar("AnyKind", Case, ModelCase)
 
 OK, WRONG_RESULT, BAD_ARGUMENT = 0, 1, 2
 
@@ -42,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the suites with their cases, the rivals and the backends, and stop",
     )
-    add("--suite", metavar="NAMES", help=f"suites to run, separated by commas (default: {DEFAULT_SUITE})")
+    add(
+        "--suite",
+        metavar="NAMES",
+        help=f"suites to run, separated by commas (default: {DEFAULT_SUITE}); {MODEL_SUITE}, alone: whole models",
+    )
     add(
         "--family",
         metavar="NAMES",
@@ -72,15 +86,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time to measure each case, all rivals together (default: %(default)s)",
     )
     add("--json", type=Path, metavar="PATH", help="write header, raw samples and results there")
-    add("--plot", type=Path, metavar="PATH", help="draw time and GFLOP/s over the sequence length there (PNG)")
+    add(
+        "--plot",
+        type=Path,
+        metavar="PATH",
+        help="draw time and GFLOP/s over the sequence length there, of models the ratios (PNG)",
+    )
 
 
 @dataclass(frozen=True)
-class _Plan:
-    cases: list[Case]
-    rivals: list[Rival]
+class _Common:
+    """What runs of all kinds need."""
+
     device: torch.device
     effort: Effort
+
+    def header(self) -> dict[str, Any]:
+        """The machine, and how it is measured."""
+        return {
+            **header(self.device),
+            "clock": clock_for(self.device).name,
+            "memory_method": method(self.device),
+            "budget_seconds": self.effort.budget,
+        }
+
+
+@dataclass(frozen=True)
+class _Calls(_Common):
+    """Attention calls, every suite but "models"."""
+
+    cases: list[Case]
+    rivals: list[Rival]
+    plot = staticmethod(plot)
+
+    def measure(self) -> Run:
+        """Measures the machine's ceilings, then every case, printing each result as it comes."""
+        peaks = measure_peaks(self.device, {case.dtype for case in self.cases})
+        found = Run(self.header(), peaks, [])
+        table = CallTable(self.cases, [rival.name for rival in self.rivals], peaks)
+        _print_lines([*header_lines(found.header, peaks), "", table.head()])
+        _collect(found, run_cases(self.cases, self.rivals, self.device, self.effort), table)
+        return found
+
+
+@dataclass(frozen=True)
+class _Models(_Common):
+    """Whole models of Transformers, whose version is given."""
+
+    cases: list[ModelCase]
+    rivals: list[str]
+    transformers: str
+    plot = staticmethod(plot_models)
+
+    def measure(self) -> ModelRun:
+        """Measures every case, printing each result as it comes."""
+        found = ModelRun({**self.header(), "transformers": self.transformers}, [])
+        table = ModelTable(self.cases, [OURS, *self.rivals])
+        _print_lines([*model_header_lines(found.header, self.cases), "", table.head()])
+        _collect(found, run_model_cases(self.cases, self.rivals, self.device, self.effort), table)
+        return found
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     Returns 0; 1 if a result of fastattn was wrong or missing; 2, with a sentence on stderr, for bad values.
     """
     try:
-        plan = _plan(args)
+        plan = _plan_models(args) if args.suite == MODEL_SUITE else _plan_calls(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_ARGUMENT
@@ -99,40 +163,61 @@ def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
-        found = _measure(plan)
+        found: Any = plan.measure()
     finally:
         torch.set_num_threads(threads)
     _print_lines(["", *summary_lines(found)])
     if args.json is not None:
         found.save(args.json)
     if args.plot is not None:
-        plot(found, args.plot)
+        plan.plot(found, args.plot)
     return WRONG_RESULT if found.failures() else OK
 
 
-def _measure(plan: _Plan) -> Run:
-    """Measures the machine's ceilings, then every case, printing each result as it comes."""
-    peaks = measure_peaks(plan.device, {case.dtype for case in plan.cases})
-    found = Run(
-        {
-            **header(plan.device),
-            "clock": clock_for(plan.device).name,
-            "memory_method": method(plan.device),
-            "budget_seconds": plan.effort.budget,
-        },
-        peaks,
-        [],
-    )
-    table = Table(plan.cases, [rival.name for rival in plan.rivals], peaks)
-    _print_lines([*header_lines(found.header, peaks), "", table.head()])
-    for result in run_cases(plan.cases, plan.rivals, plan.device, plan.effort):
+def _collect(found: Findings[C], results: Iterable[CaseResult[C]], table: Table[C]) -> None:
+    for result in results:
         found.results.append(result)
         _print_lines(table.rows(result))
-    return found
 
 
-def _plan(args: argparse.Namespace) -> _Plan:
+def _plan_calls(args: argparse.Namespace) -> _Calls:
     """What is to be run. Raises ValueError with a sentence for a value that makes no sense."""
+    _check(args)
+    cases = _cases(args.suite, args.family, args.dtype)
+    if args.plot is not None and not has_curves(cases):
+        raise ValueError("--plot needs cases that differ in the sequence length alone, and none of those chosen do")
+    backends = _names("--backend", args.backend, {"auto": None, **dict.fromkeys(fastattn.available_backends())})
+    ours = [Fastattn(None if name == "auto" else name) for name in backends]
+    others = [] if args.rivals == "none" else [RIVALS[name]() for name in _names("--rivals", args.rivals, RIVALS)]
+    return _Calls(parse_device(args.device), Effort(budget=args.budget), cases, [*ours, *others])
+
+
+def _plan_models(args: argparse.Namespace) -> _Models:
+    """The same for the suite "models"."""
+    _check(args)
+    cases = _narrowed(MODELS, args.family, args.dtype)
+    if args.backend != "auto":
+        raise ValueError(f"--suite {MODEL_SUITE} has models choose the backend, expected --backend auto")
+    rivals = _model_rivals(args.rivals)
+    if args.plot is not None and not rivals:
+        raise ValueError(f"--plot of --suite {MODEL_SUITE} shows ratios, and --rivals {args.rivals} leaves no rival")
+    try:
+        transformers = register()
+    except ImportError as missing:
+        raise ValueError(f"--suite {MODEL_SUITE}: {missing}") from missing
+    device = parse_device(args.device)
+    return _Models(device, MODEL_EFFORT._replace(budget=args.budget), cases, rivals, transformers)
+
+
+def _model_rivals(given: str) -> list[str]:
+    """The library's own implementations among the rivals asked for; the others know attention calls only."""
+    if given == "none":
+        return []
+    return [name for name in _names("--rivals", given, RIVALS) if name in MODEL_RIVALS]
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for a value that makes no sense in any suite."""
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {args.threads}")
     if not args.budget > 0:
@@ -140,31 +225,32 @@ def _plan(args: argparse.Namespace) -> _Plan:
     for option, path in (("--json", args.json), ("--plot", args.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{option} names a file in a folder that does not exist: {path}")
-    cases = _cases(args.suite, args.family, args.dtype)
     if args.plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs the package matplotlib, which is not installed")
-    if args.plot is not None and not has_curves(cases):
-        raise ValueError("--plot needs cases that differ in the sequence length alone, and none of those chosen do")
-    backends = _names("--backend", args.backend, {"auto": None, **dict.fromkeys(fastattn.available_backends())})
-    ours = [Fastattn(None if name == "auto" else name) for name in backends]
-    others = [] if args.rivals == "none" else [RIVALS[name]() for name in _names("--rivals", args.rivals, RIVALS)]
-    return _Plan(cases, [*ours, *others], parse_device(args.device), Effort(budget=args.budget))
 
 
 def _cases(suites: str | None, families: str | None, dtypes: str | None) -> list[Case]:
     """The cases of the suites, each once, that are of one of the families and one of the dtypes."""
     everything = suites is None and families is not None
-    chosen = list(SUITES) if everything else _names("--suite", suites or DEFAULT_SUITE, SUITES, groups=())
-    cases = list(dict.fromkeys(case for suite in chosen for case in SUITES[suite]))
+    names = _names("--suite", suites or DEFAULT_SUITE, {**SUITES, MODEL_SUITE: None}, groups=())
+    if MODEL_SUITE in names:
+        raise ValueError(f"--suite {MODEL_SUITE} measures whole models and stands alone, got {suites!r}")
+    chosen = list(SUITES) if everything else names
+    return _narrowed((case for suite in chosen for case in SUITES[suite]), families, dtypes)
+
+
+def _narrowed(cases: Iterable[AnyKind], families: str | None, dtypes: str | None) -> list[AnyKind]:
+    """Those of one of the families and one of the dtypes, each once."""
+    found = list(dict.fromkeys(cases))
     if families is not None:
-        wanted = _names("--family", families, dict.fromkeys(case.family for case in cases), groups=())
-        cases = [case for case in cases if case.family in wanted]
+        wanted = _names("--family", families, dict.fromkeys(case.family for case in found), groups=())
+        found = [case for case in found if case.family in wanted]
     if dtypes is not None:
         wanted = _names("--dtype", dtypes, DTYPES)
-        cases = [case for case in cases if case.dtype in wanted]
-    if not cases:
+        found = [case for case in found if case.dtype in wanted]
+    if not found:
         raise ValueError(f"--dtype {dtypes} leaves no case of those chosen")
-    return cases
+    return found
 
 
 def _names(option: str, given: str, known: Mapping[str, object], groups: Sequence[str] = ("all",)) -> list[str]:
@@ -184,6 +270,9 @@ def _listing() -> Iterator[str]:
         for case in cases if suite != "all" else ():
             yield f"  {case.family}: {case.name}"
     yield "  every case of the suites above but for quick and sweep60"
+    yield f"{MODEL_SUITE} ({len(MODELS)} cases, stands alone)"
+    for model_case in MODELS:
+        yield f"  {model_case.family}: {model_case.name}"
     yield f"rivals: {', '.join(RIVALS)}"
     yield f"backends: auto, {', '.join(fastattn.available_backends())}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from .data import Data, make_cold_data, make_data
 from .gate import Expected, check, expect
 from .machine import last_level_cache
 from .memory import peak_bytes
-from .results import FAILED, RAN, SKIPPED, WRONG, CaseResult, Measurement
+from .results import FAILED, RAN, SKIPPED, WRONG, C, CaseResult, Measurement
 from .rivals import Call, Rival
 from .timing import Clock, Effort, clock_for, interleave
 
@@ -24,29 +24,38 @@ logger = logging.getLogger(__name__)
 _ASSUMED_CACHE = 2**26
 
 
-class _Admitted(NamedTuple):
+class Admitted(NamedTuple):
     """A rival that passed the gate, with one prepared call for each copy of the tensors."""
 
-    rival: Rival
+    ours: bool
     calls: list[Call]
     errors: dict[str, float]
 
 
 def run_cases(
     cases: Sequence[Case], rivals: Sequence[Rival], device: torch.device, effort: Effort
-) -> Iterator[CaseResult]:
+) -> Iterator[CaseResult[Case]]:
     """Yields the result of each case as soon as it is known."""
     clock = clock_for(device)
     for case in cases:
         yield run_case(case, rivals, device, effort, clock)
 
 
-def run_case(case: Case, rivals: Sequence[Rival], device: torch.device, effort: Effort, clock: Clock) -> CaseResult:
+def run_case(
+    case: Case, rivals: Sequence[Rival], device: torch.device, effort: Effort, clock: Clock
+) -> CaseResult[Case]:
     """Measures every rival that can do the case and does it right."""
     copies = _copies(case, device)
     expected = expect(case, copies[0])
-    verdicts = {rival.name: _admit(rival, case, copies, expected) for rival in rivals}
-    admitted = {name: v for name, v in verdicts.items() if isinstance(v, _Admitted)}
+    verdicts = {rival.name: _admit_rival(rival, case, copies, expected) for rival in rivals}
+    return measure(case, verdicts, device, effort, clock)
+
+
+def measure(
+    case: C, verdicts: Mapping[str, Admitted | Measurement], device: torch.device, effort: Effort, clock: Clock
+) -> CaseResult[C]:
+    """Times those that were admitted, in turn, then their memory; the others stay as they were judged."""
+    admitted = {name: v for name, v in verdicts.items() if isinstance(v, Admitted)}
     calls = dict(zip(admitted, in_turn([a.calls for a in admitted.values()]), strict=True))
     samples = interleave(calls, clock, effort)
     measurements = [
@@ -54,7 +63,7 @@ def run_case(case: Case, rivals: Sequence[Rival], device: torch.device, effort: 
         if isinstance(verdict, Measurement)
         else Measurement(
             name,
-            verdict.rival.ours,
+            verdict.ours,
             RAN,
             errors=verdict.errors,
             seconds=samples.seconds[name],
@@ -72,21 +81,29 @@ def _copies(case: Case, device: torch.device) -> list[Data]:
     return [make_data(case, device)]
 
 
-def _admit(rival: Rival, case: Case, copies: Sequence[Data], expected: dict[str, Expected]) -> _Admitted | Measurement:
-    """Prepares the rival's calls and compares the results of one with what they should be."""
+def _admit_rival(
+    rival: Rival, case: Case, copies: Sequence[Data], expected: dict[str, Expected]
+) -> Admitted | Measurement:
     reason = rival.why_not(case, copies[0])
     if reason is not None:
         return Measurement(rival.name, rival.ours, SKIPPED, reason)
+    return admit(rival.name, rival.ours, lambda: [rival.prepare(case, data) for data in copies], expected)
+
+
+def admit(
+    name: str, ours: bool, prepare: Callable[[], list[Call]], expected: dict[str, Expected]
+) -> Admitted | Measurement:
+    """Prepares a rival's calls and compares the results of one with what they should be."""
     try:
-        calls = [rival.prepare(case, data) for data in copies]
+        calls = prepare()
         verdict = check(expected, calls[0]())
     except Exception as error:
         # Whatever a rival raises is a finding about it and must not end the run.
-        logger.info("%s failed on %s", rival.name, case.name, exc_info=True)
-        return Measurement(rival.name, rival.ours, FAILED, _first_line(error))
+        logger.info("%s failed", name, exc_info=True)
+        return Measurement(name, ours, FAILED, _first_line(error))
     if not verdict.right:
-        return Measurement(rival.name, rival.ours, WRONG, "; ".join(verdict.problems), errors=verdict.errors)
-    return _Admitted(rival, calls, verdict.errors)
+        return Measurement(name, ours, WRONG, "; ".join(verdict.problems), errors=verdict.errors)
+    return Admitted(ours, calls, verdict.errors)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,14 @@ from .costs import flops
 from .results import RAN, CaseResult, Run
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the curves apart in print.
-_STYLES = (
-    ("#0072B2", "o"),
-    ("#D55E00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#E69F00", "v"),
-    ("#56B4E9", "P"),
-    ("#000000", "X"),
-)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = tuple(zip(COLORS, "os^DvPX", strict=True))
 _MOST_COLUMNS = 4
 
 
-def curves(results: Sequence[CaseResult]) -> dict[str, list[CaseResult]]:
+def curves(results: Sequence[CaseResult[Case]]) -> dict[str, list[CaseResult[Case]]]:
     """Results that differ in the sequence length alone, at least two of a kind, by title, shortest first."""
-    groups: dict[Hashable, dict[int, CaseResult]] = {}
+    groups: dict[Hashable, dict[int, CaseResult[Case]]] = {}
     for result in results:
         if not result.case.varlen:
             groups.setdefault(_kind(result.case), {})[result.case.seqlen_k] = result
@@ -63,7 +56,7 @@ def plot(run: Run, path: Path) -> None:
     handles = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     entries = max(1, min(len(handles), 4))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=entries, frameon=False)
-    figure.suptitle(_machine(run), fontsize=9)
+    figure.suptitle(machine_line(run.header), fontsize=9)
     figure.savefig(path, dpi=130, format="png")
 
 
@@ -86,7 +79,9 @@ def _styles(run: Run) -> dict[str, tuple[str, str]]:
     return {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(names)}
 
 
-def _draw(times: Any, rates: Any, title: str, sweep: Sequence[CaseResult], styles: dict[str, tuple[str, str]]) -> None:
+def _draw(
+    times: Any, rates: Any, title: str, sweep: Sequence[CaseResult[Case]], styles: dict[str, tuple[str, str]]
+) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     lengths = [result.case.seqlen_k for result in sweep]
@@ -120,7 +115,7 @@ def _draw(times: Any, rates: Any, title: str, sweep: Sequence[CaseResult], style
         ax.grid(True, alpha=0.3)
 
 
-def _machine(run: Run) -> str:
-    header = run.header
+def machine_line(header: Mapping[str, Any]) -> str:
+    """Where, with what and when a run was made."""
     where = header["gpu"] or f"{header['cpu']}, {header['threads']} threads"
     return f"{where}; torch {header['torch']}, fastattn {header['fastattn']}; {header['date']}"

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic
 
 from .cases import Case
 from .costs import bytes_moved, flops
 from .peaks import Peaks
-from .results import RAN, SKIPPED, CaseResult, Measurement, Run
+from .results import RAN, SKIPPED, AnyCase, C, CaseResult, Findings, Measurement
 
-_COLUMNS = ("ms", "quartiles", "ratio", "GFLOP/s", "peak", "GB/s", "peak", "MiB")
-_WIDTHS = (8, 15, 7, 9, 5, 7, 5, 8)
+RATIO_LINE = "ratio     the rival's time over the first fastattn's, median over rounds; above 1 fastattn wins"
 
 
 def header_lines(header: Mapping[str, Any], peaks: Peaks) -> Iterator[str]:
     """Machine, versions and ceilings, and how to read the table."""
+    yield from machine_lines(header)
+    yield from _ceiling_lines(peaks)
+    yield RATIO_LINE
+    ceiling = "multiply-adds alone" if peaks.multiply_adds else "torch.mm (the faster of the dtype and float32)"
+    yield f"peak      share of {ceiling} and of torch.sum's bandwidth"
+
+
+def machine_lines(header: Mapping[str, Any]) -> Iterator[str]:
+    """Machine, versions, and how time and memory are measured."""
     commit = "not in a git checkout" if header["commit"] is None else header["commit"][:12]
     dirty = " with uncommitted changes" if header["dirty"] else ""
     cpu = f"{header['cpu']}, {header['cores']} cores, {header['cpu_isa']}, last-level cache "
@@ -29,6 +37,9 @@ def header_lines(header: Mapping[str, Any], peaks: Peaks) -> Iterator[str]:
     yield f"run       {header['date']}, {header['device']}, {header['threads']} threads, load average {load}"
     yield f"clock     {header['clock']}, rounds A B A B; a round is dropped if others had the cores"
     yield f"memory    {header['memory_method'] or 'not measured: this system has no way to reset the peak'}"
+
+
+def _ceiling_lines(peaks: Peaks) -> Iterator[str]:
     rates = ", ".join(f"{dtype} {rate / 1e9:.0f}" for dtype, rate in peaks.flops.items())
     yield f"ceilings  torch.mm at most {peaks.matmul_size} square, GFLOP/s: {rates}"
     if peaks.multiply_adds:
@@ -38,55 +49,79 @@ def header_lines(header: Mapping[str, Any], peaks: Peaks) -> Iterator[str]:
     yield f"          over {_size(peaks.buffer_bytes)}, GB/s: {bandwidths}"
     if not peaks.quiet:
         yield "          too low, since other processes had the cores meanwhile: shares of them say little"
-    yield "ratio     the rival's time over the first fastattn's, median over rounds; above 1 fastattn wins"
-    ceiling = "multiply-adds alone" if peaks.multiply_adds else "torch.mm (the faster of the dtype and float32)"
-    yield f"peak      share of {ceiling} and of torch.sum's bandwidth"
 
 
-class Table:
-    """Aligned columns whose rows can be printed while the run goes on."""
+class Table(Generic[C]):
+    """Aligned columns whose rows can be printed while the run goes on; what its columns are a subclass says."""
 
-    def __init__(self, cases: Sequence[Case], rival_names: Sequence[str], peaks: Peaks) -> None:
+    columns: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    def __init__(self, cases: Sequence[C], rival_names: Sequence[str]) -> None:
         self._case_width = max(len(_title(case)) for case in cases)
         self._rival_width = max(len(name) for name in rival_names)
-        self._peaks = peaks
+
+    def figures(self, result: CaseResult[C], m: Measurement) -> tuple[str, ...]:
+        """The cells of a measurement that ran."""
+        raise NotImplementedError
 
     def head(self) -> str:
         """The names of the columns."""
-        return self._line("case", "rival", _COLUMNS)
+        return self._line("case", "rival", self.columns)
 
-    def rows(self, result: CaseResult) -> Iterator[str]:
+    def rows(self, result: CaseResult[C]) -> Iterator[str]:
         """One row for each rival that ran, was wrong or failed; the summary has the reasons of the others."""
         title, mark = _title(result.case), "" if result.quiet else " ~"
         for measurement in result.measurements:
             if measurement.status == SKIPPED:
                 continue
             if measurement.status == RAN:
-                yield self._line(title, measurement.rival, self._figures(result, measurement)) + mark
+                yield self._line(title, measurement.rival, self.figures(result, measurement)) + mark
             else:
                 yield f"{self._line(title, measurement.rival, ())} {measurement.status}: {measurement.reason}"
             title = ""
 
-    def _figures(self, result: CaseResult, m: Measurement) -> tuple[str, ...]:
-        seconds, (first, third), ratio = m.median, m.quartiles, result.ratio(m)
-        flop_rate, byte_rate = flops(result.case) / seconds, bytes_moved(result.case) / seconds
+    def _line(self, case: str, rival: str, figures: Sequence[str]) -> str:
+        cells = [f"{figure:>{width}}" for figure, width in zip(figures, self.widths, strict=False)]
+        return " ".join([f"{case:<{self._case_width}}", f"{rival:<{self._rival_width}}", *cells])
+
+
+class CallTable(Table[Case]):
+    """Attention calls: their rates, and the share of the machine's ceilings."""
+
+    columns = ("ms", "quartiles", "ratio", "GFLOP/s", "peak", "GB/s", "peak", "MiB")
+    widths = (8, 15, 7, 9, 5, 7, 5, 8)
+
+    def __init__(self, cases: Sequence[Case], rival_names: Sequence[str], peaks: Peaks) -> None:
+        super().__init__(cases, rival_names)
+        self._peaks = peaks
+
+    def figures(self, result: CaseResult[Case], m: Measurement) -> tuple[str, ...]:
+        """Time, ratio, rates with their shares, memory."""
+        flop_rate, byte_rate = flops(result.case) / m.median, bytes_moved(result.case) / m.median
         return (
-            _milliseconds(seconds),
-            f"{_milliseconds(first)}-{_milliseconds(third)}",
-            "-" if ratio is None else f"{ratio:.2f}",
+            *time_cells(result, m),
             f"{flop_rate / 1e9:.1f}",
             f"{flop_rate / self._peaks.flops_ceiling(result.case.dtype):.0%}",
             f"{byte_rate / 1e9:.2f}",
             f"{byte_rate / self._peaks.read_bandwidth:.0%}",
-            "-" if m.peak_bytes is None else f"{m.peak_bytes / 2**20:.1f}",
+            memory_cell(m),
         )
 
-    def _line(self, case: str, rival: str, figures: Sequence[str]) -> str:
-        cells = [f"{figure:>{width}}" for figure, width in zip(figures, _WIDTHS, strict=False)]
-        return " ".join([f"{case:<{self._case_width}}", f"{rival:<{self._rival_width}}", *cells])
+
+def time_cells(result: CaseResult[Any], m: Measurement) -> tuple[str, str, str]:
+    """Median and quartiles in milliseconds, and the ratio."""
+    (first, third), ratio = m.quartiles, result.ratio(m)
+    quartiles = f"{_milliseconds(first)}-{_milliseconds(third)}"
+    return _milliseconds(m.median), quartiles, "-" if ratio is None else f"{ratio:.2f}"
 
 
-def summary_lines(run: Run) -> Iterator[str]:
+def memory_cell(m: Measurement) -> str:
+    """Peak memory in MiB."""
+    return "-" if m.peak_bytes is None else f"{m.peak_bytes / 2**20:.1f}"
+
+
+def summary_lines(run: Findings[Any]) -> Iterator[str]:
     """Geometric means per family, the worst cases, and what did not run."""
     yield from _mean_lines(run)
     yield from _worst_lines(run)
@@ -98,7 +133,7 @@ def summary_lines(run: Run) -> Iterator[str]:
         yield f"FAILED: {m.rival} {m.status} on {_title(case)}: {m.reason}"
 
 
-def _mean_lines(run: Run) -> Iterator[str]:
+def _mean_lines(run: Findings[Any]) -> Iterator[str]:
     means = run.geometric_means()
     if not means:
         return
@@ -108,7 +143,7 @@ def _mean_lines(run: Run) -> Iterator[str]:
         yield f"  {family:<{width}}  {rival:<10} {mean:8.2f}   ({_cases(number)})"
 
 
-def _worst_lines(run: Run) -> Iterator[str]:
+def _worst_lines(run: Findings[Any]) -> Iterator[str]:
     worst = run.worst(10)
     if worst:
         yield "worst cases against the fastest rival"
@@ -116,7 +151,7 @@ def _worst_lines(run: Run) -> Iterator[str]:
         yield f"  {ratio:8.3f}  {rival:<10} {_title(case)}"
 
 
-def _not_run_lines(results: Iterable[CaseResult]) -> Iterator[str]:
+def _not_run_lines(results: Iterable[CaseResult[Any]]) -> Iterator[str]:
     counts: dict[tuple[str, str], int] = {}
     for result in results:
         for m in result.measurements:
@@ -128,7 +163,7 @@ def _not_run_lines(results: Iterable[CaseResult]) -> Iterator[str]:
         yield f"  {rival}, {_cases(number)}: {reason}"
 
 
-def _title(case: Case) -> str:
+def _title(case: AnyCase) -> str:
     return f"{case.family}: {case.name}"
 
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from .cases import Case
 from .costs import bytes_moved, flops
@@ -16,6 +16,21 @@ from .peaks import Peaks
 
 RAN, WRONG, FAILED, SKIPPED = "ran", "wrong", "failed", "skipped"
 FORMAT = 1
+
+
+class AnyCase(Protocol):
+    """What reports need of a case: an attention call (`Case`), or work on a whole model (`ModelCase`); hashable."""
+
+    @property
+    def family(self) -> str:
+        """Cases of a family are averaged."""
+
+    @property
+    def name(self) -> str:
+        """Unique within its family."""
+
+
+C = TypeVar("C", bound=AnyCase)
 
 
 @dataclass
@@ -50,14 +65,14 @@ class Measurement:
 
 
 @dataclass
-class CaseResult:
+class CaseResult(Generic[C]):
     """All rivals on one case. The first of ours that ran is what the ratios compare with.
 
     dropped_rounds: rounds left out because other processes disturbed them. quiet: False if so many were
     disturbed that they had to be kept, which makes the figures doubtful.
     """
 
-    case: Case
+    case: C
     measurements: list[Measurement]
     dropped_rounds: int = 0
     quiet: bool = True
@@ -82,18 +97,15 @@ class CaseResult:
 class Comparison(NamedTuple):
     """Ours against one rival on one case; ratio above 1 means that ours is faster."""
 
-    case: Case
+    case: AnyCase
     rival: str
     ratio: float
 
 
-@dataclass
-class Run:
-    """A whole run: where and with what it was made, the machine's ceilings, the results."""
+class Findings(Generic[C]):
+    """What the results of a run say together."""
 
-    header: dict[str, Any]
-    peaks: Peaks
-    results: list[CaseResult]
+    results: list[CaseResult[C]]
 
     def comparisons(self) -> Iterator[Comparison]:
         """Ours against every rival that ran, case by case."""
@@ -105,7 +117,7 @@ class Run:
 
     def worst(self, count: int = 10) -> list[Comparison]:
         """The cases on which ours does worst against the fastest of its rivals, the worst first."""
-        fastest: dict[Case, Comparison] = {}
+        fastest: dict[AnyCase, Comparison] = {}
         for found in self.comparisons():
             if found.case not in fastest or found.ratio < fastest[found.case].ratio:
                 fastest[found.case] = found
@@ -118,7 +130,7 @@ class Run:
             ratios.setdefault((found.case.family, found.rival), []).append(found.ratio)
         return {key: (geometric_mean(values), len(values)) for key, values in ratios.items()}
 
-    def failures(self) -> list[tuple[Case, Measurement]]:
+    def failures(self) -> list[tuple[C, Measurement]]:
         """Where ours was wrong or raised."""
         return [
             (result.case, m)
@@ -126,6 +138,15 @@ class Run:
             for m in result.measurements
             if m.ours and m.status in (WRONG, FAILED)
         ]
+
+
+@dataclass
+class Run(Findings[Case]):
+    """A whole run: where and with what it was made, the machine's ceilings, the results."""
+
+    header: dict[str, Any]
+    peaks: Peaks
+    results: list[CaseResult[Case]]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, raw samples included, with the derived figures beside them."""
@@ -141,15 +162,7 @@ class Run:
         """The run that `to_json` described. Raises ValueError for a document of another format."""
         if document.get("format") != FORMAT:
             raise ValueError(f"expected a benchmark document of format {FORMAT}, got {document.get('format')!r}")
-        results = [
-            CaseResult(
-                Case.from_json(entry["case"]),
-                [Measurement(**{key: m[key] for key in Measurement.__dataclass_fields__}) for m in entry["rivals"]],
-                entry["dropped_rounds"],
-                entry["quiet"],
-            )
-            for entry in document["results"]
-        ]
+        results = [result_from_json(Case.from_json(entry["case"]), entry) for entry in document["results"]]
         return cls(document["header"], Peaks(**document["peaks"]), results)
 
     def save(self, path: Path) -> None:
@@ -162,19 +175,29 @@ class Run:
         return cls.from_json(json.loads(path.read_text()))
 
 
-def _result_to_json(result: CaseResult) -> dict[str, Any]:
-    rivals = []
-    for m in result.measurements:
-        derived = {} if m.status != RAN else {"median_seconds": m.median, "ratio": result.ratio(m)}
-        rivals.append({**asdict(m), **derived})
+def _result_to_json(result: CaseResult[Case]) -> dict[str, Any]:
     return {
         "case": result.case.to_json(),
         "flops": flops(result.case),
         "bytes": bytes_moved(result.case),
-        "dropped_rounds": result.dropped_rounds,
-        "quiet": result.quiet,
-        "rivals": rivals,
+        **rounds_to_json(result),
     }
+
+
+def rounds_to_json(result: CaseResult[Any]) -> dict[str, Any]:
+    """All of a result but its case, raw samples included, with the derived figures beside them."""
+    rivals = []
+    for m in result.measurements:
+        derived = {} if m.status != RAN else {"median_seconds": m.median, "ratio": result.ratio(m)}
+        rivals.append({**asdict(m), **derived})
+    return {"dropped_rounds": result.dropped_rounds, "quiet": result.quiet, "rivals": rivals}
+
+
+def result_from_json(case: C, entry: Mapping[str, Any]) -> CaseResult[C]:
+    """The result of that case that `rounds_to_json` described."""
+    fields = Measurement.__dataclass_fields__
+    measurements = [Measurement(**{key: m[key] for key in fields}) for m in entry["rivals"]]
+    return CaseResult(case, measurements, entry["dropped_rounds"], entry["quiet"])
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -9,6 +9,7 @@ model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,10 +135,11 @@ def _planned(
         out = attention_varlen(q, k, v, plan.cu_seqlens, plan.cu_seqlens, **options)
         return out.unflatten(0, (query.shape[0], query.shape[2]))
     n = plan.seqlen_k
-    if bias is not None and bias.shape[-1] != 1:
-        bias = bias[..., :n]
+    if n != key.shape[2]:
+        key, value = key[:, :, :n], value[:, :, :n]
+        bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :n]
     options |= {"causal_alignment": plan.causal_alignment, "kv_lengths": plan.kv_lengths, "mask": plan.key_mask}
-    return _heads_last(attention(query, key[:, :, :n], value[:, :, :n], bias=bias, **options))
+    return _heads_last(attention(query, key, value, bias=bias, **options))
 
 
 def _heads_last(out: Tensor) -> Tensor:
@@ -209,8 +211,15 @@ def _attentions_are_collected() -> bool:
     """Whether transformers 5 collects attention probabilities from modules that do not pass output_attentions on."""
     if torch.compiler.is_compiling():
         return False
+    collector = _collector()
+    return collector is not None and any("attentions" in key for key in collector.get() or ())
+
+
+@cache
+def _collector() -> Any:
+    """The context variable of transformers 5 that holds what is collected; None in older versions."""
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:
-        return False
-    return any("attentions" in key for key in _active_collector.get() or ())
+        return None
+    return _active_collector

@@ -202,13 +202,12 @@ def make_plan(pattern: Pattern, offset: int, seqlen_q: int, seqlen_k: int, real:
     bottom_right = offset == seqlen_k - seqlen_q or not positional
     top_left = offset == 0 or not positional
     kv_lengths = key_mask = None
-    if real is not None:
+    if real is not None and not real.all():
         lengths = real.sum(1)
-        only_right = real == (torch.arange(seqlen_k, device=real.device) < lengths[:, None])
-        padded, padded_right = torch.stack([~real.all(), only_right.all()]).tolist()
-        if padded and padded_right and top_left:  # lengths move the bottom right
+        padded_right = bool((real == (torch.arange(seqlen_k, device=real.device) < lengths[:, None])).all())
+        if padded_right and top_left:  # lengths move the bottom right
             kv_lengths, bottom_right = lengths.to(torch.int32), not positional
-        elif padded:
+        else:
             key_mask = real[:, None, None, :]
     if not (top_left or bottom_right):
         return None
@@ -270,6 +269,8 @@ def _first_query(positions: int | Tensor) -> int | None:
 
 def _real_keys(attention_mask: Tensor, kv_offset: int, kv_length: int) -> Tensor:
     """The part of the padding mask, (batch, kv_length), that is about the keys; what it does not say is padding."""
-    missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
-    padded = torch.nn.functional.pad(attention_mask.bool(), (0, missing), value=False)
+    missing = kv_offset + kv_length - attention_mask.shape[1]
+    padded = attention_mask.bool()
+    if missing > 0:
+        padded = torch.nn.functional.pad(padded, (0, missing), value=False)
     return padded[:, kv_offset : kv_offset + kv_length]

@@ -107,7 +107,7 @@ def test_a_wrong_rival_does_not_fail_the_run(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--suite", "fast"), "--suite knows quick, long; got 'fast'"),
+        (("--suite", "fast"), "--suite knows quick, long, models; got 'fast'"),
         (("--family", "fast"), "--family knows tiny, long; got 'fast'"),
         (("--suite", "quick", "--family", "long"), "--family knows tiny; got 'long'"),
         (("--dtype", "int8"), "--dtype knows all, float32, bfloat16, float16, float64; got 'int8'"),

@@ -11,7 +11,7 @@ from .samples import PEAKS, measured, sample_run
 
 def test_the_table_is_aligned_and_gives_no_speed_to_the_wrong() -> None:
     run = sample_run()
-    table = report.Table([result.case for result in run.results], ["fastattn", "sdpa", "eager"], PEAKS)
+    table = report.CallTable([result.case for result in run.results], ["fastattn", "sdpa", "eager"], PEAKS)
     head = table.head()
     rows = [row for result in run.results for row in table.rows(result)]
     timed, wrong = [row for row in rows if "wrong" not in row], [row for row in rows if "wrong" in row]
@@ -35,7 +35,7 @@ def test_the_table_is_aligned_and_gives_no_speed_to_the_wrong() -> None:
 
 def test_the_table_prints_rates_and_shares() -> None:
     case = dense("tiny", seqlen=1024, dtype="bfloat16")
-    table = report.Table([case], ["fastattn"], PEAKS)
+    table = report.CallTable([case], ["fastattn"], PEAKS)
     (row,) = table.rows(CaseResult(case, [measured("fastattn", [1e-2], ours=True)]))
     # 4 * 8 * 1024^2 * 64 operations and 4 * 8 * 1024 * 64 * 2 bytes in 10 ms, of 400 GFLOP/s and 30 GB/s.
     assert row.split()[-5:] == ["214.7", "54%", "0.42", "1%", "1.0"]

@@ -51,7 +51,7 @@ def test_disturbed_rounds_are_kept_and_reported_where_too_few_were_quiet() -> No
     clock = ScriptedClock(waits=[0.0, 1.0, 2.0, 2.0])
     found = interleave({"A": lambda: None}, clock, Effort(budget=0.0, min_rounds=3))
     assert found == timing.Samples({"A": [1.0] * 3}, dropped=0, quiet=False)
-    table = report.Table([tiny()], ["fastattn"], PEAKS)
+    table = report.CallTable([tiny()], ["fastattn"], PEAKS)
     result = CaseResult(tiny(), [measured("fastattn", [1.0], ours=True)], quiet=False)
     assert all(row.endswith(" ~") for row in table.rows(result))
     assert "~ 1 case disturbed" in "\n".join(report.summary_lines(Run({}, PEAKS, [result])))
