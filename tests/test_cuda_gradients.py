@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+import fastattn
+from fastattn import problem
 from fastattn.backends import cuda
 
 from . import cases
-from .cases import GQA, Case
+from .cases import GQA, Call, Case
 from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
@@ -69,4 +74,143 @@ def test_gradients(run: tuple[Case, torch.dtype], machine: Simulator | Hardware)
         assert_close(f"d{name}", leaf.grad, want.exact.grads[name], want.eager_grads[name], dtype, largest_term=term)
     assert any("gradient_of_queries" in name for name in machine.kernels)
     assert any("gradient_of_keys" in name for name in machine.kernels)
+    assert not machine.findings
+
+
+def _gradients(
+    call: Call, dout: Tensor, dlse: Tensor | None = None, of: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """Of the call's tensors that are named, None = all; the others do not require grad."""
+    names = of or tuple(call.leaves)
+    leaves = {name: x.detach().requires_grad_(name in names) for name, x in call.leaves.items()}
+    options = call.options | {name: leaves[name] for name in ("sinks",) if name in leaves}
+    run = Call(call.case, leaves["q"], leaves["k"], leaves["v"], options, call.cu_seqlens)
+    out, lse = run.run(return_lse=True, backend="cuda")
+    results, seeds = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
+    found = torch.autograd.grad(results, [leaves[name] for name in names], seeds)
+    return dict(zip(names, found, strict=True))
+
+
+def _seeds(call: Call) -> tuple[Tensor, Tensor]:
+    want = cases.expected(call.case, call.q.dtype)
+    return want.dout.to(call.q.device), want.dlse.to(call.q.device)
+
+
+SUBSETS = (("q",), ("k",), ("v",), ("sinks",), ("q", "v"), ("k", "v"))
+
+
+@pytest.mark.parametrize("head_dim", [64, 192])
+def test_subsets_have_the_same_bits(head_dim: int, machine: Simulator | Hardware) -> None:
+    """And so have two runs of all. (At head_dim 192 keys and values have a kernel each.)"""
+    sizes: dict[str, Any] = {"seqlen_q": 70, "seqlen_k": 90, "heads_q": 2, "heads_kv": 1}
+    case = _case("subsets", **{**sizes, "head_dim": head_dim, "head_dim_v": head_dim}, sinks=True, causal=True)
+    call = cases.build(case, BF16, machine.device)
+    seeds = _seeds(call)
+    whole, again = (_gradients(call, *seeds) for _ in range(2))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    for names in SUBSETS:
+        before = len(machine.kernels)
+        found = _gradients(call, *seeds, of=names)
+        assert all(torch.equal(found[name], whole[name]) for name in names), names
+        launched = " ".join(machine.kernels[before:])
+        assert ("gradient_of_queries" in launched) == ("q" in names)
+        assert ("gradient_of_keys" in launched) == ("k" in names or ("v" in names and head_dim == 64))
+        assert ("gradient_of_values" in launched) == ("v" in names and head_dim == 192)
+    assert not machine.findings
+
+
+@pytest.mark.parametrize("layout", ["expanded", "head_dim not innermost", "odd rows"])
+def test_any_layout_of_dout(layout: str, machine: Simulator | Hardware) -> None:
+    """What kernels cannot read in chunks is copied first."""
+    call = cases.build(_case("dout", **_dims(64), seqlen_q=40, seqlen_k=50), BF16, machine.device)
+    dout = _seeds(call)[0]
+    if layout == "expanded":
+        dout = dout[..., :1].expand(dout.shape)
+    elif layout == "odd rows":
+        dout = torch.cat([dout, dout[..., :3]], -1)[..., : dout.shape[-1]]
+    else:
+        dout = dout.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not dout.is_contiguous()
+    want, found = _gradients(call, dout.contiguous()), _gradients(call, dout)
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert not machine.findings
+
+
+@pytest.mark.parametrize("which", ["q", "k", "inf k", "v", "dout"])
+def test_visible_nonfinite_values(which: str, machine: Simulator | Hardware) -> None:
+    """NaN shows exactly where the reference has it; here all queries see all keys."""
+    call = cases.build(_case("nonfinite", seqlen_q=150, seqlen_k=200), BF16, machine.device)
+    dout = _seeds(call)[0].clone()
+    spoiled = {"q": call.q, "k": call.k, "inf k": call.k, "v": call.v, "dout": dout}[which]
+    if which == "inf k":
+        spoiled[0, 0, 120, 9] = torch.inf
+    else:
+        spoiled[0, 0, 130] = torch.nan
+    found = _gradients(call, dout)
+    leaves = [x.detach().float().requires_grad_() for x in call.leaves.values()]
+    want = torch.autograd.grad(fastattn.reference.attention(*leaves), leaves, dout.float())
+    assert any(x.isnan().any() for x in want)
+    for name, exact in zip(call.leaves, want, strict=True):
+        assert torch.equal(found[name].isnan(), exact.isnan()), name
+        assert found[name][0, 1].isfinite().all()
+    assert not machine.findings
+
+
+UNSEEN = (
+    _case("kv_lengths", batch=3, kv_lengths=(130, 0, 64), causal=True, sinks=True),
+    Case("spare tokens", lengths=((7, 19), (0, 5), (70, 64)), spare=(40, 30), head_dim=64, head_dim_v=64, causal=True),
+)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("case", UNSEEN, ids=str)
+def test_unseen_memory_does_not_matter(case: Case, poison: float, machine: Simulator | Hardware) -> None:
+    """The same bits in all gradients, whatever lies past kv_lengths or in rows of no sequence, of dout too."""
+    found = []
+    for value in (0.0, poison):
+        call = cases.build(case, BF16, machine.device)
+        dout, dlse = (x.clone() for x in _seeds(call))
+        for b, length in enumerate(case.kv_lengths or ()):
+            call.k[b, :, length:] = call.v[b, :, length:] = value
+        if call.cu_seqlens is not None:
+            queries, keys = (int(cu[-1]) for cu in call.cu_seqlens)
+            call.q[queries:] = dout[queries:] = call.k[keys:] = call.v[keys:] = value
+            dlse[:, queries:] = value
+        found.append(_gradients(call, dout, dlse))
+    for name, clean in found[0].items():
+        assert clean.isfinite().all(), name
+        assert torch.equal(found[1][name], clean), name
+    assert not machine.findings
+
+
+HUGE = 2**31 - 1
+GARBAGE = (
+    (-5, 1000, 7, HUGE),
+    (HUGE, 7, 1000, -5),
+    (60, 40, 20, 0),
+    (-(2**31), -1, -HUGE, -2),
+    (0, HUGE, HUGE, HUGE),
+)
+
+
+@pytest.mark.parametrize("number", range(len(GARBAGE)))
+def test_garbage_does_not_lead_out_of_memory(
+    number: int, machine: Simulator | Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Index tensors on a GPU are checked by nobody; the simulator raises on an access outside of a tensor."""
+    for check in ("_check_cu_seqlens", "_check_lengths"):
+        monkeypatch.setattr(problem, check, lambda *_: None)
+    cu_seqlens, good = (
+        torch.tensor(x, dtype=torch.int32, device=machine.device) for x in (GARBAGE[number], (0, 7, 30, 60))
+    )
+    call = cases.build(Case("garbage", lengths=((60, 60),), **_dims(64)), BF16, machine.device)
+    dout = torch.ones_like(call.q)
+    for pair in ((cu_seqlens, good), (good, cu_seqlens), (cu_seqlens, cu_seqlens)):
+        call.cu_seqlens = pair
+        call.options["causal"] = pair[0] is good
+        _gradients(call, dout)
+    dense = cases.build(_case("garbage", **_dims(64), batch=4, seqlen_q=20, seqlen_k=40), BF16, machine.device)
+    dense.options["kv_lengths"] = cu_seqlens
+    _gradients(dense, torch.ones_like(dense.q))
+    assert len([name for name in machine.kernels if "gradient_of_keys" in name]) == 4
     assert not machine.findings

@@ -89,7 +89,8 @@ class Forward {
       __syncthreads();
       const bool mine = T::kQueryRows == T::kRows || warp_row() / T::kQueryRows * T::kQueryRows == row;
       if (mine) q_.load(at + (warp_row() - row) * T::kHeadDim * 2, lane());
-      __syncthreads();  // all have their queries
+      // All have their queries, where more go next or the first block does.
+      if (row + T::kQueryRows < T::kRows || T::kQueryOffset < T::kStageBytes) __syncthreads();
     }
     copy_.halfway(shared_, tile_.end - key_);
     stage_ = T::kStageBytes;
@@ -97,7 +98,8 @@ class Forward {
 
   // Takes the first references from the first 16 keys.
   __device__ __forceinline__ void start() {
-    __syncthreads();  // the keys have arrived for all
+    // The keys have arrived for all; with the queries, unless they took registers.
+    if (T::template Copy<T::kBlockN>::kTakesRegisters) __syncthreads();
     Tile16 s;
     multiply_transposed<Number, T::kHeadDim>(s, q_, shared_ + offset_k_);
     scores(s, key_);

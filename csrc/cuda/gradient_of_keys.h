@@ -118,8 +118,7 @@ class KeyGradient {
   }
 
   __device__ __forceinline__ void run() {
-    load_rows(p_.k, int(p_.head_dim), keys_, T::kKeysAt);
-    if (T::kOfKeys) load_rows(p_.v, int(p_.head_dim_v), values_, T::kValuesAt);
+    load_keys_and_values();
     if (tile_.first < tile_.end) {
       rows_left_ = rows_from(tile_.first);
       copy_.ask(shared_, rows_left_);
@@ -140,11 +139,24 @@ class KeyGradient {
         }
       }
     }
+    __syncthreads();  // all are done with what lay where the gradients pass through
     if (T::kOfKeys) store(dk_, p_.dk, int(p_.head_dim), static_cast<float>(p_.scale));
+    if (T::kOfKeys && T::kOfValues) __syncwarp();  // a warp's rows pass through a place of its own
     if (T::kOfValues) store(dv_, p_.dv, int(p_.head_dim_v), 1.0f);
   }
 
  private:
+  // Where keys and values overlap, the values wait for all to have their keys; so does the first block of queries.
+  __device__ __forceinline__ void load_keys_and_values() {
+    constexpr int kRowBytes = T::kRows * T::kHeadDim * 2;
+    constexpr bool kApart = T::kKeysAt + kRowBytes <= T::kValuesAt || T::kValuesAt + kRowBytes <= T::kKeysAt;
+    constexpr int kLastAt = T::kOfKeys ? T::kValuesAt : T::kKeysAt;
+    load_rows(p_.k, int(p_.head_dim), keys_, T::kKeysAt);
+    if (T::kOfKeys && !kApart) __syncthreads();
+    if (T::kOfKeys) load_rows(p_.v, int(p_.head_dim_v), values_, T::kValuesAt);
+    if (kLastAt < T::kStageBytes) __syncthreads();
+  }
+
   template <class Rows>
   __device__ __forceinline__ void load_rows(const View& view, int columns, Rows& rows, uint32_t to) {
     using Copy = typename T::template Copy<T::kRows>;
@@ -154,7 +166,6 @@ class KeyGradient {
     copy.land(at + Copy::offset());
     __syncthreads();
     rows.load(at + warp_row_ * T::kHeadDim * 2, lane_);
-    __syncthreads();  // all have their rows
   }
 
   __device__ __forceinline__ int rows_from(int query) const {
@@ -264,7 +275,6 @@ class KeyGradient {
   __device__ __forceinline__ void store(const float (&acc)[T::kRowTiles][T::kHeadDim / 8][4], const View& to,
                                         int columns, float factor) {
     if (to.data == nullptr) return;
-    __syncthreads();  // all are done with what lay where the rows pass through
     char* rows = dynamic_shared_memory() + warp_row_ * T::kHeadDim * 2;
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)

@@ -48,8 +48,10 @@ class QueryGradient {
 
   __device__ __forceinline__ void run() {
     load_rows(p_.dout, int(p_.head_dim_v), dout_);
+    __syncthreads();  // all have their rows of dout; queries go to the same place
     load_rows(p_.q, int(p_.head_dim), q_);
     load_statistics();
+    if (T::kQueriesAt < T::kStageBytes) __syncthreads();  // all have their queries; the first block goes there
     copy_.ask(shared_, tile_.end - key_);
     copy_.halfway(shared_, tile_.end - key_);
     while (key_ < tile_.end) {
@@ -76,7 +78,6 @@ class QueryGradient {
     copy.land(at + Copy::offset());
     __syncthreads();
     rows.load(at + warp_row_ * T::kHeadDim * 2, lane_);
-    __syncthreads();  // all have their rows
   }
 
   __device__ __forceinline__ void load_statistics() {

@@ -73,7 +73,7 @@ __device__ __forceinline__ Tile this_tile(const Params& p) {
   tile.b = index / count / heads;
   if (cu_seqlens != nullptr) {
     tile.b = tile_owner(cu_seqlens, p.batch, kRows, number);
-    number -= static_cast<int>(cu_seqlens[tile.b] / kRows + tile.b);
+    number -= static_cast<int>(bounded(cu_seqlens[tile.b], total) / kRows + tile.b);
   }
   tile.row = number * kRows;
   tile.sequence = sequence_of(p, tile.b);
