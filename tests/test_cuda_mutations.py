@@ -23,7 +23,9 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from . import cuda_machines, cuda_simulator, simulator
+from benchmarks import cuda_simulator
+
+from . import cuda_machines, simulator
 
 pytestmark = [
     pytest.mark.skipif(cuda._cuda is None, reason="fastattn was built without nvcc"),
