@@ -70,7 +70,7 @@ class Simulator:
     def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
         """See `Machine`."""
         self.tensors = tensors
-        memory = _Memory(tensors.values())
+        memory = Memory(tensors.values())
         plan = call.plan(operation, addresses(tensors), *self.processor(device))
         for name, blocks, threads, shared_bytes, argument in plan:
             if blocks == 0:
@@ -93,7 +93,7 @@ def findings(counters: Any) -> list[Any]:
     return [found for found in counters.findings if not found[0].startswith("note:")]
 
 
-class _Memory:
+class Memory:
     """The storages that kernels may touch, by address."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:

@@ -50,8 +50,8 @@ class QueryGradient {
     load_rows(p_.dout, int(p_.head_dim_v), dout_);
     __syncthreads();  // all have their rows of dout; queries go to the same place
     load_rows(p_.q, int(p_.head_dim), q_);
-    load_statistics();
     if (T::kQueriesAt < T::kStageBytes) __syncthreads();  // all have their queries; the first block goes there
+    load_statistics();
     copy_.ask(shared_, tile_.end - key_);
     copy_.halfway(shared_, tile_.end - key_);
     while (key_ < tile_.end) {
