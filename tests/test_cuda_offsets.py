@@ -23,8 +23,9 @@ from fastattn.problem import Problem
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
+from benchmarks.cuda_simulator import Memory, Simulator, findings
+
 from . import cuda_machines, simulator
-from .cuda_simulator import Memory, Simulator, findings
 
 pytestmark = [
     pytest.mark.skipif(cuda._cuda is None, reason="fastattn was built without nvcc"),
