@@ -116,6 +116,7 @@ class Memory:
         return fields
 
     def pointer(self, address: int) -> Any:
+        """The simulator's pointer to an address, which must lie in one of the storages."""
         for start, size, array in self.arrays:
             if start <= address < start + size:
                 return ptxsim().Ptr(array, address - start)
