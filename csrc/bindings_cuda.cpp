@@ -32,9 +32,10 @@ class Call : public Description {
  public:
   using Description::Description;
 
-  // The memory that an operation needs besides its tensors.
-  int64_t workspace_bytes(const std::string& operation, int capability, int multiprocessors) const {
-    return cuda::plan(operation_of(operation), p_, {capability, multiprocessors}, nullptr).workspace_bytes;
+  // The memory that an operation needs besides its tensors, whose addresses tell which of them there are.
+  int64_t workspace_bytes(const std::string& operation, const py::dict& addresses, int capability,
+                          int multiprocessors) const {
+    return planned(operation, addresses, {capability, multiprocessors}).workspace_bytes;
   }
 
   // What `run` would launch: (kernel, blocks, threads, bytes of shared memory, bytes of its argument) each.

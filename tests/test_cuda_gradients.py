@@ -214,3 +214,16 @@ def test_garbage_does_not_lead_out_of_memory(
     _gradients(dense, torch.ones_like(dense.q))
     assert len([name for name in machine.kernels if "gradient_of_keys" in name]) == 4
     assert not machine.findings
+
+
+def test_varlen_workspace(machine: Simulator | Hardware) -> None:
+    """Two numbers for each row and head, however many sequences there are; none is legal."""
+    for lengths in ([0], [0, 5, 5, 40], list(range(41))):
+        cu_seqlens = torch.tensor(lengths, dtype=torch.int32, device=machine.device)
+        q = torch.randn(40, 2, 64, device=machine.device).to(BF16).requires_grad_()
+        fastattn.attention_varlen(q, q, q, cu_seqlens, cu_seqlens, backend="cuda").sum().backward()
+        assert machine.tensors["workspace"].numel() == 2 * 512  # 80 numbers, up to a multiple of 256 bytes
+        assert q.grad is not None
+        if lengths == [0]:
+            assert not q.grad.any()
+    assert not machine.findings

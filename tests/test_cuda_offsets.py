@@ -58,7 +58,7 @@ class FarBackend(cuda.CudaBackend):
             name: Layout((2, 2, *x.shape[2:]), (*STEPS, *x.stride()[2:]), x.dtype) for name, x in tensors.items()
         }
         call = described(cuda._cuda.Call, four, layouts)
-        size = call.workspace_bytes(operation, *self._machine.processor(problem.device))
+        size = call.workspace_bytes(operation, addresses(tensors), *self._machine.processor(problem.device))
         workspace = torch.empty(size, dtype=torch.uint8)
         self._machine.run(problem.device, operation, call, tensors | {"workspace": workspace})
 

@@ -136,7 +136,7 @@ class CudaBackend:
 
     def _run(self, operation: str, problem: Problem, tensors: Tensors) -> None:
         call = described(_cuda.Call, problem, tensors)
-        size = call.workspace_bytes(operation, *self._machine.processor(problem.device))
+        size = call.workspace_bytes(operation, addresses(tensors), *self._machine.processor(problem.device))
         if size:
             tensors = tensors | {"workspace": torch.empty(size, dtype=torch.uint8, device=problem.device)}
         self._machine.run(problem.device, operation, call, tensors)
