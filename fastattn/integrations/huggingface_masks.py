@@ -162,6 +162,10 @@ def make_mask(
     )
 
 
+_HAVE_THE_TABLE_FOR_OTHER_LAYERS = ("modeling_git", "modeling_bigbird_pegasus")
+"""Modules where some layers take the table, and others add the library's mask to their own scores."""
+
+
 def _check_model(config: Any) -> None:
     """Refuses models that ask for a mask, and then add it to scores of their own: True would count as 1."""
     module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
@@ -170,7 +174,9 @@ def _check_model(config: Any) -> None:
 
 
 def _attends_itself(module: ModuleType) -> bool:
-    """Whether a module has attention layers, and not the table of attention implementations."""
+    """Whether a module has attention layers that do not take the table of attention implementations."""
+    if module.__name__.rpartition(".")[2] in _HAVE_THE_TABLE_FOR_OTHER_LAYERS:
+        return True
     return not hasattr(module, "ALL_ATTENTION_FUNCTIONS") and any(
         isinstance(x, type)
         and issubclass(x, torch.nn.Module)

@@ -62,13 +62,18 @@ class use:  # named as what it does, like torch.no_grad
     def __init__(self, enabled: bool = True) -> None:
         if not isinstance(enabled, bool):
             raise TypeError(f"enabled must be a bool, got {type(enabled).__name__} {enabled!r}")
+        self._enabled, self._left = enabled, False
         self._before = _switch(enabled)
 
     def __enter__(self) -> use:
+        before = _switch(self._enabled)
+        if self._left:  # a second block
+            self._before, self._left = before, False
         return self
 
     def __exit__(self, *_: object) -> None:
         _switch(self._before)
+        self._left = True
 
 
 @dataclass(frozen=True)

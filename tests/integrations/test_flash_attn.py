@@ -524,6 +524,7 @@ def test_install(tmp_path: Path) -> None:
         assert spec.name == "flash_attn" and "flash_attn" not in sys.modules
 
         import flash_attn
+        assert flash_attn.flash_attn_interface.flash_attn_func is flash_attn.flash_attn_func
         from flash_attn import flash_attn_func, flash_attn_with_kvcache
         from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
         from flash_attn.flash_attn_interface import flash_attn_varlen_func

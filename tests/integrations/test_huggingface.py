@@ -395,6 +395,18 @@ def test_models_that_add_their_mask_themselves_are_refused() -> None:
         torch.zeros(BATCH, 4, SEQLEN, SEQLEN) + masking_utils.create_causal_mask(**call)
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 asks for masks by other names")
+@pytest.mark.parametrize("name", ["Git", "BigBirdPegasus"])
+def test_models_of_which_some_layers_add_their_mask_are_refused(name: str) -> None:
+    """Their modules have the table of attention implementations, for other layers."""
+    config, model = getattr(transformers, f"{name}Config")(), getattr(transformers, f"{name}Model")
+    assert model.__module__ in sys.modules
+    config._attn_implementation = "fastattn"
+    hidden = torch.zeros(BATCH, SEQLEN, 32)
+    with pytest.raises(ValueError, match=f"The model of {name}Config computes attention of its own"):
+        masking_utils.create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
+
+
 def test_own_scaling_that_is_not_passed_is_refused() -> None:
     """GPT-2 of transformers 4 applies it in its eager attention alone."""
     inputs = tokens("none")

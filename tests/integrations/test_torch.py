@@ -514,3 +514,15 @@ def test_compiled_once_for_all_lengths() -> None:
             q, (k, v) = torch.randn(batch, 4, rows, 8), torch.randn(2, batch, 4, keys, 8)
             mask = torch.rand(batch, 1, rows, keys) < 0.7
             assert torch.equal(run(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask))
+
+
+def test_a_block_can_be_entered_again() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    on, off = use(), use(False)
+    for _ in range(2):
+        with on:
+            assert explain(q, q, q).active
+            with off:
+                assert not explain(q, q, q).active
+            assert explain(q, q, q).active
+        assert not explain(q, q, q).active

@@ -44,6 +44,7 @@ class _Finder(MetaPathFinder, Loader):
                 setattr(module, name, getattr(ours, name))
         if module.__name__ == "flash_attn":
             vars(module)["__version__"] = VERSION
+            importlib.import_module("flash_attn.flash_attn_interface")  # an attribute of the real one, too
 
 
 _finder = _Finder()
