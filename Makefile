@@ -19,8 +19,8 @@ demo: $(STAMP)
 	$(BIN)/python -m examples.demo
 
 test: $(STAMP) $(OLDEST_TRITON)
-	$(BIN)/python -m pytest -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --backend triton $(KERNEL_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal --backend triton $(KERNEL_TESTS)
 	$(BIN)/python -m benchmarks.compile_report --short --arch sm_80,sm_90
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benchmarks.compile_report --short --arch sm_80,sm_90
 
