@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "backend", [pytest.param(name, marks=on_gpu if device_of(name) == "cuda" else ()) for name in chosen]
         )
-    if "machine" in metafunc.fixturenames:
+    if "machine" in metafunc.fixturenames and hasattr(metafunc.module, "CAPABILITY"):
         from . import cuda_machines
 
         metafunc.parametrize("machine", cuda_machines.parameters(metafunc.module.CAPABILITY), indirect=True)
