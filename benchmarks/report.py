@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic
 
@@ -51,7 +52,7 @@ def _ceiling_lines(peaks: Peaks) -> Iterator[str]:
         yield "          too low, since other processes had the cores meanwhile: shares of them say little"
 
 
-class Table(Generic[C]):
+class Table(ABC, Generic[C]):
     """Aligned columns whose rows can be printed while the run goes on; what its columns are a subclass says."""
 
     columns: tuple[str, ...]
@@ -61,9 +62,9 @@ class Table(Generic[C]):
         self._case_width = max(len(_title(case)) for case in cases)
         self._rival_width = max(len(name) for name in rival_names)
 
+    @abstractmethod
     def figures(self, result: CaseResult[C], m: Measurement) -> tuple[str, ...]:
         """The cells of a measurement that ran."""
-        raise NotImplementedError
 
     def head(self) -> str:
         """The names of the columns."""
