@@ -177,7 +177,9 @@ def cuda_module(nvcc: Path) -> Module:
         ("forward", "backward"),
         generate_code("75", [name for name in real if int(name) < 80]),
     )
-    for_80 = generate_code("80", [name for name in real if int(name) >= 80])
+    for_80 = generate_code("80", [name for name in real if 80 <= int(name) < 90])
+    if later := [name for name in real if int(name) >= 90]:
+        for_80 += generate_code("90", later)  # of kernels that use fewer registers, see later_gpus.h
     ampere = ("sm80", HEAD_DIMS, ("forward", "backward", "decode"), for_80)
     objects = {
         f"{folder}_{family}_d{dim}": Object(

@@ -243,9 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--short", action="store_true", help="only the most important kernels; with --cuda, not simulated"
     )
-    parser.add_argument("--cuda", action="store_true", help="the CUDA module as built, by default for sm_75,sm_80")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA module as built, by default for all GPUs")
     given = parser.parse_args(arguments)
-    names = (given.arch or ("sm_75,sm_80" if given.cuda else "sm_80,sm_90")).split(",")
+    names = (given.arch or ("sm_75,sm_80,sm_90,sm_100,sm_120" if given.cuda else "sm_80,sm_90")).split(",")
     for name in names:
         if name not in ARCHITECTURES:
             parser.error(f"--arch must name some of {', '.join(ARCHITECTURES)}, got {name!r}")

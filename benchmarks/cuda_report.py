@@ -27,8 +27,8 @@ from .sass import Loop
 SEQLEN = 1024
 _WIDTH = 52  # of the longest name
 MARKED = "sm_80"
-GPUS = {"sm_75": ("T4",), "sm_80": ("A100", "H100"), "sm_90": ("H100",)}
-"""Whose limits are told for the code of an architecture. For H100, that of sm_80 stands in where none is for sm_90."""
+GPUS = {"sm_75": "T4", "sm_80": "A100", "sm_90": "H100"}
+"""Whose limits are told for the code of an architecture."""
 
 
 class Name(NamedTuple):
@@ -79,7 +79,7 @@ def static_marks(found: Sequence[Static], architecture: str) -> Iterator[Mark]:
     yield Mark(f"{architecture}: bytes of stack, the largest of {len(found)} kernels", spilled, 0)
     for x in found:
         name = parsed(x.name)
-        if name and name.architecture == MARKED and name.dtype == "bf16" and not name.general and x.work:
+        if name and architecture == MARKED and name.dtype == "bf16" and not name.general and x.work:
             yield from cuda_marks.of_loop(name.kernel, name.head_dim, x.work.instructions)
 
 
@@ -121,21 +121,20 @@ def _print_static(found: Sequence[Static], architecture: str) -> None:
 
 
 def _print_pipes(found: Sequence[Static], architecture: str) -> None:
+    if (gpu := GPUS.get(architecture)) is None:
+        return
     works = {x.name: x.work for x in found}
-    for gpu in GPUS.get(architecture, ()):
-        print(
-            f"A model, not a measurement: cycles per m16n8k16 on a multiprocessor of {gpu}, main loop, {architecture}"
-        )
-        print("(without fp16 where it counts as bf16 does; what bounds decoding is memory, not these)")
-        print(f"{'kernel':{_WIDTH}} {'tensor':>7} {'FP32':>7} {'MUFU':>7} {'shared':>7} {'issue':>7}  bound by")
-        for name, work in works.items():
-            same = "fp16" in name and works.get(name.replace("fp16", "bf16")) == work
-            if work is None or same:
-                continue
-            cycles = pipes.cycles(work, pipes.RATES[gpu])
-            text = " ".join(f"{cycle:7.2f}" for cycle in cycles.values())
-            print(f"{name:{_WIDTH}} {text}  {max(cycles, key=cycles.__getitem__)}")
-        print()
+    print(f"A model, not a measurement: cycles per m16n8k16 on a multiprocessor of {gpu}, main loop, {architecture}")
+    print("(without fp16 where it counts as bf16 does; what bounds decoding is memory, not these)")
+    print(f"{'kernel':{_WIDTH}} {'tensor':>7} {'FP32':>7} {'MUFU':>7} {'shared':>7} {'issue':>7}  bound by")
+    for name, work in works.items():
+        same = "fp16" in name and works.get(name.replace("fp16", "bf16")) == work
+        if work is None or same:
+            continue
+        cycles = pipes.cycles(work, pipes.RATES[gpu])
+        text = " ".join(f"{cycle:7.2f}" for cycle in cycles.values())
+        print(f"{name:{_WIDTH}} {text}  {max(cycles, key=cycles.__getitem__)}")
+    print()
 
 
 def _print_simulated() -> list[Mark]:

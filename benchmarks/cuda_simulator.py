@@ -85,7 +85,7 @@ class Simulator:
 
     def launch(self, name: str, *arguments: Any, **options: Any) -> Any:
         """Runs a kernel; returns the simulator's counters."""
-        return kernels()[name].launch(name, *arguments, **options)
+        return kernels(self.capability)[name].launch(name, *arguments, **options)
 
 
 def findings(counters: Any) -> list[Any]:
@@ -124,24 +124,30 @@ class Memory:
 
 
 @lru_cache
-def kernels() -> dict[str, Any]:
-    """The module's PTX, by the names of its kernels."""
-    units = [_Lazy(text) for text in cuda_module.ptx()]
+def kernels(capability: int) -> dict[str, Any]:
+    """The module's PTX for a compute capability, times 10, by the names of its kernels: as the driver would choose."""
+    units = sorted((unit for unit in _units() if unit.target <= capability), key=lambda unit: unit.target)
     return {name: unit for unit in units for name in unit.names}
 
 
-def ptx(name: str) -> str:
+def ptx(name: str, capability: int) -> str:
     """The PTX of one kernel, without those that were compiled with it."""
-    head, *entries = re.split(r"(?m)^(?=\.visible \.entry )", kernels()[name].text)
+    head, *entries = re.split(r"(?m)^(?=\.visible \.entry )", kernels(capability)[name].text)
     (entry,) = (x for x in entries if x.split()[2].split("(")[0] == name)
     return head + entry
 
 
+@lru_cache
+def _units() -> list[_Lazy]:
+    return [_Lazy(text) for text in cuda_module.ptx()]
+
+
 class _Lazy:
-    """PTX that is read when a kernel of it is first launched."""
+    """PTX that is read when a kernel of it is first launched. target: of which compute capability, times 10."""
 
     def __init__(self, text: str) -> None:
         self.text = text
+        self.target = int(re.findall(r"(?m)^\.target sm_(\d+)", text)[0])
         self.names = [line.split()[2].split("(")[0] for line in text.splitlines() if line.startswith(".visible .entry")]
         self.module: Any = None
 

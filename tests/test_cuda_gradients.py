@@ -63,11 +63,16 @@ CASES: tuple[tuple[Case, torch.dtype], ...] = (
 
 @pytest.mark.parametrize("run", CASES, ids=lambda run: f"{run[0]}-{str(run[1]).removeprefix('torch.')}")
 def test_gradients(run: tuple[Case, torch.dtype], machine: Simulator | Hardware) -> None:
-    case, dtype = run
+    check(*run, machine)
+
+
+def check(case: Case, dtype: torch.dtype, machine: Simulator | Hardware) -> None:
+    """Out and all gradients of a case are right, and no kernel did what it must not."""
     call, want = cases.build(case, dtype, machine.device), cases.expected(case, dtype)
     leaves = call.requires_grad()
     out, lse = call.run(return_lse=True, backend="cuda")
     torch.autograd.backward((out, lse), (want.dout.to(out.device), want.dlse.to(out.device)))
+    assert_close("out", out, want.exact.out, want.eager_out, dtype)
     for name, leaf in leaves.items():
         assert leaf.grad is not None, name
         term = want.exact.terms.get(name, 0.0)

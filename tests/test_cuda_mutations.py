@@ -126,7 +126,7 @@ def mutants(ptx: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_no_mutant_survives(kernel: str, use_backends: Callable[..., None]) -> None:
     launches = [Launch(kernel, case, use_backends) for case in CASES]
-    load, ptx = simulator.ptxsim().load_ptx, cuda_simulator.ptx(kernel)
+    load, ptx = simulator.ptxsim().load_ptx, cuda_simulator.ptx(kernel, 80)
     whole = load(ptx)
     assert [launch.complaint(whole) for launch in launches] == [None] * len(CASES)
     survivors, count = [], 0

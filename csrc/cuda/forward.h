@@ -36,15 +36,10 @@ class Forward {
         sees_(tile.sees),
         scores_(a, tile.b, tile.head, sees_.offset),
         key_(tile.first),
-        copy_(p_, tile.sequence, tile.b, tile.head / tile.group, key_),
+        copy_(p_, tile),
         offset_k_(lane_offset_b<T::kHeadDim>(lane())),
         offset_v_(lane_offset_a<T::kHeadDim>(lane())) {
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < T::kHeadDim / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) acc_[m][n][e] = 0.0f;
+    clear(acc_);
   }
 
   __device__ __forceinline__ void run() {

@@ -37,36 +37,42 @@ struct RowFragments {
   }
 };
 
-// The same, but each thread shelves its fragments of the first kShelved times 16 columns in shared memory, where
-// registers nearly suffice.
+// The same, but each thread shelves its first kShelved fragments in shared memory, where registers nearly suffice.
 template <int kRowTiles, int kColumns, int kShelved, int kThreads>
 struct ShelvedFragments {
-  static constexpr int kSteps = kColumns / 16 - kShelved;
-  Fragment kept[kRowTiles][kSteps];
+  static constexpr int kKept = kRowTiles * kColumns / 16 - kShelved;
+  Fragment kept[kKept > 0 ? kKept : 1];
 
   __device__ __forceinline__ void load(uint32_t tile, int lane) {
     RowFragments<kRowTiles, kColumns> all;
     all.load(tile, lane);
-    unrolled<kRowTiles>([&](auto m) {
-      unrolled<kSteps>([&](auto k) { kept[m][k] = all.kept[m][kShelved + k]; });
-      unrolled<kShelved>([&](auto k) { ptx::st_shared_16(shelf(m, k), all.kept[m][k].r); });
+    unrolled<kColumns / 16>([&](auto k) {
+      unrolled<kRowTiles>([&](auto m) {
+        constexpr int i = k * kRowTiles + m;
+        if constexpr (i >= kShelved) {
+          kept[i - kShelved] = all.kept[m][k];
+        } else {
+          ptx::st_shared_16(shelf(i), all.kept[m][k].r);
+        }
+      });
     });
   }
   template <int m, int k>
   __device__ __forceinline__ Fragment get() const {
-    if constexpr (k >= kShelved) {
-      return kept[m][k - kShelved];
+    constexpr int i = k * kRowTiles + m;
+    if constexpr (i >= kShelved) {
+      return kept[i - kShelved];
     } else {
       Fragment a;
-      ptx::ld_shared_16(a.r, shelf(m, k));
+      ptx::ld_shared_16(a.r, shelf(i));
       return a;
     }
   }
 
  private:
-  static __device__ __forceinline__ uint32_t shelf(int m, int k) {
-    __shared__ uint4 shelves[kRowTiles][kShelved][kThreads];
-    return shared_address(&shelves[m][k][threadIdx.x]);
+  static __device__ __forceinline__ uint32_t shelf(int i) {
+    __shared__ uint4 shelves[kShelved][kThreads];
+    return shared_address(&shelves[i][threadIdx.x]);
   }
 };
 
@@ -89,8 +95,9 @@ template <int kRowTiles, int kColumns, int kShelved, int kThreads>
 using Fragments = std::conditional_t<kShelved == 0, RowFragments<kRowTiles, kColumns>,
                                      ShelvedFragments<kRowTiles, kColumns, kShelved, kThreads>>;
 
-template <bool kInRegisters, int kRowTiles, int kColumns>
-using RowOperand = std::conditional_t<kInRegisters, RowFragments<kRowTiles, kColumns>, SharedRows<kRowTiles, kColumns>>;
+template <bool kInRegisters, int kRowTiles, int kColumns, int kShelved = 0, int kThreads = 0>
+using RowOperand = std::conditional_t<kInRegisters, Fragments<kRowTiles, kColumns, kShelved, kThreads>,
+                                      SharedRows<kRowTiles, kColumns>>;
 
 // c[m][n] = start[m][n] + rows[m] times 16 rows of a tile, transposed: the products of 16 queries with 16 keys. `at` is
 // the tile's address plus lane_offset_b, kRow the first of the rows; start(m, n) is what an accumulator begins with.
@@ -112,6 +119,16 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[kRowTiles][2][4],
       });
     });
   });
+}
+
+template <int kRowTiles, int kTiles>
+__device__ __forceinline__ void clear(float (&acc)[kRowTiles][kTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][n][e] = 0.0f;
 }
 
 struct Zeros {

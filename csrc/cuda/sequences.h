@@ -41,6 +41,7 @@ struct Tile {
   // Queries see keys, and keys are seen by queries: these are the columns. Some row has each of [first, end), and all
   // rows have those in [whole_first, whole_end).
   int first, end, whole_first, whole_end;
+  View keys, values;  // those of the call, for copies that read strides here (see later_gpus.h)
 };
 
 // Sequence b of a varlen call owns the tiles from cu_seqlens[b] / rows + b on, which are at least as many as it needs:
@@ -89,6 +90,8 @@ __device__ __forceinline__ Tile this_tile(const Params& p) {
   tile.end = kOfKeys ? sees.last_query(tile.last_row, q_length) : sees.last(tile.last_row);
   tile.whole_first = kOfKeys ? sees.first_query(tile.last_row) : sees.first(tile.last_row);
   tile.whole_end = kOfKeys ? sees.last_query(tile.row, q_length) : sees.last(tile.row);
+  tile.keys = p.k;
+  tile.values = p.v;
   return tile;
 }
 

@@ -7,8 +7,10 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "later_gpus.h"
 #include "ptx/async_copy.h"
 #include "ptx/memory.h"
+#include "sequences.h"
 #include "shared_tile.h"
 
 namespace fastattn {
@@ -29,7 +31,7 @@ class CopySource {
 
   // columns: numbers in a row of the tensor, a multiple of 8; the tile's further columns become 0.
   __device__ __forceinline__ CopySource(const View& view, int64_t b, int64_t head, int64_t first_row, int columns)
-      : stride_(view.stride_s * 2) {
+      : view_(view), stride_(view.stride_s * 2) {
     source_ = static_cast<const char*>(view.data) + (b * view.stride_b + head * view.stride_h) * 2 +
               (first_row + row()) * stride_ + chunk() * kChunkBytes;
     columns_ = columns - chunk() * kChunkNumbers;
@@ -37,7 +39,9 @@ class CopySource {
 
   // The row of a tile that this thread's first chunk lies in, and where in the tile.
   static __device__ __forceinline__ int row() { return threadIdx.x / kLanes; }
-  static __device__ __forceinline__ uint32_t offset() { return Swizzle<kColumns>::offset(row(), chunk()); }
+  static __device__ __forceinline__ uint32_t offset(uint32_t thread = threadIdx.x) {
+    return Swizzle<kColumns>::offset(thread / kLanes, thread % kLanes);
+  }
 
   // Where chunk i lies in the tile, from offset() on.
   static constexpr __host__ __device__ int chunk_offset(int i) {
@@ -47,15 +51,16 @@ class CopySource {
   // Visits the chunks of the next tile with body(i, from, exists). Of its rows, `left` exist from row() on.
   template <class Body>
   __device__ __forceinline__ void next(int left, const Body& body) {
+    const int64_t stride = kFrom90 ? view_.stride_s * 2 : stride_;
     const char* from = source_;
     unrolled<kRows / kRowStep>([&](auto r) {
       unrolled<kGroups>([&](auto g) {
         const bool exists = r * kRowStep < left && g * kLanes * kChunkNumbers < columns_;
         body(Constant<r * kGroups + g>(), from + g * kLanes * kChunkBytes, exists);
       });
-      from += kRowStep * stride_;
+      from += kRowStep * stride;
     });
-    source_ += kRows * stride_;
+    source_ += kRows * stride;
   }
 
   // Moves on by numbers, not rows.
@@ -65,6 +70,7 @@ class CopySource {
   static __device__ __forceinline__ int chunk() { return threadIdx.x % kLanes; }
 
   const char* source_;
+  const View& view_;
   int64_t stride_;  // bytes
   int columns_;     // from this thread's first chunk on
 };
@@ -137,29 +143,34 @@ class RegisterCopy : public CopySource<kRows, kColumns, kThreads> {
 template <class Copy>
 class KeyValueCopy {
  public:
-  // From key first_key of sequence b on, of head head_kv.
-  __device__ __forceinline__ KeyValueCopy(const Params& p, const Sequence& s, int64_t b, int head_kv, int first_key)
-      : keys_(p.k, b, head_kv, s.k_begin + first_key, static_cast<int>(p.head_dim)),
-        values_(p.v, b, head_kv, s.k_begin + first_key, static_cast<int>(p.head_dim_v)),
+  // From the first key on that the tile sees.
+  __device__ __forceinline__ KeyValueCopy(const Params& p, const Tile& t)
+      : keys_(kFrom90 ? t.keys : p.k, t.b, t.head / t.group, t.sequence.k_begin + t.first,
+              static_cast<int>(p.head_dim)),
+        values_(kFrom90 ? t.values : p.v, t.b, t.head / t.group, t.sequence.k_begin + t.first,
+                static_cast<int>(p.head_dim_v)),
         offset_(ptx::kept(Copy::offset())) {}
 
   // Each block is asked for, comes halfway, and lands: keys at `tile`, values behind them. Of its rows, `rows` exist;
   // the others become 0.
   __device__ __forceinline__ void ask(uint32_t tile, int rows) {
-    keys_.ask(tile + offset_, rows - Copy::row());
+    keys_.ask(tile + offset(), rows - Copy::row());
     if constexpr (!Copy::kTakesRegisters) ask_values(tile, rows);
   }
   __device__ __forceinline__ void halfway(uint32_t tile, int rows) {
     if constexpr (Copy::kTakesRegisters) {
-      keys_.land(tile + offset_);
+      keys_.land(tile + offset());
       ask_values(tile, rows);
     }
   }
-  __device__ __forceinline__ void land(uint32_t tile) { values_.land(tile + offset_ + Copy::kTileBytes); }
+  __device__ __forceinline__ void land(uint32_t tile) { values_.land(tile + offset() + Copy::kTileBytes); }
 
  private:
+  // Where this thread's part of a tile is.
+  __device__ __forceinline__ uint32_t offset() const { return kFrom90 ? Copy::offset(ptx::thread_index()) : offset_; }
+
   __device__ __forceinline__ void ask_values(uint32_t tile, int rows) {
-    values_.ask(tile + offset_ + Copy::kTileBytes, rows - Copy::row());
+    values_.ask(tile + offset() + Copy::kTileBytes, rows - Copy::row());
   }
 
   Copy keys_, values_;

@@ -191,7 +191,7 @@ def _check_others(module: torch.nn.Module, others: dict[str, Any], attention_mas
             f'output_attentions=True needs the probabilities, which attn_implementation="{NAME}" never forms; use '
             'model.set_attn_implementation("eager") to get them'
         )
-    if not others:
+    if others.keys() <= HARMLESS:
         return
     unknown = sorted(name for name, x in others.items() if x is not None and name not in (*HARMLESS, *PACKING))
     if unknown:
@@ -212,7 +212,8 @@ def _attentions_are_collected() -> bool:
     if torch.compiler.is_compiling():
         return False
     collector = _collector()
-    return collector is not None and any("attentions" in key for key in collector.get() or ())
+    collected = () if collector is None else collector.get()
+    return any("attentions" in key for key in collected) if collected else False
 
 
 @cache

@@ -59,7 +59,7 @@ struct KeyGradientTraits {
   static constexpr int kSharedBytes = 2 * kStageBytes + (kValuesInRegisters ? 0 : kRowBytes);
   static_assert(kSharedBytes >= kRowBytes, "rows pass through at once");
 
-  using Keys = Fragments<kRowTiles, kHeadDim, kRowTiles == 2 ? 1 : 0, kThreads>;
+  using Keys = Fragments<kRowTiles, kHeadDim, kRowTiles == 2 ? 2 : 0, kThreads>;
   using Values = RowOperand<kValuesInRegisters, kRowTiles, kHeadDim>;
   template <int kTileRows>
   using Copy = RegisterCopy<kTileRows, kHeadDim, kThreads>;

@@ -29,7 +29,7 @@ struct ForwardTraits {
   static constexpr int kQueryRows = kRows * kHeadDim * 2 <= kSharedBytes ? kRows : 64;
   static constexpr int kQueryOffset = 0;
 
-  using Queries = Fragments<kRowTiles, kHeadDim, kHeadDim == 128 && !kGeneral ? 3 : 0, kThreads>;
+  using Queries = Fragments<kRowTiles, kHeadDim, kHeadDim == 128 && !kGeneral ? 6 : 0, kThreads>;
   template <int kTileRows>
   using Copy = RegisterCopy<kTileRows, kHeadDim, kThreads>;
 };

@@ -2,6 +2,7 @@
 #include "../gradient_of_keys.h"
 #include "../gradient_of_queries.h"
 #include "../kernel.h"
+#include "../later_gpus.h"
 #include "../numbers.h"
 #include "kernels.h"
 
@@ -31,11 +32,17 @@ struct QueryGradientTraits {
   static constexpr int kSharedBytes =
       kQueriesAt + kQueryBytes > 2 * kStageBytes ? kQueriesAt + kQueryBytes : 2 * kStageBytes;
 
-  using Douts = RowFragments<kRowTiles, kHeadDim>;
+  using Douts = Fragments<kRowTiles, kHeadDim, kHeadDim == 256 ? 3 : 0, kThreads>;
   using Queries = RowOperand<kQueriesInRegisters, kRowTiles, kHeadDim>;
   template <int kTileRows>
   using Copy = AsyncCopy<kTileRows, kHeadDim, kThreads>;
 };
+
+// Fragments of the keys for which ptxas finds no room on later GPUs.
+constexpr int shelved_keys(int head_dim, bool general) {
+  if (general) return head_dim == 192 ? 2 : 0;
+  return head_dim == 32 || head_dim == 256 ? 1 : head_dim == 64 ? 8 : head_dim == 128 ? 2 : 0;
+}
 
 template <class Number_, int kHeadDim_, bool kGeneral_, Of kOf>
 struct KeyGradientTraits {
@@ -66,7 +73,8 @@ struct KeyGradientTraits {
   static constexpr int kSharedBytes =
       kStagesBytes + (kOfKeys && !kValuesInRegisters ? kRowBytes : 0) + (kKeysInRegisters ? 0 : kRowBytes);
 
-  using Keys = RowOperand<kKeysInRegisters, kRowTiles, kHeadDim>;
+  static constexpr int kShelvedKeys = kFrom90 ? shelved_keys(kHeadDim, kGeneral) : 0;
+  using Keys = RowOperand<kKeysInRegisters, kRowTiles, kHeadDim, kShelvedKeys, kThreads>;
   using Values = RowOperand<kValuesInRegisters, kRowTiles, kHeadDim>;
   template <int kTileRows>
   using Copy = AsyncCopy<kTileRows, kHeadDim, kThreads>;

@@ -68,10 +68,7 @@ class Decode {
         offset_to_(Pieces::lane_offset()),
         offset_k_(lane_offset_b<T::kHeadDim>(lane_)),
         offset_v_(lane_offset_a<T::kHeadDim>(lane_)) {
-#pragma unroll
-    for (int n = 0; n < T::kHeadDim / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_[0][n][e] = 0.0f;
+    clear(acc_);
   }
 
   __device__ __forceinline__ void run() {

@@ -1,6 +1,7 @@
 // Compiled once per head dimension, FASTATTN_HEAD_DIM.
 #include "../forward.h"
 #include "../kernel.h"
+#include "../later_gpus.h"
 #include "../numbers.h"
 #include "kernels.h"
 
@@ -28,7 +29,9 @@ struct ForwardTraits {
   static constexpr int kSharedBytes =
       2 * kStageBytes > kQueryOffset + kQueryBytes ? 2 * kStageBytes : kQueryOffset + kQueryBytes;
 
-  using Queries = RowFragments<kRowTiles, kHeadDim>;
+  // Fragments for which ptxas finds no room.
+  static constexpr int kShelved = !kFrom90 ? 0 : kHeadDim == 32 ? 1 : kHeadDim == 128 && !kGeneral ? 7 : 0;
+  using Queries = Fragments<kRowTiles, kHeadDim, kShelved, kThreads>;
   template <int kTileRows>
   using Copy = AsyncCopy<kTileRows, kHeadDim, kThreads>;
 };
