@@ -57,11 +57,14 @@ def backward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...])
 
 
 def _one_by_one(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:
-    results = []
-    for i in range(size):
-        own = (x.select(d, i) if isinstance(x, Tensor) and d is not None else x for x, d in zip(args, in_dims))  # noqa: B905
-        results.append(run(*own))
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    def of_all(pick: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
+        pairs = zip(args, in_dims)  # noqa: B905
+        return run(*(pick(x, d) if isinstance(x, Tensor) and d is not None else x for x, d in pairs))
+
+    results = [of_all(lambda x, d, i=i: x.select(d, i)) for i in range(size)]  # type: ignore[misc]
+    # Without any, one of zeros tells the shapes.
+    results = results or [of_all(lambda x, d: x.new_zeros(_without(x.shape, d)))]
+    stacked = tuple(torch.stack(parts)[:size] for parts in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
 
 

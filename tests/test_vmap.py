@@ -183,6 +183,18 @@ def test_dropout_without_a_seed_obeys_randomness() -> None:
     assert not torch.equal(different[0], different[1])
 
 
+def test_no_problems_at_all() -> None:
+    """Also where problems are computed one by one, out and gradients have the shapes of none."""
+    q, sinks = torch.randn(0, 1, 2, 5, 8), torch.randn(0, 2)
+
+    def run(q: Tensor, sinks: Tensor) -> Tensor:
+        return attention(q, q, q, sinks=sinks, dropout_p=0.2, seed=1)
+
+    assert vmap(run)(q, sinks).shape == q.shape
+    dq, dsinks = vmap(grad(lambda *x: run(*x).sum(), (0, 1)))(q, sinks)
+    assert (dq.shape, dsinks.shape) == (q.shape, sinks.shape)
+
+
 def test_errors_name_the_argument() -> None:
     q, k, v = qkv(N)
     with pytest.raises(ValueError, match="mask must be broadcastable"):

@@ -69,6 +69,14 @@ class PlannedMask(torch.Tensor):
             self._content.tensor = self._content.build()
         return self._content.tensor
 
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        """A plain tensor."""
+        return self.spelled_out().clone()
+
+    def share_memory_(self) -> Tensor:
+        """A plain tensor in shared memory; this one has no memory that could be."""
+        return self.spelled_out().share_memory_()
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod

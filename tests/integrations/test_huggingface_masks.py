@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -297,6 +298,17 @@ def test_computing_with_a_planned_mask(mask: PlannedMask) -> None:
     assert torch.equal(mask.to(torch.float32), expected.to(torch.float32))
     assert torch.equal(~mask & torch.tensor(True), ~expected)
     assert type(mask.expand(3, 4, 6, 6)) is torch.Tensor
+
+
+def test_copies_of_a_planned_mask(mask: PlannedMask) -> None:
+    """Deep, or into memory that processes share: plain tensors."""
+    copied, shared = copy.deepcopy({"mask": mask})["mask"], mask.share_memory_()
+    assert type(copied) is type(shared) is torch.Tensor
+    assert shared.is_shared()
+    assert torch.equal(copied, mask.spelled_out())
+    assert torch.equal(shared, copied)
+    copied[:] = False
+    assert mask.spelled_out().any()
 
 
 def test_a_changed_mask_has_no_plan(mask: PlannedMask) -> None:
