@@ -170,7 +170,7 @@ def make_mask(
     )
 
 
-_HAVE_THE_TABLE_FOR_OTHER_LAYERS = ("modeling_git", "modeling_bigbird_pegasus")
+_HAVE_THE_TABLE_FOR_OTHER_LAYERS = ("modeling_git", "modeling_bigbird_pegasus", "modeling_informer")
 """Modules where some layers take the table, and others add the library's mask to their own scores."""
 
 

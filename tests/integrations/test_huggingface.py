@@ -396,7 +396,7 @@ def test_models_that_add_their_mask_themselves_are_refused() -> None:
 
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 asks for masks by other names")
-@pytest.mark.parametrize("name", ["Git", "BigBirdPegasus"])
+@pytest.mark.parametrize("name", ["Git", "BigBirdPegasus", "Informer"])
 def test_models_of_which_some_layers_add_their_mask_are_refused(name: str) -> None:
     """Their modules have the table of attention implementations, for other layers."""
     config, model = getattr(transformers, f"{name}Config")(), getattr(transformers, f"{name}Model")
