@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def plot_models(run: ModelRun, path: Path) -> None:
     if not results or not rivals:
         raise ValueError("there is nothing to plot: no case has a result of fastattn and a rival")
     rows = max(sum(result.case.dtype == dtype for result in results) for dtype in dtypes)
-    figure = Figure(figsize=(5.4 * len(dtypes) + 1.6, 0.62 * rows + 1.6), layout="constrained")
+    width = 5.4 * len(dtypes) + 1.6
+    figure = Figure(figsize=(width, 0.62 * rows + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(dtypes), squeeze=False, sharex=True)[0]
     for panel, dtype in zip(panels, dtypes, strict=True):
@@ -34,7 +36,7 @@ def plot_models(run: ModelRun, path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     where = f"Transformers {run.header['transformers']}, {machine_line(run.header)}"
-    figure.suptitle(f"{where}, random weights", fontsize=9)
+    figure.suptitle(textwrap.fill(f"{where}, random weights", int(12 * width)), fontsize=9)  # 12 letters per inch
     figure.savefig(path, dpi=130, format="png")
 
 
