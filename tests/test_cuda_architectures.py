@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastattn.backends import Needs, cuda
 from fastattn.backends.native import Tensors, addresses
 from fastattn.problem import Inputs, Options, describe
 
-from .cases import Case
+from .cases import GQA, Case
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the code out of the module, is not installed")
 
@@ -33,15 +34,20 @@ SHARED_BYTES = {"75": 64 * 1024}
 
 @pytest.fixture(params=CUDA_ARCHITECTURES)
 def usage(request: pytest.FixtureRequest) -> dict[str, cuda_module.Usage]:
-    """What kernels that run on a GPU take there; among others are those of older architectures."""
+    """What the kernels that a GPU runs take there: on 7.5 those of sm75, on others those of sm80, and rows.cu."""
     found = cuda_module.usage(f"sm_{request.param}")
     if not found:
+        asked = os.environ.get("FASTATTN_CUDA_ARCHITECTURES", "").split(",")
+        assert request.param not in asked, "machine code was asked for when the module was built"
         pytest.skip(f"the module has no machine code for sm_{request.param} (FASTATTN_CUDA_ARCHITECTURES)")
     return {name: x for name, x in found.items() if ("sm75" in name) == (request.param == "75") or "_sm" not in name}
 
 
 def test_nothing_is_spilled(usage: dict[str, cuda_module.Usage]) -> None:
-    assert len(usage) >= 14  # on 7.5; 7.5 has no calls with a cache and two head dimensions
+    turing = any("sm75" in name for name in usage)
+    assert usage.keys() == {
+        name for name in cuda_simulator.kernels(80) if ("sm75" in name) == turing or "_sm" not in name
+    }
     assert {name: x.stack for name, x in usage.items() if x.stack} == {}
 
 
@@ -78,9 +84,14 @@ LATER: tuple[tuple[Case, torch.dtype], ...] = (
     (_case("forward, whole blocks", seqlen_q=128, seqlen_k=192, **_dims(128)), FP16),
     (_case("gradients of keys", heads_q=4), BF16),
     (_case("gradients of keys, causal", causal=True, heads_q=1, heads_kv=1), FP16),
-    (_case("gradients of queries", causal=True, seqlen_q=70, seqlen_k=100, **_dims(256)), BF16),
+    (_case("gradients, 256", causal=True, seqlen_q=70, seqlen_k=100, **_dims(256)), BF16),
+    (_case("head_dim 32", causal=True, **_dims(32)), BF16),
+    (_case("head_dim 32, softcap", softcap=1.5, **_dims(32)), FP16),
+    (_case("head_dim 192, softcap", softcap=1.5, seqlen_q=70, **_dims(192)), BF16),
+    (_case("window, ALiBi", window=(40, 10), alibi="h", **_dims(64)), BF16),
+    (Case("varlen", lengths=((7, 19), (130, 150), (0, 5), (65, 64)), causal=True, **GQA), BF16),
 )
-"""Where kernels differ on compute capability 9.0 and up, see later_gpus.h."""
+"""Kernels that differ on compute capability 9.0 and up, see later_gpus.h, and some that should not."""
 
 
 @cuda_machines.needs_simulator
@@ -89,6 +100,7 @@ def test_later_gpus(run: tuple[Case, torch.dtype], use_backends: Callable[..., N
     machine = Simulator(90)
     kernels = cuda_simulator.kernels(90)
     if not any(unit.target == 90 for unit in kernels.values()):
+        assert not cuda_module.usage("sm_90"), "there is machine code for 9.0, and no PTX"
         pytest.skip("the module was built for no GPU of 9.0 or later (FASTATTN_CUDA_ARCHITECTURES)")
     use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
     check(*run, machine)

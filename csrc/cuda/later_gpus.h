@@ -1,5 +1,5 @@
 // Whether code is for compute capability 9.0 and up. ptxas fits fewer of the same kernels into 255 registers there, so
-// some keep more in shared memory.
+// some keep fragments in shared memory, and those that copy keys and values read strides there.
 #pragma once
 
 namespace fastattn {

@@ -37,15 +37,19 @@ struct RowFragments {
   }
 };
 
-// The same, but each thread shelves its first kShelved fragments in shared memory, where registers nearly suffice.
-template <int kRowTiles, int kColumns, int kShelved, int kThreads>
+// The same, but each thread shelves its first kShelved fragments in shared memory, where registers nearly suffice: from
+// kAt bytes of the dynamic shared memory on, where the rows may have been before, or, kAt < 0, in memory of its own.
+// Only one operand of a kernel may have the latter.
+template <int kRowTiles, int kColumns, int kShelved, int kThreads, int kAt>
 struct ShelvedFragments {
   static constexpr int kKept = kRowTiles * kColumns / 16 - kShelved;
+  static_assert(kKept >= 0, "no more shelved than there are");
   Fragment kept[kKept > 0 ? kKept : 1];
 
   __device__ __forceinline__ void load(uint32_t tile, int lane) {
     RowFragments<kRowTiles, kColumns> all;
     all.load(tile, lane);
+    if (kAt >= 0) __syncthreads();  // all have their rows
     unrolled<kColumns / 16>([&](auto k) {
       unrolled<kRowTiles>([&](auto m) {
         constexpr int i = k * kRowTiles + m;
@@ -71,8 +75,12 @@ struct ShelvedFragments {
 
  private:
   static __device__ __forceinline__ uint32_t shelf(int i) {
-    __shared__ uint4 shelves[kShelved][kThreads];
-    return shared_address(&shelves[i][threadIdx.x]);
+    if constexpr (kAt >= 0) {
+      return shared_address(dynamic_shared_memory()) + kAt + (i * kThreads + threadIdx.x) * 16;
+    } else {
+      __shared__ uint4 shelves[kShelved][kThreads];
+      return shared_address(&shelves[i][threadIdx.x]);
+    }
   }
 };
 
@@ -91,9 +99,9 @@ struct SharedRows {
   }
 };
 
-template <int kRowTiles, int kColumns, int kShelved, int kThreads>
+template <int kRowTiles, int kColumns, int kShelved, int kThreads, int kAt = -1>
 using Fragments = std::conditional_t<kShelved == 0, RowFragments<kRowTiles, kColumns>,
-                                     ShelvedFragments<kRowTiles, kColumns, kShelved, kThreads>>;
+                                     ShelvedFragments<kRowTiles, kColumns, kShelved, kThreads, kAt>>;
 
 template <bool kInRegisters, int kRowTiles, int kColumns, int kShelved = 0, int kThreads = 0>
 using RowOperand = std::conditional_t<kInRegisters, Fragments<kRowTiles, kColumns, kShelved, kThreads>,

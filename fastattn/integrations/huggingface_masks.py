@@ -75,7 +75,7 @@ class PlannedMask(torch.Tensor):
 
     def share_memory_(self) -> Tensor:
         """A plain tensor in shared memory; this one has no memory that could be."""
-        return self.spelled_out().share_memory_()
+        return self.spelled_out().clone().share_memory_()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

@@ -32,6 +32,7 @@ struct QueryGradientTraits {
   static constexpr int kSharedBytes =
       kQueriesAt + kQueryBytes > 2 * kStageBytes ? kQueriesAt + kQueryBytes : 2 * kStageBytes;
 
+  // On all GPUs ptxas finds no room for some at 256.
   using Douts = Fragments<kRowTiles, kHeadDim, kHeadDim == 256 ? 3 : 0, kThreads>;
   using Queries = RowOperand<kQueriesInRegisters, kRowTiles, kHeadDim>;
   template <int kTileRows>

@@ -31,7 +31,10 @@ struct ForwardTraits {
 
   // Fragments for which ptxas finds no room.
   static constexpr int kShelved = !kFrom90 ? 0 : kHeadDim == 32 ? 1 : kHeadDim == 128 && !kGeneral ? 7 : 0;
-  using Queries = Fragments<kRowTiles, kHeadDim, kShelved, kThreads>;
+  // They lie behind the stages where the queries were, if there was that much.
+  static constexpr int kShelvedBytes = kShelved * kThreads * 16;
+  static constexpr int kShelvesAt = 2 * kStageBytes + kShelvedBytes <= kSharedBytes ? 2 * kStageBytes : -1;
+  using Queries = Fragments<kRowTiles, kHeadDim, kShelved, kThreads, kShelvesAt>;
   template <int kTileRows>
   using Copy = AsyncCopy<kTileRows, kHeadDim, kThreads>;
 };
