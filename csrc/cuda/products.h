@@ -39,7 +39,7 @@ struct RowFragments {
 
 // The same, but each thread shelves its first kShelved fragments in shared memory, where registers nearly suffice: from
 // kAt bytes of the dynamic shared memory on, where the rows may have been before, or, kAt < 0, in memory of its own.
-// Only one operand of a kernel may have the latter.
+// Only one operand of a kernel may have the latter, and only where all threads load at once is there the former.
 template <int kRowTiles, int kColumns, int kShelved, int kThreads, int kAt>
 struct ShelvedFragments {
   static constexpr int kKept = kRowTiles * kColumns / 16 - kShelved;
