@@ -175,18 +175,36 @@ struct ScoreGrad {
   V dbias;   // by the score after them
 };
 
+// What is the same for all scores of a lane.
 template <class V>
-inline ScoreGrad<V> score_grad(const Params& p, const typename V::Scalar* score, const typename V::Scalar* dprob,
-                               const typename V::Scalar* addend, const typename V::Scalar* factor, V lse, V delta) {
+struct ScoreTerms {
+  V scale, minus_lse, delta;
+  V into_cap, cap;  // scale / softcap, and softcap in units of log2
+  bool capped;
+
+  ScoreTerms(const Params& p, const typename V::Scalar* lse, const typename V::Scalar* delta_row)
+      : scale(number(p.scale * kLog2E)),
+        minus_lse(number(0) - V::load(lse)),
+        delta(V::load(delta_row)),
+        into_cap(number(p.softcap > 0 ? p.scale / p.softcap : 0)),
+        cap(number(p.softcap * kLog2E)),
+        capped(p.softcap > 0) {}
+  static V number(double x) { return V::set(typename V::Scalar(x)); }
+};
+
+// addend: null in a plain step. factor: of dropout, or null.
+template <class V>
+inline ScoreGrad<V> score_grad(const ScoreTerms<V>& terms, const typename V::Scalar* score,
+                               const typename V::Scalar* dprob, const typename V::Scalar* addend,
+                               const typename V::Scalar* factor) {
   using S = typename V::Scalar;
-  const V zero = V::set(S(0)), one = V::set(S(1));
-  const V scale = V::set(S(p.scale * kLog2E));
-  V x = fma(V::load(score), scale, zero - lse), slope = one;
+  const V zero = V::set(S(0)), one = V::set(S(1)), raw = V::load(score);
+  V x = fma(raw, terms.scale, terms.minus_lse), slope = one;
   if (addend != nullptr) {
     const V a = V::load(addend);
-    if (p.softcap > 0) {
-      const V capped = tanh(V::load(score) * V::set(S(p.scale / p.softcap)));
-      x = fma(capped, V::set(S(p.softcap * kLog2E)), a - lse);
+    if (terms.capped) {
+      const V capped = tanh(raw * terms.into_cap);
+      x = fma(capped, terms.cap, a + terms.minus_lse);
       slope = one - capped * capped;
     } else {
       x = x + a;
@@ -200,9 +218,10 @@ inline ScoreGrad<V> score_grad(const Params& p, const typename V::Scalar* score,
     g.prob = prob * V::load(factor);
     dp = dp * V::load(factor);
   }
-  g.dbias = prob * (dp - delta);
-  g.dscore = g.dbias * slope;
-  if (addend != nullptr) {  // a hidden pair may have been made of NaN
+  g.dscore = g.dbias = prob * (dp - terms.delta);
+  if (addend != nullptr) {
+    g.dscore = g.dbias * slope;
+    // A hidden pair may have been made of NaN.
     const auto hidden = equal(V::load(addend), V::set(S(-__builtin_inf())));
     g.prob = select(hidden, zero, g.prob);
     g.dbias = select(hidden, zero, g.dbias);
@@ -220,29 +239,47 @@ void store_lanes(Single<V>, V x, typename V::Scalar* row, int lane) {
 inline void store_lanes(Pairs, F32 x, uint32_t* row, int lane) { x.store(reinterpret_cast<bf16*>(row) + lane); }
 #endif
 
-// The operands of the products from the scores and the gradients of the probabilities. addend, factors and dbias may be
-// null.
+// The operands of the products from one vector of lanes of the scores and the gradients of the probabilities. What may
+// be null is so in all steps of most calls: calls with constants leave a loop without it.
+template <class E>
+inline void make_operands_of(const ScoreTerms<typename E::Vector>& terms, int keys, const typename E::Scalar* scores,
+                             const typename E::Scalar* dprobs, const typename E::Scalar* addend,
+                             const typename E::Scalar* factors, typename E::Scalar* dbias, int lane,
+                             typename E::Word* probs, typename E::Word* dscores, typename E::Word* dscores_key) {
+  using V = typename E::Vector;
+  constexpr int kLanes = Panel<V>::kLanes, kRow = Operands<E>::kRow;
+  V before = V::set(0);
+  for (int n = 0; n < keys; ++n) {
+    const int at = n * kLanes + lane;
+    const ScoreGrad<V> g = score_grad<V>(terms, scores + at, dprobs + at, addend ? addend + at : nullptr,
+                                         factors ? factors + at : nullptr);
+    if (dbias != nullptr) (V::load(dbias + at) + g.dbias).store(dbias + at);
+    store_lanes(E{}, g.prob, probs + n * kRow, lane);
+    store_lanes(E{}, g.dscore, dscores + n * kRow, lane);
+    if constexpr (E::kPerWord == 2) {
+      if (n % 2 == 1) store_pairs(before, g.dscore, dscores_key + n / 2 * kLanes + lane);
+      if (n % 2 == 0 && n + 1 == keys) store_pairs(g.dscore, V::set(0), dscores_key + n / 2 * kLanes + lane);
+      before = g.dscore;
+    }
+  }
+}
+
 template <class E>
 void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, int keys,
                    const typename E::Scalar* addend, const typename E::Scalar* factors, typename E::Scalar* dbias,
                    const Operands<E>& to) {
   using V = typename E::Vector;
-  constexpr int kLanes = Panel<V>::kLanes, kRow = Operands<E>::kRow;
   for (int lane = 0; lane < vectors * V::kWidth; lane += V::kWidth) {
-    const V lse = V::load(s.lse + lane), delta = V::load(s.delta + lane);
-    V before = V::set(0);
-    for (int n = 0; n < keys; ++n) {
-      const int at = n * kLanes + lane;
-      const ScoreGrad<V> g = score_grad<V>(p, s.scores + at, s.dprobs + at, addend ? addend + at : nullptr,
-                                           factors ? factors + at : nullptr, lse, delta);
-      if (dbias != nullptr) (V::load(dbias + at) + g.dbias).store(dbias + at);
-      store_lanes(E{}, g.prob, to.probs + n * kRow, lane);
-      store_lanes(E{}, g.dscore, to.dscores + n * kRow, lane);
-      if constexpr (E::kPerWord == 2) {
-        if (n % 2 == 1) store_pairs(before, g.dscore, to.dscores_key + n / 2 * kLanes + lane);
-        if (n % 2 == 0 && n + 1 == keys) store_pairs(g.dscore, V::set(0), to.dscores_key + n / 2 * kLanes + lane);
-        before = g.dscore;
-      }
+    const ScoreTerms<V> terms(p, s.lse + lane, s.delta + lane);
+    auto make = [&](const auto* addend, const auto* factors, auto* dbias) __attribute__((always_inline)) {
+      make_operands_of<E>(terms, keys, s.scores, s.dprobs, addend, factors, dbias, lane, to.probs, to.dscores,
+                          to.dscores_key);
+    };
+    if (addend == nullptr && factors == nullptr && dbias == nullptr) {
+      constexpr typename E::Scalar* kNone = nullptr;
+      make(kNone, kNone, kNone);
+    } else {
+      make(addend, factors, dbias);
     }
   }
 }
@@ -398,9 +435,9 @@ size_t backward_scratch(const Params& p) {
   return arena.used();
 }
 
-// rowsum(a * b), the same whatever the strides.
+// a * b, summed up in lanes; the same whatever the strides.
 template <class V, class T>
-typename V::Scalar row_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int dim) {
+V row_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int dim) {
   using S = typename V::Scalar;
   auto part = [&](const T* row, int64_t stride, int d) {
     if (stride == 1) return load_some<V>(row + d, dim - d);
@@ -410,10 +447,7 @@ typename V::Scalar row_product(const T* a, int64_t stride_a, const T* b, int64_t
   };
   V sums = V::set(S(0));
   for (int d = 0; d < dim; d += V::kWidth) sums = fma(part(a, stride_a, d), part(b, stride_b, d), sums);
-  S lanes[V::kWidth], total = S(0);
-  sums.store(lanes);
-  for (const S lane : lanes) total += lane;
-  return total;
+  return sums;
 }
 
 // delta = rowsum(dout * out) - dlse of one head of a sequence.
@@ -421,12 +455,22 @@ template <class V, class T>
 void delta_job(const Params& p, const BackwardSpace& space, int64_t b, int64_t head) {
   using S = typename V::Scalar;
   const Sequence seq = sequence_of(p, b);
-  for (int64_t i = 0; i < seq.q_length; ++i) {
-    const T* out = row_of<const T>(p.out, seq, b, head, i);
-    const T* dout = row_of<const T>(p.dout, seq, b, head, i);
-    S total = row_product<V>(out, p.out.stride_d, dout, p.dout.stride_d, int(p.head_dim_v));
-    if (p.dlse.data != nullptr) total -= *row_of<const S>(p.dlse, seq, b, head, i);
-    *row_of<S>(space.delta, seq, b, head, i) = total;
+  for (int64_t i = 0; i < seq.q_length; i += V::kWidth) {
+    const int rows = int(smaller(V::kWidth, seq.q_length - i));
+    V products[V::kWidth];
+    for (int r = 0; r < V::kWidth; ++r) {
+      products[r] = V::set(S(0));
+      if (r < rows)
+        products[r] =
+            row_product<V>(row_of<const T>(p.out, seq, b, head, i + r), p.out.stride_d,
+                           row_of<const T>(p.dout, seq, b, head, i + r), p.dout.stride_d, int(p.head_dim_v));
+    }
+    S totals[V::kWidth];
+    sum_of_lanes(products).store(totals);
+    for (int r = 0; r < rows; ++r) {
+      if (p.dlse.data != nullptr) totals[r] -= *row_of<const S>(p.dlse, seq, b, head, i + r);
+      *row_of<S>(space.delta, seq, b, head, i + r) = totals[r];
+    }
   }
 }
 
@@ -439,24 +483,22 @@ void sum_dq_job(const Params& p, const BackwardJob& job, const BackwardSpace& sp
   const HeadGroup heads = group_of(p, job.head_kv);
   const int64_t rows = seq.q_length * heads.count, dq_size = p.head_dim * kLanes;
   const S* first = static_cast<const S*>(space.dq) + job.first_panel * dq_size;
+  const V scale = V::set(S(p.scale));
   for (int64_t row = 0; row < rows; row += V::kWidth) {
     const int count = int(smaller(V::kWidth, rows - row));
     const S* from = first + row / kLanes * dq_size + row % kLanes;
-    for (int d = 0; d < p.head_dim; d += V::kWidth) {
-      const int columns = int(smaller(V::kWidth, p.head_dim - d));
-      V tile[V::kWidth];
-      for (int i = 0; i < V::kWidth; ++i) {
-        tile[i] = V::set(S(0));
-        for (int64_t part = 0; part < space.parts && i < columns; ++part)
-          tile[i] = tile[i] + V::load(from + part * space.panels * dq_size + (d + i) * kLanes);
-        tile[i] = tile[i] * V::set(S(p.scale));
-      }
-      transpose(tile);
-      for (int i = 0; i < count; ++i) {
-        T* dq = row_of<T>(p.dq, seq, job.b, heads.first + (row + i) % heads.count, (row + i) / heads.count);
-        store_some(tile[i], columns, dq + d * p.dq.stride_d, p.dq.stride_d);
-      }
-    }
+    T* to[V::kWidth];
+    for (int i = 0; i < count; ++i)
+      to[i] = row_of<T>(p.dq, seq, job.b, heads.first + (row + i) % heads.count, (row + i) / heads.count);
+    store_columns<V>(
+        int(p.head_dim), count,
+        [&](int d) {
+          V sum = V::load(from + d * kLanes);
+          for (int64_t part = 1; part < space.parts; ++part)
+            sum = sum + V::load(from + part * space.panels * dq_size + d * kLanes);
+          return sum * scale;
+        },
+        to, p.dq.stride_d);
   }
 }
 

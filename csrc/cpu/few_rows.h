@@ -101,14 +101,17 @@ void few_scores_tile(const typename E::Word* queries, int ld, int dim, const T* 
   const int whole = dim / kNumbers * kNumbers;
   T rest[kKeys][kNumbers];
   for (int n = 0; n < kKeys && !kWhole; ++n) copy_part(k[n < keys ? n : 0] + whole, dim - whole, kNumbers, rest[n]);
-  V acc[V::kWidth];
+  V acc[V::kWidth];  // in registers, as all loops over it are unrolled
+#pragma GCC unroll 16
   for (int i = 0; i < V::kWidth; ++i) acc[i] = V::set(0);
   for (int d = 0; d < dim; d += kNumbers) {
     typename E::Operand q[kRows];
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) q[r] = E::load(queries + r * ld + d / E::kPerWord);
 #pragma GCC unroll 16
     for (int n = 0; n < kKeys; ++n) {
       const typename E::Operand key = RowOperands<E, T>::key(kWhole || d < whole ? k[n < keys ? n : 0] + d : rest[n]);
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) acc[n * kRows + r] = E::multiply_add(key, q[r], acc[n * kRows + r]);
     }
   }
@@ -143,8 +146,10 @@ void few_outputs_tile(const typename E::Word* probs, const T* const* v, int d, c
                       int ahead_keys, int ahead_from, int ahead_dim) {
   using V = typename E::Vector;
   static const T kZeros[kVectors * V::kWidth] = {};
-  V sum[kRows][kVectors];
+  V sum[kRows][kVectors];  // likewise in registers
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) sum[r][i] = V::set(0);
   for (int n = 0; n < keys; n += E::kPerWord) {
     for (int i = n; i < n + E::kPerWord && i < ahead_keys; ++i) prefetch_row(ahead[i] + ahead_from, ahead_dim);
@@ -154,12 +159,16 @@ void few_outputs_tile(const typename E::Word* probs, const T* const* v, int d, c
       if (n + i < keys && (seen == nullptr || seen[n + i])) rows[i] = v[n + i] + d;
     typename E::Operand value[kVectors];
     RowOperands<E, T>::values(rows[0], rows[1], value);
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const typename E::Operand prob = E::broadcast(probs + n / E::kPerWord * Panel<V>::kLanes + r);
+#pragma GCC unroll 4
       for (int i = 0; i < kVectors; ++i) sum[r][i] = E::multiply_add(prob, value[i], sum[r][i]);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {
       typename V::Scalar* to = acc + r * ld + i * V::kWidth;
       fma(V::set(alpha[r]), V::load(to), sum[r][i]).store(to);
@@ -263,10 +272,14 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
   finish_softmax(p, panel, job, state, inverse, lse);
   for (int r = 0; r < panel.count; ++r) {
     const V factor = V::set(inverse[r]), zero = V::set(S(0));
-    for (int d = 0; d < p.head_dim_v; d += V::kWidth) {
-      const V out = V::load(s.acc + r * s.dim_v + d) * factor;
-      const int columns = int(smaller(V::kWidth, p.head_dim_v - d));
-      store_output<V, T>(p, seq, panel, job, parts, r, r, d, columns, select(equal(factor, zero), zero, out));
+    S* acc = s.acc + r * s.dim_v;
+    for (int d = 0; d < s.dim_v; d += V::kWidth)
+      select(equal(factor, zero), zero, V::load(acc + d) * factor).store(acc + d);
+    if (job.part >= 0) {
+      store_row<V>(acc, int(p.head_dim_v), part_row<S>(p, job, parts, r), 1);
+    } else {
+      T* out = row_of<T>(p.out, seq, job.b, panel.head[r], panel.query[r]);
+      store_row<V>(acc, int(p.head_dim_v), out, p.out.stride_d);
     }
   }
   store_lse(p, seq, panel, job, parts, 0, lse);

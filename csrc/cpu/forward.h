@@ -22,6 +22,7 @@ constexpr int kMaxPanels = 8;  // of one job
 template <class V>
 struct OnlineSoftmax {  // per lane; scores in units of log2
   typename V::Scalar row_max[Panel<V>::kLanes], row_sum[Panel<V>::kLanes], alpha[Panel<V>::kLanes];
+  bool begun;  // whether there was a step, and acc holds anything
 };
 
 template <class E>
@@ -134,6 +135,7 @@ void exponentials(const typename E::Scalar* scores, typename E::Vector scale,
 template <class V>
 void reset(OnlineSoftmax<V>& state) {
   using S = typename V::Scalar;
+  state.begun = false;
   for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
     state.row_max[lane] = S(-__builtin_inf());
     state.row_sum[lane] = S(0);
@@ -217,8 +219,14 @@ void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::
     v_stride = dim_v;
   }
   // Each block is summed from zero and then added: errors grow with the number of blocks, not of keys.
-  gemm_over_keys<E, kVectors, Update::kScaleAdd>(dim_v, keys, v, v_stride, scratch.probs, kLanes, acc,
-                                                 scratch.half_word, state.alpha);
+  if (state.begun) {
+    gemm_over_keys<E, kVectors, Update::kScaleAdd>(dim_v, keys, v, v_stride, scratch.probs, kLanes, acc,
+                                                   scratch.half_word, state.alpha);
+  } else {
+    gemm_over_keys<E, kVectors, Update::kStore>(dim_v, keys, v, v_stride, scratch.probs, kLanes, acc,
+                                                scratch.half_word);
+    state.begun = true;
+  }
 }
 
 // The block's keys against one panel, cut where the panel's rows stop seeing the same keys.
@@ -277,18 +285,11 @@ void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& jo
   }
 }
 
-// Columns d .. d + columns of one lane's output, to the caller's memory or to the parts that are merged later. row: the
-// lane's place among the job's rows.
-template <class V, class T>
-void store_output(const Params& p, const Sequence& seq, const Panel<V>& panel, const ForwardJob& job,
-                  const Parts& parts, int64_t row, int lane, int d, int columns, V values) {
-  if (job.part >= 0) {
-    const int64_t at = job.part * parts.rows_total + job.first_part_row + row;
-    store_some(values, columns, static_cast<typename V::Scalar*>(parts.out) + at * p.head_dim_v + d, 1);
-  } else {
-    T* out = row_of<T>(p.out, seq, panel.b, panel.head[lane], panel.query[lane]);
-    store_some(values, columns, out + d * p.out.stride_d, p.out.stride_d);
-  }
+// Where a row of a job's parts, which are merged later, begins.
+template <class S>
+S* part_row(const Params& p, const ForwardJob& job, const Parts& parts, int64_t row) {
+  const int64_t at = job.part * parts.rows_total + job.first_part_row + row;
+  return static_cast<S*>(parts.out) + at * p.head_dim_v;
 }
 
 template <class V>
@@ -312,23 +313,26 @@ void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::
   using V = typename E::Vector;
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
-  const int dim_v = int(p.head_dim_v);
   S inverse[kLanes], lse[kLanes];
   finish_softmax(p, panel, job, state, inverse, lse);
-  for (int lane0 = 0; lane0 < panel.count; lane0 += V::kWidth) {
-    const V factor = V::load(inverse + lane0), zero = V::set(S(0));
-    for (int d = 0; d < dim_v; d += V::kWidth) {
-      V tile[V::kWidth];
-      const int columns = int(smaller(V::kWidth, dim_v - d));
-      for (int i = 0; i < V::kWidth; ++i) {
-        tile[i] = zero;
-        if (i < columns) tile[i] = select(equal(factor, zero), zero, V::load(acc + (d + i) * kLanes + lane0) * factor);
-      }
-      transpose(tile);
-      for (int i = 0; i < V::kWidth && lane0 + i < panel.count; ++i) {
-        store_output<V, T>(p, seq, panel, job, parts, first_row + lane0 + i, lane0 + i, d, columns, tile[i]);
-      }
+  auto store = [&](auto* const* rows, int64_t stride) {
+    for (int lane = 0; lane < panel.count; lane += V::kWidth) {
+      const V factor = V::load(inverse + lane), zero = V::set(S(0));
+      const auto empty = equal(factor, zero);
+      store_columns<V>(
+          int(p.head_dim_v), int(smaller(V::kWidth, panel.count - lane)),
+          [&](int d) { return select(empty, zero, V::load(acc + d * kLanes + lane) * factor); }, rows + lane, stride);
     }
+  };
+  if (job.part >= 0) {
+    S* rows[kLanes];
+    for (int lane = 0; lane < panel.count; ++lane) rows[lane] = part_row<S>(p, job, parts, first_row + lane);
+    store(rows, 1);
+  } else {
+    T* rows[kLanes];
+    for (int lane = 0; lane < panel.count; ++lane)
+      rows[lane] = row_of<T>(p.out, seq, panel.b, panel.head[lane], panel.query[lane]);
+    store(rows, p.out.stride_d);
   }
   store_lse(p, seq, panel, job, parts, first_row, lse);
 }
@@ -336,7 +340,6 @@ void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::
 template <class E, class T>
 void forward_job(const Params& p, const ForwardJob& job, const Parts& parts, void* memory) {
   using V = typename E::Vector;
-  using S = typename E::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   Arena arena(memory);
   ForwardScratch<E> scratch(p, arena);
@@ -356,8 +359,6 @@ void forward_job(const Params& p, const ForwardJob& job, const Parts& parts, voi
     reset(states[count]);
     Columns<E, T>::pack(rows, panel.vectors * V::kWidth, p.q.stride_d, int(p.head_dim),
                         scratch.queries + count * scratch.queries_size, kLanes);
-    S* acc = scratch.acc + count * scratch.acc_size;
-    for (int64_t i = 0; i < scratch.acc_size; ++i) acc[i] = S(0);
     if (panel.any.first < panel.any.last)
       keys = {smaller(keys.first, panel.any.first), larger(keys.last, panel.any.last)};
   }

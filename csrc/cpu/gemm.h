@@ -48,7 +48,8 @@ struct Pairs {
 // C += product; or C = lanes[lane] * C + product.
 enum class Update { kStore, kStoreMax, kAdd, kScaleAdd };
 
-// A tile of kRows rows, kept in registers. Out of line: inlined into its callers, GCC spills the accumulators.
+// A tile of kRows rows, kept in registers. Out of line: inlined into its callers, GCC spills the accumulators. It also
+// keeps them in memory, and writes and reads each once more, unless all loops over them are unrolled.
 template <class E, int kRows, int kVectors, Update kUpdate, bool kUnitRows>
 __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
                                          const typename E::Word* b, int64_t ldb, typename E::Scalar* c, int64_t ldc,
@@ -56,22 +57,28 @@ __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64
   using V = typename E::Vector;
   constexpr int kWidth = V::kWidth;
   V acc[kRows][kVectors];
+#pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
     for (int i = 0; i < kVectors; ++i) acc[r][i] = V::set(0);
   for (int step = 0; step < k; ++step) {
     typename E::Operand right[kVectors];
+#pragma GCC unroll 2
     for (int i = 0; i < kVectors; ++i) right[i] = E::load(b + i * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const typename E::Operand left = E::broadcast(a + (kUnitRows ? r : r * row_stride));
+#pragma GCC unroll 2
       for (int i = 0; i < kVectors; ++i) acc[r][i] = E::multiply_add(left, right[i], acc[r][i]);
     }
     a += k_stride;
     b += ldb;
   }
+#pragma GCC unroll 2
   for (int i = 0; i < kVectors; ++i) {
     constexpr bool kPerLane = kUpdate == Update::kScaleAdd || kUpdate == Update::kStoreMax;
     V lane = kPerLane ? V::load(lanes + i * kWidth) : V::set(1);
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       typename E::Scalar* to = c + r * ldc + i * kWidth;
       if (kUpdate == Update::kAdd) acc[r][i] = acc[r][i] + V::load(to);

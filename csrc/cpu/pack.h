@@ -1,4 +1,4 @@
-// Bringing rows of the caller's tensors into the order and the words that the matrix product takes.
+// Bringing rows of the caller's tensors into the order and the words that the matrix product takes, and back.
 #pragma once
 
 #include "gemm.h"
@@ -60,6 +60,57 @@ void store_some(V x, int columns, T* to, int64_t stride) {
   store_row<V>(values, columns, to, stride);
 }
 
+// rows[i][d * stride] = lane i of column(d), for d < dim and the first `count` lanes of a vector.
+template <class V, class T, class Column>
+inline void store_columns(int dim, int count, Column column, T* const* rows, int64_t stride) {
+  constexpr int kWidth = V::kWidth;
+  int d = 0;
+  if (count == kWidth && stride == 1) {
+    for (; d + kWidth <= dim; d += kWidth) {  // loops unrolled, so that the tile stays in registers
+      V tile[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) tile[i] = column(d + i);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) tile[i].store(rows[i] + d);
+    }
+  }
+  for (; d < dim; d += kWidth) {
+    const int columns = dim - d < kWidth ? dim - d : kWidth;
+    V tile[kWidth];
+    for (int i = 0; i < kWidth; ++i) tile[i] = i < columns ? column(d + i) : V::set(0);
+    transpose(tile);
+    for (int i = 0; i < count; ++i) store_some(tile[i], columns, rows[i] + d * stride, stride);
+  }
+}
+
+// words[w][lane] = word w of rows[lane], in tiles of kWidth words and lanes; a null row gives zeros. load(row, w) gives
+// words w .. w + kWidth of a row. Returns the words done, which are all but the last few.
+template <class V, class T, class Load>
+inline int pack_tiles(const T* const* rows, int lanes, int row_words, Load load, typename V::Scalar* words,
+                      int64_t ld) {
+  constexpr int kWidth = V::kWidth;
+  const int whole = row_words / kWidth * kWidth;
+  for (int lane = 0; lane < lanes; lane += kWidth) {
+    bool all_there = true;
+    for (int i = 0; i < kWidth; ++i) all_there = all_there && rows[lane + i] != nullptr;
+    for (int w = 0; w < whole; w += kWidth) {
+      V tile[kWidth];
+      if (all_there) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) tile[i] = load(rows[lane + i], w);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) tile[i] = rows[lane + i] ? load(rows[lane + i], w) : V::set(0);
+      }
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) tile[i].store(words + (w + i) * ld + lane);
+    }
+  }
+  return whole;
+}
+
 // Columns: words[word][lane], word w of lane l holding the numbers w * kPerWord .. of rows[l]: Q^T and dO^T.
 // A null row gives zeros.
 template <class E, class T>
@@ -69,20 +120,13 @@ template <class V, class T>
 struct Columns<Single<V>, T> {
   static void pack(const T* const* rows, int lanes, int64_t stride, int dim, typename V::Scalar* words, int64_t ld) {
     using S = typename V::Scalar;
-    for (int lane = 0; lane < lanes; lane += V::kWidth) {
-      int d = 0;
-      if (stride == 1) {
-        for (; d + V::kWidth <= dim; d += V::kWidth) {
-          V tile[V::kWidth];
-          for (int i = 0; i < V::kWidth; ++i) tile[i] = rows[lane + i] ? V::load(rows[lane + i] + d) : V::set(0);
-          transpose(tile);
-          for (int i = 0; i < V::kWidth; ++i) tile[i].store(words + (d + i) * ld + lane);
-        }
-      }
-      for (; d < dim; ++d)
-        for (int i = 0; i < V::kWidth; ++i)
-          words[d * ld + lane + i] = rows[lane + i] ? S(to_float(rows[lane + i][d * stride])) : S(0);
-    }
+    int d = 0;
+    if (stride == 1)
+      d = pack_tiles<V>(
+          rows, lanes, dim, [](const T* row, int w) { return V::load(row + w); }, words, ld);
+    for (; d < dim; ++d)
+      for (int lane = 0; lane < lanes; ++lane)
+        words[d * ld + lane] = rows[lane] ? S(to_float(rows[lane][d * stride])) : S(0);
   }
 };
 
@@ -91,29 +135,18 @@ template <>
 struct Columns<Pairs, bf16> {
   // A pair of bfloat16 is as wide as a float, and a transpose only moves words.
   static void pack(const bf16* const* rows, int lanes, int64_t stride, int dim, uint32_t* words, int64_t ld) {
-    constexpr int kWidth = F32::kWidth;
-    for (int lane = 0; lane < lanes; lane += kWidth) {
-      int d = 0;
-      if (stride == 1) {
-        for (; d + 2 * kWidth <= dim; d += 2 * kWidth) {
-          F32 tile[kWidth];
-          for (int i = 0; i < kWidth; ++i) {
-            const bf16* row = rows[lane + i];
-            tile[i].v = row ? _mm512_castsi512_ps(_mm512_loadu_si512(row + d)) : _mm512_setzero_ps();
-          }
-          transpose(tile);
-          for (int i = 0; i < kWidth; ++i)
-            _mm512_storeu_si512(words + (d / 2 + i) * ld + lane, _mm512_castps_si512(tile[i].v));
-        }
+    int w = 0;
+    if (stride == 1)
+      w = pack_tiles<F32>(
+          rows, lanes, dim / 2,
+          [](const bf16* row, int w) { return F32{_mm512_castsi512_ps(_mm512_loadu_si512(row + 2 * w))}; },
+          reinterpret_cast<float*>(words), ld);
+    for (int d = 2 * w; d < dim; d += 2)
+      for (int lane = 0; lane < lanes; ++lane) {
+        const bf16* row = rows[lane];
+        const uint32_t low = row ? row[d * stride].bits : 0, high = row && d + 1 < dim ? row[(d + 1) * stride].bits : 0;
+        words[d / 2 * ld + lane] = low | high << 16;
       }
-      for (; d < dim; d += 2)
-        for (int i = 0; i < kWidth; ++i) {
-          const bf16* row = rows[lane + i];
-          const uint32_t low = row ? row[d * stride].bits : 0,
-                         high = row && d + 1 < dim ? row[(d + 1) * stride].bits : 0;
-          words[d / 2 * ld + lane + i] = low | high << 16;
-        }
-    }
   }
 };
 

@@ -67,18 +67,22 @@ inline bool all(F32::Mask m) { return _mm256_movemask_ps(m.m) == 0xff; }
 
 inline void transpose(F32 (&r)[8]) {
   __m256 t[8];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i += 2) {
     t[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
     t[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
   }
   __m256 u[8];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 8
     for (int j = 0; j < 2; ++j) {
       const __m256d a = _mm256_castps_pd(t[i + j]), b = _mm256_castps_pd(t[i + 2 + j]);
       u[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
       u[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
     }
   }
+#pragma GCC unroll 8
   for (int c = 0; c < 4; ++c) {
     r[c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
     r[4 + c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x31);

@@ -64,12 +64,15 @@ inline bool all(__mmask16 m) { return m == 0xffff; }
 
 inline void transpose(F32 (&r)[16]) {
   __m512 t[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
     t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
   }
   __m512 u[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i += 4) {
+#pragma GCC unroll 16
     for (int j = 0; j < 2; ++j) {
       const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + 2 + j]);
       u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
@@ -77,6 +80,7 @@ inline void transpose(F32 (&r)[16]) {
     }
   }
   // u[4 g + c] holds, in lane block l, column 4 l + c of rows 4 g .. 4 g + 3.
+#pragma GCC unroll 16
   for (int c = 0; c < 4; ++c) {
     const __m512 low01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88),
                  high01 = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
@@ -93,15 +97,18 @@ inline void transpose(F32 (&r)[16]) {
 // of a transpose.
 inline F32 sum_of_lanes(F32 (&r)[16]) {
   __m512 halves[16], quarters[4];
+#pragma GCC unroll 16
   for (int n = 0; n < 8; ++n) {  // 128-bit parts: two of r[i], two of r[i + 4]
     const int i = n % 4 + n / 4 * 8;
     halves[i] =
         _mm512_add_ps(_mm512_shuffle_f32x4(r[i].v, r[i + 4].v, 0x44), _mm512_shuffle_f32x4(r[i].v, r[i + 4].v, 0xee));
   }
+#pragma GCC unroll 16
   for (int i = 0; i < 4; ++i)  // one each of r[i], r[i + 4], r[i + 8], r[i + 12]
     quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[i], halves[i + 8], 0x88),
                                 _mm512_shuffle_f32x4(halves[i], halves[i + 8], 0xdd));
   __m512 pairs[2];
+#pragma GCC unroll 16
   for (int i = 0; i < 2; ++i) {
     const __m512 a = quarters[2 * i], b = quarters[2 * i + 1];
     pairs[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
@@ -138,11 +145,25 @@ inline bool any(__mmask8 m) { return m != 0; }
 inline bool all(__mmask8 m) { return m == 0xff; }
 
 inline void transpose(F64 (&r)[8]) {
-  double a[8][8], b[8][8];
-  for (int i = 0; i < 8; ++i) r[i].store(a[i]);
-  for (int i = 0; i < 8; ++i)
-    for (int j = 0; j < 8; ++j) b[j][i] = a[i][j];
-  for (int i = 0; i < 8; ++i) r[i] = F64::load(b[i]);
+  __m512d t[8], u[8];
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm512_unpacklo_pd(r[i].v, r[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_pd(r[i].v, r[i + 1].v);
+  }
+  // t[2 g + c] holds, in lane block l, column 2 l + c of rows 2 g and 2 g + 1.
+#pragma GCC unroll 16
+  for (int c = 0; c < 2; ++c) {
+#pragma GCC unroll 16
+    for (int g = 0; g < 2; ++g) {
+      u[4 * c + g] = _mm512_shuffle_f64x2(t[4 * g + c], t[4 * g + 2 + c], 0x88);
+      u[4 * c + 2 + g] = _mm512_shuffle_f64x2(t[4 * g + c], t[4 * g + 2 + c], 0xdd);
+    }
+    r[c].v = _mm512_shuffle_f64x2(u[4 * c], u[4 * c + 1], 0x88);
+    r[4 + c].v = _mm512_shuffle_f64x2(u[4 * c], u[4 * c + 1], 0xdd);
+    r[2 + c].v = _mm512_shuffle_f64x2(u[4 * c + 2], u[4 * c + 3], 0x88);
+    r[6 + c].v = _mm512_shuffle_f64x2(u[4 * c + 2], u[4 * c + 3], 0xdd);
+  }
 }
 
 #ifdef __AVX512BF16__

@@ -69,7 +69,9 @@ inline V tanh(V x) {
 template <class V>
 inline V sum_of_lanes(V (&r)[V::kWidth]) {
   transpose(r);
+#pragma GCC unroll 4
   for (int step = V::kWidth / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < step; ++i) r[i] = r[i] + r[i + step];
   return r[0];
 }
