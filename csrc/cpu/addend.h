@@ -15,24 +15,28 @@ struct AddendScratch {
   uint8_t* seen;               // [keys]: some row of the panel sees the key
 };
 
-// kWidth keys, of which `keys` exist, of kWidth rows of a bias: read along the keys and turned, so that no line is
-// touched twice. tile[key] holds the rows.
-template <class V, class T>
-void load_tile(const T* bias, const int64_t* at, int64_t key_stride, int keys, V (&tile)[V::kWidth]) {
+// f(n, values) for keys n .. of kWidth rows of a bias or mask, `values` being a key's in all rows: read along the keys
+// and turned, so that no line is touched twice. at: where the rows begin.
+template <class V, class T, class F>
+inline void for_keys(const T* from, const int64_t* at, int64_t key_stride, int keys, F f) {
   using S = typename V::Scalar;
-  for (int i = 0; i < V::kWidth; ++i) {
-    const T* from = bias + at[i];
-    if constexpr (sizeof(S) == 8 ? sizeof(T) == 8 : sizeof(T) <= 4) {  // what the vector can load
-      if (key_stride == 1) {
-        tile[i] = load_some<V>(from, keys);
-        continue;
-      }
+  constexpr int kWidth = V::kWidth;
+  int n = 0;
+  if constexpr (sizeof(S) == 8 ? sizeof(T) == 8 : sizeof(T) <= 4) {  // what the vector can load
+    for (; key_stride == 1 && n + kWidth <= keys; n += kWidth) {
+      V tile[kWidth];  // in registers, as the loops are unrolled
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) tile[i] = V::load(from + at[i] + n);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int t = 0; t < kWidth; ++t) f(n + t, tile[t]);
     }
-    S row[V::kWidth] = {};
-    for (int t = 0; t < keys; ++t) row[t] = S(to_float(from[t * key_stride]));
-    tile[i] = V::load(row);
   }
-  transpose(tile);
+  for (; n < keys; ++n) {
+    S values[kWidth];
+    for (int i = 0; i < kWidth; ++i) values[i] = S(to_float(from[at[i] + n * key_stride]));
+    f(n, V::load(values));
+  }
 }
 
 // a += unit * bias. first: a holds nothing yet.
@@ -56,17 +60,11 @@ void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, i
   }
   const V factor = V::set(unit);
   for (int lane = 0; lane < lanes; lane += V::kWidth) {
-    for (int n = 0; n < keys; n += V::kWidth) {
-      const int some = int(smaller(V::kWidth, keys - n));
-      V tile[V::kWidth];
-      load_tile<V>(bias + n * key_stride, at + lane, key_stride, some, tile);
-      for (int t = 0; t < some; ++t) {
-        S* to = a + (n + t) * Panel<V>::kLanes + lane;
-        V x = tile[t] * factor;
-        if (!first) x = x + V::load(to);
-        x.store(to);
-      }
-    }
+    for_keys<V>(bias, at + lane, key_stride, keys, [&](int n, V x) {
+      S* to = a + n * Panel<V>::kLanes + lane;
+      x = x * factor;
+      (first ? x : x + V::load(to)).store(to);
+    });
   }
 }
 
@@ -163,36 +161,28 @@ inline bool can_be_plain(const Params& p) {
   return p.mask.data == nullptr && p.softcap == 0 && (divisible || !has_terms(p));
 }
 
-// -inf where the mask is False. Rows of it are read along the keys and turned, as a bias is; seen[key] says whether any
-// row of the panel sees the key.
+// -inf where the mask is False. seen[key] says whether any row of the panel sees the key.
 template <class V>
 void hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, AddendScratch<V> a) {
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
-  const int lanes = panel.vectors * V::kWidth;
   const V hidden = V::set(S(-__builtin_inf())), zero = V::set(S(0));
   const byte* mask = static_cast<const byte*>(p.mask.data);
-  const int64_t stride = p.mask.stride_d;
   int64_t at[kLanes];
   const bool same = row_offsets(panel, p.mask, n0, at);
-  for (int n = 0; n < keys; n += V::kWidth) {
-    const int some = int(smaller(V::kWidth, keys - n));
-    uint8_t* seen = a.seen + n;
-    for (int t = 0; t < some; ++t) seen[t] = 0;
-    for (int lane = 0; lane < lanes; lane += V::kWidth) {
-      V tile[V::kWidth];
-      if (same) {
-        for (int t = 0; t < some; ++t) tile[t] = V::set(S(mask[at[0] + (n + t) * stride].bits));
-      } else {
-        load_tile<V>(mask + n * stride, at + lane, stride, some, tile);
-      }
-      for (int t = 0; t < some; ++t) {
-        S* to = a.values + (n + t) * kLanes + lane;
-        const V x = select(equal(tile[t], zero), hidden, V::load(to));
-        x.store(to);
-        // Not "above -inf", which NaN is not.
-        seen[t] |= !all(equal(x, hidden));
-      }
+  for (int n = 0; n < keys; ++n) a.seen[n] = 0;
+  for (int lane = 0; lane < panel.vectors * V::kWidth; lane += V::kWidth) {
+    auto hide = [&](int n, V kept) {
+      S* to = a.values + n * kLanes + lane;
+      const V x = select(equal(kept, zero), hidden, V::load(to));
+      x.store(to);
+      // Not "above -inf", which NaN is not.
+      a.seen[n] |= !all(equal(x, hidden));
+    };
+    if (same) {
+      for (int n = 0; n < keys; ++n) hide(n, V::set(S(mask[at[0] + n * p.mask.stride_d].bits)));
+    } else {
+      for_keys<V>(mask, at + lane, p.mask.stride_d, keys, hide);
     }
   }
 }

@@ -55,46 +55,41 @@ struct ForwardScratch {
   }
 };
 
-// scores -> scores in units of log2 with everything added; returns their maximum per lane.
-template <class V, int kVectors>
-void finish_scores(const Params& p, typename V::Scalar* scores, const typename V::Scalar* addend, int keys,
-                   V (&highest)[kVectors]) {
+// scores -> scores in units of log2 with everything added, in one vector of lanes; returns their maximum per lane.
+template <class V>
+V finish_scores(const Params& p, typename V::Scalar* scores, const typename V::Scalar* addend, int keys) {
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   const bool capped = p.softcap > 0;
   const double factor = capped ? p.scale / p.softcap : p.scale * kLog2E;
-  const V scale = V::set(S(factor)), cap = V::set(S(p.softcap * kLog2E));
-  for (int n = 0; n < keys; ++n) {
-    for (int i = 0; i < kVectors; ++i) {
-      const int at = n * kLanes + i * V::kWidth;
-      const V a = V::load(addend + at), raw = V::load(scores + at) * scale;
-      V x = raw + a;
-      if (capped) x = fma(tanh(raw), cap, a);
-      // A hidden score may have been made of NaN: it must not become NaN + -inf.
-      const V hidden = V::set(S(-__builtin_inf()));
-      x = select(equal(a, hidden), hidden, x);
-      x.store(scores + at);
-      highest[i] = max(highest[i], x);
-    }
+  const V scale = V::set(S(factor)), cap = V::set(S(p.softcap * kLog2E)), hidden = V::set(S(-__builtin_inf()));
+  V highest = hidden;
+  for (int at = 0; at < keys * kLanes; at += kLanes) {
+    const V a = V::load(addend + at), raw = V::load(scores + at) * scale;
+    V x = raw + a;
+    if (capped) x = fma(tanh(raw), cap, a);
+    // A hidden score may have been made of NaN: it must not become NaN + -inf.
+    x = select(equal(a, hidden), hidden, x);
+    x.store(scores + at);
+    highest = max(highest, x);
   }
+  return highest;
 }
 
 // The maximum per lane.
 template <class V, int kVectors>
 void maximum(const typename V::Scalar* scores, int keys, typename V::Scalar* highest) {
   constexpr int kLanes = Panel<V>::kLanes;
-  V even[kVectors], odd[kVectors];
-  for (int i = 0; i < kVectors; ++i) even[i] = odd[i] = V::set(typename V::Scalar(-__builtin_inf()));
-  int n = 0;
-  for (; n + 2 <= keys; n += 2) {
-    for (int i = 0; i < kVectors; ++i) {
-      even[i] = max(even[i], V::load(scores + n * kLanes + i * V::kWidth));
-      odd[i] = max(odd[i], V::load(scores + (n + 1) * kLanes + i * V::kWidth));
+  for (int lane = 0; lane < kVectors * V::kWidth; lane += V::kWidth) {
+    V some[4];  // so that no maximum waits for the one before it
+    for (V& x : some) x = V::set(typename V::Scalar(-__builtin_inf()));
+    int n = 0;
+    for (; n + 4 <= keys; n += 4) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) some[i] = max(some[i], V::load(scores + (n + i) * kLanes + lane));
     }
-  }
-  for (int i = 0; i < kVectors; ++i) {
-    if (n < keys) even[i] = max(even[i], V::load(scores + n * kLanes + i * V::kWidth));
-    max(even[i], odd[i]).store(highest + i * V::kWidth);
+    for (; n < keys; ++n) some[0] = max(some[0], V::load(scores + n * kLanes + lane));
+    max(max(some[0], some[1]), max(some[2], some[3])).store(highest + lane);
   }
 }
 
@@ -108,28 +103,29 @@ inline V exponential(const typename V::Scalar* score, V scale, V shift, const ty
   return factor != nullptr ? x * V::load(factor) : x;
 }
 
-// probs = exp2(scale * scores - shift), as words; returns their sum. Dropout's factors apply to the words, not the sum.
-template <class E, int kVectors>
-void exponentials(const typename E::Scalar* scores, typename E::Vector scale,
-                  const typename E::Vector (&shift)[kVectors], const typename E::Scalar* factors, int keys,
-                  typename E::Word* probs, typename E::Vector (&sum)[kVectors]) {
+// probs = exp2(scale * scores - shift), as words; returns their sum. Dropout's factors, if there are any, apply to the
+// words, not the sum.
+template <class E>
+inline typename E::Vector exponentials(const typename E::Scalar* scores, typename E::Vector scale,
+                                       typename E::Vector shift, const typename E::Scalar* factors, int keys,
+                                       typename E::Word* probs) {
   using V = typename E::Vector;
   constexpr int kLanes = Panel<V>::kLanes;
-  for (int n = 0; n < keys; n += E::kPerWord) {
-    for (int i = 0; i < kVectors; ++i) {
-      const int at = n * kLanes + i * V::kWidth;
-      const V x = exponential(scores + at, scale, shift[i], factors ? factors + at : nullptr, sum[i]);
-      typename E::Word* to = probs + n / E::kPerWord * kLanes + i * V::kWidth;
-      if constexpr (E::kPerWord == 2) {
-        V odd = V::set(0);
-        if (n + 1 < keys)
-          odd = exponential(scores + at + kLanes, scale, shift[i], factors ? factors + at + kLanes : nullptr, sum[i]);
-        store_pairs(x, odd, to);
-      } else {
-        x.store(to);
-      }
+  V sum = V::set(0);
+  auto one = [&](int n) {
+    const int at = n * kLanes;
+    return exponential(scores + at, scale, shift, factors ? factors + at : nullptr, sum);
+  };
+  if constexpr (E::kPerWord == 1) {
+    for (int n = 0; n < keys; ++n) one(n).store(probs + n * kLanes);
+  } else {
+    for (int n = 0; n + 1 < keys; n += 2) {
+      const V even = one(n);
+      store_pairs(even, one(n + 1), probs + n / 2 * kLanes);
     }
+    if (keys % 2 == 1) store_pairs(one(keys - 1), V::set(0), probs + keys / 2 * kLanes);
   }
+  return sum;
 }
 
 template <class V>
@@ -151,28 +147,21 @@ void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64
                   typename E::Scalar* factors, typename E::Word* probs, OnlineSoftmax<typename E::Vector>& state) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
-  V highest[kVectors], shift[kVectors], sum[kVectors];
-  for (int i = 0; i < kVectors; ++i) sum[i] = V::set(S(0));
-  V scale = V::set(S(1));
-  if (plain_max != nullptr) {
-    scale = V::set(S(p.scale * kLog2E));
-    for (int i = 0; i < kVectors; ++i) highest[i] = V::load(plain_max + i * V::kWidth) * scale;
-  } else {
-    for (int i = 0; i < kVectors; ++i) highest[i] = V::set(S(-__builtin_inf()));
-    finish_scores<V, kVectors>(p, scores, addend, keys, highest);
-  }
-  for (int i = 0; i < kVectors; ++i) {
-    const V old = V::load(state.row_max + i * V::kWidth), now = max(highest[i], old);
-    now.store(state.row_max + i * V::kWidth);
-    // While a row has seen nothing its maximum is -inf; 0 stands in, as -inf - (-inf) is NaN.
-    shift[i] = select(equal(now, V::set(S(-__builtin_inf()))), V::set(S(0)), now);
-    exp2(old - shift[i]).store(state.alpha + i * V::kWidth);
-  }
+  const V scale = V::set(plain_max != nullptr ? S(p.scale * kLog2E) : S(1)), lowest = V::set(S(-__builtin_inf()));
   if (p.dropout_threshold != 0) make_dropout(p, panel, n0, keys, factors);
-  exponentials<E, kVectors>(scores, scale, shift, p.dropout_threshold != 0 ? factors : nullptr, keys, probs, sum);
-  for (int i = 0; i < kVectors; ++i) {
-    S* row_sum = state.row_sum + i * V::kWidth;
-    fma(V::load(row_sum), V::load(state.alpha + i * V::kWidth), sum[i]).store(row_sum);
+  for (int lane = 0; lane < kVectors * V::kWidth; lane += V::kWidth) {
+    const V highest = plain_max != nullptr ? V::load(plain_max + lane) * scale
+                                           : finish_scores<V>(p, scores + lane, addend + lane, keys);
+    const V old = V::load(state.row_max + lane), now = max(highest, old);
+    now.store(state.row_max + lane);
+    // While a row has seen nothing its maximum is -inf; 0 stands in, as -inf - (-inf) is NaN.
+    const V shift = select(equal(now, lowest), V::set(S(0)), now), alpha = exp2(old - shift);
+    alpha.store(state.alpha + lane);
+    // Two calls: a constant leaves a loop without dropout.
+    const V sum = p.dropout_threshold == 0
+                      ? exponentials<E>(scores + lane, scale, shift, nullptr, keys, probs + lane)
+                      : exponentials<E>(scores + lane, scale, shift, factors + lane, keys, probs + lane);
+    fma(V::load(state.row_sum + lane), alpha, sum).store(state.row_sum + lane);
   }
 }
 
