@@ -121,5 +121,5 @@ def _outer_order(x: Tensor) -> tuple[int, ...]:
     """The dimensions by descending stride, the last one always innermost, as kernels want it."""
     if x.ndim == 0:
         return ()
-    outer = range(x.ndim - 1)
-    return (*sorted(outer, key=lambda d: -x.stride()[d]), x.ndim - 1)  # stable: ties keep the dimensions' order
+    outer, strides = range(x.ndim - 1), x.stride()
+    return (*sorted(outer, key=lambda d: -strides[d]), x.ndim - 1)  # stable: ties keep the dimensions' order

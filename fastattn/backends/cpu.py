@@ -119,7 +119,7 @@ class _PreparedCalls:
         self._attend = described(_cpu.Call, problem, {**native_inputs(problem, inputs), "out": out, "lse": lse}).attend
         self._allocate_out = _allocator(out, inputs.q)
         self._lse_shape, self._lse_dtype = lse.shape, lse.dtype
-        self._allocate_grads = [_allocator(empty_grad(x), x) for x in (inputs.q, inputs.k, inputs.v)]
+        self._allocate_grads: list[Allocate] = []  # made when they are first needed: growing caches never need them
         self._gradients: dict[Any, Callable[..., None]] = {}
 
     def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -137,6 +137,8 @@ class _PreparedCalls:
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
         dout = in_memory(dout)
+        if not self._allocate_grads:
+            self._allocate_grads = [_allocator(empty_grad(x), x) for x in (q, k, v)]
         wanted = zip(needs, self._allocate_grads, (q, k, v), strict=True)
         grads = tuple([allocate(x) if need else None for need, allocate, x in wanted])
         key = (dout.stride(), needs)
