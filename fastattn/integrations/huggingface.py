@@ -101,49 +101,58 @@ def attention_forward(
             f"{type(module).__name__} has scale_attn_by_inverse_layer_idx or not scale_attn_weights, but passed no "
             "scaling: this version of transformers applies them in eager attention only"
         )
-    options: dict[str, Any] = {
-        "scale": scaling,
-        "softcap": softcap,
-        "sinks": s_aux,
-        "dropout_p": float(dropout) if module.training else 0.0,
-    }
+    dropout_p = float(dropout) if module.training else 0.0
+    rest: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout_p}
     given: Any = attention_mask
     plan: MaskPlan | None = getattr(given, "plan", None)
     if plan is not None:
-        made_for = (given.shape[0], *given.shape[2:])
-        if made_for != (query.shape[0], query.shape[2], key.shape[2]):
+        made_for, asked = given.shape, (query.shape[0], 1, query.shape[2], key.shape[2])
+        if made_for != asked:
             raise ValueError(
-                f"attention_mask was made for (batch, seqlen_q, seqlen_k) = {made_for}, got query "
+                f"attention_mask was made for (batch, seqlen_q, seqlen_k) = {(made_for[0], *made_for[2:])}, got query "
                 f"{tuple(query.shape)} and key {tuple(key.shape)}"
             )
-        if plan.cu_seqlens is None or position_bias is None:
-            return _planned(plan, query, key, value, position_bias, options), None
-        given = given.spelled_out()  # a bias counts from the start of the row, not of the sequence
-    if given is None:
-        options |= _unmasked(module, query.shape[2], key.shape[2], is_causal, sliding_window)
+        if plan.cu_seqlens is not None:
+            if position_bias is None:
+                seen: dict[str, Any] = {"causal": plan.causal, "window": plan.window}
+                return _packed(plan.cu_seqlens, query, key, value, {**rest, **seen}), None
+            given, plan = given.spelled_out(), None  # a bias counts from the start of the row, not of the sequence
+    if plan is None:
+        position_bias, options = _unplanned(module, query, key, given, position_bias, is_causal, sliding_window)
     else:
-        position_bias, options["mask"] = _mask_and_bias(given, position_bias)
-    return _heads_last(attention(query, key, value, bias=position_bias, **options)), None
-
-
-def _planned(
-    plan: MaskPlan, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, options: dict[str, Any]
-) -> Tensor:
-    options = {**options, "causal": plan.causal, "window": plan.window}
-    if plan.cu_seqlens is not None:
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        out = attention_varlen(q, k, v, plan.cu_seqlens, plan.cu_seqlens, **options)
-        return out.unflatten(0, (query.shape[0], query.shape[2]))
-    n = plan.seqlen_k
-    if n != key.shape[2]:
-        key, value = key[:, :, :n], value[:, :, :n]
-        bias = bias if bias is None or bias.shape[-1] == 1 else bias[..., :n]
-    options |= {"causal_alignment": plan.causal_alignment, "kv_lengths": plan.kv_lengths, "mask": plan.key_mask}
-    return _heads_last(attention(query, key, value, bias=bias, **options))
+        n = plan.seqlen_k
+        if n != key.shape[2]:
+            key, value = key[:, :, :n], value[:, :, :n]
+            if position_bias is not None and position_bias.shape[-1] != 1:
+                position_bias = position_bias[..., :n]
+        options = plan.options
+    return _heads_last(attention(query, key, value, bias=position_bias, **rest, **options)), None
 
 
 def _heads_last(out: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous()
+
+
+def _packed(bounds: Tensor, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out: Tensor = attention_varlen(q, k, v, bounds, bounds, **options)
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
+
+
+def _unplanned(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The bias, and the options of `attention` that say what is seen, where there is a tensor or nothing."""
+    if mask is None:
+        return bias, _unmasked(module, query.shape[2], key.shape[2], is_causal, sliding_window)
+    bias, seen = _mask_and_bias(mask, bias)
+    return bias, {"mask": seen}
 
 
 def _unmasked(

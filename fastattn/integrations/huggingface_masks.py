@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -40,6 +40,17 @@ class MaskPlan:
     kv_lengths: Tensor | None = None
     key_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `fastattn.attention`; made once, as every layer of a model asks for them."""
+        return {
+            "causal": self.causal,
+            "window": self.window,
+            "causal_alignment": self.causal_alignment,
+            "kv_lengths": self.kv_lengths,
+            "mask": self.key_mask,
+        }
 
 
 class PlannedMask(torch.Tensor):

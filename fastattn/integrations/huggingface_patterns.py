@@ -7,7 +7,6 @@ small grid: one that does not say there what is expected of it, as it may in a l
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
@@ -48,7 +47,10 @@ class Pattern:
 def read_pattern(function: Callable[..., Any]) -> Pattern | None:
     """What a mask function says; None if it has a part that is not known."""
     form = _FORMS.get(getattr(function, "__code__", None))
-    return None if form is None else form(dict(inspect.getclosurevars(function).nonlocals))
+    if form is None:
+        return None
+    cells = function.__closure__ or ()
+    return form({name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)})
 
 
 Form = Callable[[dict[str, Any]], Pattern | None]
