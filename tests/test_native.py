@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ import torch
 
 import fastattn
 from fastattn import _cpu  # no skip: a module that was not built, or cannot be loaded, is a failure
-from native_build import INSTRUCTION_SETS
+from native_build import INSTRUCTION_SETS, compiler
 
 RUNNABLE = _cpu.instruction_sets()
 
@@ -47,6 +49,22 @@ def test_needs_no_torch_symbol() -> None:
         assert mark not in symbols, mark
     needed = subprocess.run(["ldd", _cpu.__file__], capture_output=True, text=True, check=True).stdout
     assert "torch" not in needed
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, which comes with GCC's linker")
+@pytest.mark.skipif("clang" in compiler(), reason="of GCC's habits")
+def test_sums_stay_in_registers() -> None:
+    """GCC keeps them in memory, and writes and reads all of them once more per tile, if a loop over them is left."""
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", _cpu.__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    name = re.compile(r"fastattn::(avx\w+)::(gemm_tile|few_scores_tile)<(.*?)>\(")
+    spill = re.compile(r"\tvmov\w+ +%[yz]mm\d+,-?(?:0x[0-9a-f]+)?\(%r[sb]p\)")
+    stores = {}
+    for function in listing.split("\n\n"):
+        if found := name.search(function.lstrip().split("\n", 1)[0]):
+            stores[found.groups()] = len(spill.findall(function))
+    assert len(stores) > 200 if "avx2" in INSTRUCTION_SETS else not stores
+    assert {who: count for who, count in stores.items() if count > 3} == {}
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
