@@ -175,9 +175,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _collect(found: Findings[C], results: Iterable[CaseResult[C]], table: Table[C]) -> None:
-    for result in results:
-        found.results.append(result)
-        _print_lines(table.rows(result))
+    """Adds results as they come. An interrupt (Ctrl-C) ends the run, and leaves what it found."""
+    try:
+        for result in results:
+            found.results.append(result)
+            _print_lines(table.rows(result))
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(found.results)} cases", file=sys.stderr)
 
 
 def _plan_calls(args: argparse.Namespace) -> _Calls:

@@ -15,8 +15,8 @@ struct AddendScratch {
   uint8_t* seen;               // [keys]: some row of the panel sees the key
 };
 
-// f(n, values) for keys n .. of kWidth rows of a bias or mask, `values` being a key's in all rows: read along the keys
-// and turned, so that no line is touched twice. at: where the rows begin.
+// f(n, values) for the keys n < keys of kWidth rows of a bias or mask, `values` being a key's in all rows. at: where
+// the rows begin. Whole tiles are read along the keys and turned, so that no line is touched twice.
 template <class V, class T, class F>
 inline void for_keys(const T* from, const int64_t* at, int64_t key_stride, int keys, F f) {
   using S = typename V::Scalar;
@@ -24,7 +24,7 @@ inline void for_keys(const T* from, const int64_t* at, int64_t key_stride, int k
   int n = 0;
   if constexpr (sizeof(S) == 8 ? sizeof(T) == 8 : sizeof(T) <= 4) {  // what the vector can load
     for (; key_stride == 1 && n + kWidth <= keys; n += kWidth) {
-      V tile[kWidth];  // in registers, as the loops are unrolled
+      V tile[kWidth];
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) tile[i] = V::load(from + at[i] + n);
       transpose(tile);
@@ -170,6 +170,7 @@ void hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, A
   const byte* mask = static_cast<const byte*>(p.mask.data);
   int64_t at[kLanes];
   const bool same = row_offsets(panel, p.mask, n0, at);
+  const int64_t first = at[0], stride = p.mask.stride_d;
   for (int n = 0; n < keys; ++n) a.seen[n] = 0;
   for (int lane = 0; lane < panel.vectors * V::kWidth; lane += V::kWidth) {
     auto hide = [&](int n, V kept) {
@@ -180,9 +181,9 @@ void hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, A
       a.seen[n] |= !all(equal(x, hidden));
     };
     if (same) {
-      for (int n = 0; n < keys; ++n) hide(n, V::set(S(mask[at[0] + n * p.mask.stride_d].bits)));
+      for (int n = 0; n < keys; ++n) hide(n, V::set(S(mask[first + n * stride].bits)));
     } else {
-      for_keys<V>(mask, at + lane, p.mask.stride_d, keys, hide);
+      for_keys<V>(mask, at + lane, stride, keys, hide);
     }
   }
 }

@@ -245,7 +245,7 @@ template <class E>
 inline void make_operands_of(const ScoreTerms<typename E::Vector>& terms, int keys, const typename E::Scalar* scores,
                              const typename E::Scalar* dprobs, const typename E::Scalar* addend,
                              const typename E::Scalar* factors, typename E::Scalar* dbias, int lane,
-                             typename E::Word* probs, typename E::Word* dscores, typename E::Word* dscores_key) {
+                             const Operands<E> to) {
   using V = typename E::Vector;
   constexpr int kLanes = Panel<V>::kLanes, kRow = Operands<E>::kRow;
   V before = V::set(0);
@@ -254,11 +254,11 @@ inline void make_operands_of(const ScoreTerms<typename E::Vector>& terms, int ke
     const ScoreGrad<V> g = score_grad<V>(terms, scores + at, dprobs + at, addend ? addend + at : nullptr,
                                          factors ? factors + at : nullptr);
     if (dbias != nullptr) (V::load(dbias + at) + g.dbias).store(dbias + at);
-    store_lanes(E{}, g.prob, probs + n * kRow, lane);
-    store_lanes(E{}, g.dscore, dscores + n * kRow, lane);
+    store_lanes(E{}, g.prob, to.probs + n * kRow, lane);
+    store_lanes(E{}, g.dscore, to.dscores + n * kRow, lane);
     if constexpr (E::kPerWord == 2) {
-      if (n % 2 == 1) store_pairs(before, g.dscore, dscores_key + n / 2 * kLanes + lane);
-      if (n % 2 == 0 && n + 1 == keys) store_pairs(g.dscore, V::set(0), dscores_key + n / 2 * kLanes + lane);
+      if (n % 2 == 1) store_pairs(before, g.dscore, to.dscores_key + n / 2 * kLanes + lane);
+      if (n % 2 == 0 && n + 1 == keys) store_pairs(g.dscore, V::set(0), to.dscores_key + n / 2 * kLanes + lane);
       before = g.dscore;
     }
   }
@@ -271,15 +271,11 @@ void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, in
   using V = typename E::Vector;
   for (int lane = 0; lane < vectors * V::kWidth; lane += V::kWidth) {
     const ScoreTerms<V> terms(p, s.lse + lane, s.delta + lane);
-    auto make = [&](const auto* addend, const auto* factors, auto* dbias) __attribute__((always_inline)) {
-      make_operands_of<E>(terms, keys, s.scores, s.dprobs, addend, factors, dbias, lane, to.probs, to.dscores,
-                          to.dscores_key);
-    };
+    const typename E::Scalar *scores = s.scores, *dprobs = s.dprobs;
     if (addend == nullptr && factors == nullptr && dbias == nullptr) {
-      constexpr typename E::Scalar* kNone = nullptr;
-      make(kNone, kNone, kNone);
+      make_operands_of<E>(terms, keys, scores, dprobs, nullptr, nullptr, nullptr, lane, to);
     } else {
-      make(addend, factors, dbias);
+      make_operands_of<E>(terms, keys, scores, dprobs, addend, factors, dbias, lane, to);
     }
   }
 }
@@ -461,9 +457,8 @@ void delta_job(const Params& p, const BackwardSpace& space, int64_t b, int64_t h
     for (int r = 0; r < V::kWidth; ++r) {
       products[r] = V::set(S(0));
       if (r < rows)
-        products[r] =
-            row_product<V>(row_of<const T>(p.out, seq, b, head, i + r), p.out.stride_d,
-                           row_of<const T>(p.dout, seq, b, head, i + r), p.dout.stride_d, int(p.head_dim_v));
+        products[r] = row_product<V>(row_of<const T>(p.out, seq, b, head, i + r), p.out.stride_d,
+                                     row_of<const T>(p.dout, seq, b, head, i + r), p.dout.stride_d, int(p.head_dim_v));
     }
     S totals[V::kWidth];
     sum_of_lanes(products).store(totals);

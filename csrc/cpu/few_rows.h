@@ -146,7 +146,7 @@ void few_outputs_tile(const typename E::Word* probs, const T* const* v, int d, c
                       int ahead_keys, int ahead_from, int ahead_dim) {
   using V = typename E::Vector;
   static const T kZeros[kVectors * V::kWidth] = {};
-  V sum[kRows][kVectors];  // likewise in registers
+  V sum[kRows][kVectors];  // likewise; of 16 some do not fit AVX2's registers, which fewer at a time did not gain by
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4

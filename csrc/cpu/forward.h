@@ -20,9 +20,9 @@ namespace FASTATTN_ISA {
 constexpr int kMaxPanels = 8;  // of one job
 
 template <class V>
-struct OnlineSoftmax {  // per lane; scores in units of log2
-  typename V::Scalar row_max[Panel<V>::kLanes], row_sum[Panel<V>::kLanes], alpha[Panel<V>::kLanes];
-  bool begun;  // whether there was a step, and acc holds anything
+struct OnlineSoftmax {
+  typename V::Scalar row_max[Panel<V>::kLanes], row_sum[Panel<V>::kLanes], alpha[Panel<V>::kLanes];  // in units of log2
+  bool begun;  // forward_step: whether there was one, which wrote the panel's acc
 };
 
 template <class E>

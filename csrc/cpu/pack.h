@@ -122,8 +122,7 @@ struct Columns<Single<V>, T> {
     using S = typename V::Scalar;
     int d = 0;
     if (stride == 1)
-      d = pack_tiles<V>(
-          rows, lanes, dim, [](const T* row, int w) { return V::load(row + w); }, words, ld);
+      d = pack_tiles<V>(rows, lanes, dim, [](const T* row, int w) { return V::load(row + w); }, words, ld);
     for (; d < dim; ++d)
       for (int lane = 0; lane < lanes; ++lane)
         words[d * ld + lane] = rows[lane] ? S(to_float(rows[lane][d * stride])) : S(0);

@@ -102,7 +102,7 @@ def attention_forward(
             "scaling: this version of transformers applies them in eager attention only"
         )
     dropout_p = float(dropout) if module.training else 0.0
-    rest: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout_p}
+    scoring: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout_p}
     given: Any = attention_mask
     plan: MaskPlan | None = getattr(given, "plan", None)
     if plan is not None:
@@ -114,8 +114,8 @@ def attention_forward(
             )
         if plan.cu_seqlens is not None:
             if position_bias is None:
-                seen: dict[str, Any] = {"causal": plan.causal, "window": plan.window}
-                return _packed(plan.cu_seqlens, query, key, value, {**rest, **seen}), None
+                scoring |= {"causal": plan.causal, "window": plan.window}
+                return _packed(plan.cu_seqlens, query, key, value, scoring), None
             given, plan = given.spelled_out(), None  # a bias counts from the start of the row, not of the sequence
     if plan is None:
         position_bias, options = _unplanned(module, query, key, given, position_bias, is_causal, sliding_window)
@@ -126,7 +126,7 @@ def attention_forward(
             if position_bias is not None and position_bias.shape[-1] != 1:
                 position_bias = position_bias[..., :n]
         options = plan.options
-    return _heads_last(attention(query, key, value, bias=position_bias, **rest, **options)), None
+    return _heads_last(attention(query, key, value, bias=position_bias, **scoring, **options)), None
 
 
 def _heads_last(out: Tensor) -> Tensor:

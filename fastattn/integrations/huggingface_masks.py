@@ -43,7 +43,10 @@ class MaskPlan:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Arguments of `fastattn.attention`; made once, as every layer of a model asks for them."""
+        """What is seen, as arguments of `fastattn.attention` on the first seqlen_k keys; not of packed sequences.
+
+        Made once, as every layer of a model asks for them.
+        """
         return {
             "causal": self.causal,
             "window": self.window,

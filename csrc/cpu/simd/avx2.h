@@ -94,13 +94,12 @@ inline F32 sum_of_lanes(F32 (&r)[8]) {
   __m256 pairs[4], fours[2];
 #pragma GCC unroll 8
   for (int i = 0; i < 4; ++i)  // in each half two lanes of r[2 i], and two of r[2 i + 1] between them
-    pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v),
-                             _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v));
+    pairs[i] =
+        _mm256_add_ps(_mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v), _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v));
 #pragma GCC unroll 8
   for (int i = 0; i < 2; ++i) {
     const __m256d a = _mm256_castps_pd(pairs[2 * i]), b = _mm256_castps_pd(pairs[2 * i + 1]);
-    fours[i] =
-        _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    fours[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
   }
   return {_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
                         _mm256_permute2f128_ps(fours[0], fours[1], 0x31))};

@@ -151,7 +151,7 @@ inline void transpose(F64 (&r)[8]) {
     t[i] = _mm512_unpacklo_pd(r[i].v, r[i + 1].v);
     t[i + 1] = _mm512_unpackhi_pd(r[i].v, r[i + 1].v);
   }
-  // t[2 g + c] holds, in lane block l, column 2 l + c of rows 2 g and 2 g + 1.
+  // t[2 r + c] holds, in lane block l, column 2 l + c of rows 2 r and 2 r + 1.
 #pragma GCC unroll 16
   for (int c = 0; c < 2; ++c) {
 #pragma GCC unroll 16
