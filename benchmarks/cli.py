@@ -181,7 +181,7 @@ def _collect(found: Findings[C], results: Iterable[CaseResult[C]], table: Table[
             found.results.append(result)
             _print_lines(table.rows(result))
     except KeyboardInterrupt:
-        print(f"interrupted after {len(found.results)} cases", file=sys.stderr)
+        print(f"interrupted after {len(found.results)} of {table.count} cases", file=sys.stderr)
 
 
 def _plan_calls(args: argparse.Namespace) -> _Calls:

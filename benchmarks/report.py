@@ -59,6 +59,7 @@ class Table(ABC, Generic[C]):
     widths: tuple[int, ...]
 
     def __init__(self, cases: Sequence[C], rival_names: Sequence[str]) -> None:
+        self.count = len(cases)
         self._case_width = max(len(_title(case)) for case in cases)
         self._rival_width = max(len(name) for name in rival_names)
 

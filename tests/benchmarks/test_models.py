@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks.models import (
     prepare,
     with_attention,
 )
-from benchmarks.results import RAN, WRONG, Measurement, Run
+from benchmarks.results import RAN, WRONG, CaseResult, Measurement, Run
 from benchmarks.timing import Effort
 
 from .samples import CPU, ScriptedClock, sample_run
@@ -178,6 +179,21 @@ def test_the_command_prints_saves_and_plots(
         "geometric mean of the ratios",
     ):
         assert words in printed
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_an_interrupted_run_keeps_what_it_found(
+    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def until_interrupted(*arguments: Any) -> Iterator[CaseResult[ModelCase]]:
+        yield from list(model_harness.run_model_cases(TINY[:finished], *arguments[1:]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "MODELS", TINY)
+    monkeypatch.setattr(cli, "run_model_cases", until_interrupted)
+    assert bench("--json", str(tmp_path / "run.json")) == cli.OK
+    assert [result.case for result in ModelRun.load(tmp_path / "run.json").results] == list(TINY[:finished])
+    assert f"interrupted after {finished} of {len(TINY)} cases" in capsys.readouterr().err
 
 
 def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
