@@ -62,8 +62,9 @@ def test_sums_stay_in_registers() -> None:
     for function in listing.split("\n\n"):
         if found := name.search(function.lstrip().split("\n", 1)[0]):
             stores[found.groups()] = len(spill.findall(function))
-    if not stores:
+    if not re.search(r"<.*fastattn::avx2::.*>:", listing):
         pytest.skip("this module has no symbols, or no kernels with vectors")
+    assert {who[1] for who in stores} == {"gemm_tile", "few_scores_tile", "few_outputs_tile"}
     # 4 rows of 4 vectors are more than AVX2 has registers for.
     known = {who for who in stores if who[:2] == ("avx2", "few_outputs_tile") and who[2].endswith(", 4, 4")}
     assert {who: count for who, count in stores.items() if count > 3 and who not in known} == {}
