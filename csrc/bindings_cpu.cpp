@@ -1,6 +1,7 @@
 // The Python module fastattn._cpu: calls described once, then run on addresses.
 #include "bindings_call.h"
 #include "cpu/core.h"
+#include "layouts.h"
 
 namespace fastattn {
 namespace {
@@ -69,6 +70,8 @@ PYBIND11_MODULE(_cpu, m) {
         return fastattn::multiply_adds(static_cast<fastattn::DType>(dtype), steps, threads);
       },
       "Multiply-adds and nothing else, for benchmarks: returns the floating-point operations done.");
+  m.def("layout_reader", &fastattn::LayoutReader::make, py::arg("tensor_type"),
+        "A function (*tensors) -> bytes that tells how the values of tensors of this type lie in memory; or None.");
   py::class_<Call>(m, "Call")
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())
       .def("attend", &Call::attend)

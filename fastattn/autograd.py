@@ -26,21 +26,22 @@ _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
 _BACKWARD_LEADING = 4  # dout, dlse, out, lse come before the arguments of the forward
 
 
-def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_plain(*tensors: Tensor) -> bool:
     """True if nothing but eager PyTorch looks on: no tracer, no mode, no function transform, no tensor subclass.
 
     Then the backend is called directly, which saves the operator's way through the dispatcher.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(q) in _PLAIN_TYPES
-        and type(k) in _PLAIN_TYPES
-        and type(v) in _PLAIN_TYPES
-        and not q.is_meta
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    for x in tensors:  # not a generator, which the shortest calls would feel
+        if type(x) not in _PLAIN_TYPES:
+            return False
+    return not tensors[0].is_meta
 
 
 def is_batched(*grads: Tensor | None) -> bool:
@@ -53,8 +54,7 @@ def is_batched(*grads: Tensor | None) -> bool:
 
 def _all_plain(inputs: Inputs) -> bool:
     """`is_plain` of every tensor of the call; what is no tensor at all will be refused later."""
-    rest = (type(x) in _PLAIN_TYPES for x in [*inputs][3:] if isinstance(x, Tensor))
-    return is_plain(inputs.q, inputs.k, inputs.v) and all(rest)
+    return is_plain(inputs.q, inputs.k, inputs.v, *[x for x in [*inputs][3:] if isinstance(x, Tensor)])
 
 
 def _in_transform() -> bool:

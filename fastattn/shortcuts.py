@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 
 from . import dispatch, ops
 from .autograd import gradients, is_batched, is_plain
-from .backends import Prepared, layout
+from .backends import Prepared
+from .layouts import NO_LAYOUT, layouts
 from .problem import Inputs, Options, describe, split_window
 
 
@@ -47,13 +48,9 @@ def attend(
     if not is_plain(q, k, v) or torch._C._is_any_autocast_enabled() or forward_ad._current_level >= 0:
         return None
     try:
-        # Types are part of the key, as 1 == True == 1.0 and not all of them are accepted. One flat tuple, not three of
-        # `layout`: a fifth of a small call's time.
+        # Types are part of the key, as 1 == True == 1.0 and not all of them are accepted.
         key = (
-            *(q.shape, q.stride(), q.dtype, q.device, q.is_neg(), q._is_zerotensor()),
-            *(k.shape, k.stride(), k.dtype, k.device, k.is_neg(), k._is_zerotensor()),
-            *(v.shape, v.stride(), v.dtype, v.device, v.is_neg(), v._is_zerotensor()),
-            *(causal, window, causal_alignment, softcap, scale, backend),
+            *(layouts(q, k, v), causal, window, causal_alignment, softcap, scale, backend),
             *(type(causal), type(softcap), type(scale)),
             None if window is None else tuple(map(type, window)),
         )
@@ -62,12 +59,12 @@ def attend(
             if len(_kinds) >= _MOST:
                 _kinds.clear()
             _kinds[key] = kind = _prepare(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
-    except (TypeError, RuntimeError):  # no strides, or an option of a wrong type: both will be refused
+    except NO_LAYOUT:  # or an option of a wrong type: both will be refused
         return None
     if kind is None:
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return PreparedAttention.apply(kind, q, k, v)
+        return _record(kind, q, k, v)
     return kind.prepared.infer(q, k, v)
 
 
@@ -93,6 +90,14 @@ def _prepare(
     return None if prepared is None else _Kind(prepared, options, name)
 
 
+def _fit(prepared: Prepared, saved: tuple[Tensor, ...]) -> bool:
+    """False if hooks on saved tensors have brought them back in another layout."""
+    try:
+        return prepared.layouts == layouts(*saved)
+    except NO_LAYOUT:
+        return False
+
+
 class PreparedAttention(torch.autograd.Function):
     """`autograd.Attention` for calls of a prepared kind.
 
@@ -113,11 +118,12 @@ class PreparedAttention(torch.autograd.Function):
             return None, None, None, None
         kind, needs = ctx.kind, ctx.needs_input_grad[1:]
         q, k, v, out, lse = saved = ctx.saved_tensors
-        plain = (
-            is_plain(q, k, v) and is_plain(dout, out, lse) and forward_ad._current_level < 0 and not is_batched(dout)
-        )
-        # Hooks on saved tensors may have brought them back in another layout.
-        if plain and not torch.is_grad_enabled() and kind.prepared.layouts == tuple(map(layout, saved)):
+        plain = is_plain(q, k, v, dout, out, lse) and forward_ad._current_level < 0 and not is_batched(dout)
+        if plain and not torch.is_grad_enabled() and _fit(kind.prepared, saved):
             return (None, *kind.prepared.backward(q, k, v, out, lse, dout, needs))
         arguments = ops.join_arguments(Inputs(q, k, v), kind.options, kind.backend)
         return (None, *gradients(dout, None, out, lse, arguments, [*needs, False, False])[:3])
+
+
+# What `apply` comes to where no function transform is active; looking for one takes it half of its time.
+_record = super(torch.autograd.Function, PreparedAttention).apply

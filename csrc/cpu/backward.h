@@ -280,16 +280,16 @@ void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, in
   }
 }
 
-// C[key][dim] += words[key][lane word] * rows[lane word][dim], the products over queries.
-template <class E>
-void add_over_lanes(int keys, int lanes, const typename E::Word* words, const typename E::Word* rows, int dim,
-                    typename E::Scalar* c) {
+// C[key][dim] gets words[key][lane word] * rows[lane word][dim], the products over queries.
+template <class E, Update kUpdate>
+void gemm_over_lanes(int keys, int lanes, const typename E::Word* words, const typename E::Word* rows, int dim,
+                     typename E::Scalar* c) {
   using V = typename E::Vector;
   constexpr int kRow = Operands<E>::kRow;
   int d = 0;
   for (; d + 2 * V::kWidth <= dim; d += 2 * V::kWidth)
-    gemm<E, 2, Update::kAdd>(keys, lanes / E::kPerWord, words, kRow, 1, rows + d, dim, c + d, dim);
-  if (d < dim) gemm<E, 1, Update::kAdd>(keys, lanes / E::kPerWord, words, kRow, 1, rows + d, dim, c + d, dim);
+    gemm<E, 2, kUpdate>(keys, lanes / E::kPerWord, words, kRow, 1, rows + d, dim, c + d, dim);
+  if (d < dim) gemm<E, 1, kUpdate>(keys, lanes / E::kPerWord, words, kRow, 1, rows + d, dim, c + d, dim);
 }
 
 // Scores and what follows from them, for keys n0 .. n0 + keys (row `at` of the block) and one panel. Returns false if
@@ -316,10 +316,11 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
   return true;
 }
 
-// One step up to dQ; what dK and dV need is left in the operands. Returns false if nothing is visible.
+// One step up to dQ, which the panel's first step begins; what dK and dV need is left in the operands. Returns false,
+// and has done nothing, if nothing is visible.
 template <class E, int kVectors>
 bool backward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s,
-                   int at, int64_t n0, int keys, const Operands<E>& operands, typename E::Scalar* dq) {
+                   int at, int64_t n0, int keys, const Operands<E>& operands, bool begins, typename E::Scalar* dq) {
   const int dim = int(p.head_dim);
   bool gaps = false;
   if (!backward_scores<E, kVectors>(p, seq, panel, s, at, n0, keys, nullptr, operands, gaps)) return false;
@@ -330,25 +331,32 @@ bool backward_step(const Params& p, const Sequence& seq, const Panel<typename E:
     k = without_gaps<E>(k, k_stride, keys, dim, s.addend.seen, s.gapless);
     k_stride = dim;
   }
-  gemm_over_keys<E, kVectors, Update::kAdd>(dim, keys, k, k_stride, operands.dscores_key, operands.dscores_key_stride,
-                                            dq, s.half_word);
+  auto product = begins ? gemm_over_keys<E, kVectors, Update::kStore> : gemm_over_keys<E, kVectors, Update::kAdd>;
+  product(dim, keys, k, k_stride, operands.dscores_key, operands.dscores_key_stride, dq, s.half_word, nullptr);
   return true;
 }
 
 // dV and dK of keys [first, last) of the block from the rows of panels place .. place + lanes / kLanes of the group.
-template <class E>
-void add_key_grads(const Params& p, const BackwardScratch<E>& s, int first, int last, int place, int lanes) {
+template <class E, Update kUpdate>
+void make_key_grads(const Params& p, const BackwardScratch<E>& s, int first, int last, int place, int lanes) {
   if (first >= last) return;
   const Operands<E> from = s.operands.at(first, place);
   const int64_t row = int64_t(place) * Operands<E>::kPanelWords;
   if (p.dv.data != nullptr)
-    add_over_lanes<E>(last - first, lanes, from.probs, s.dout_rows + row * s.dim_v, s.dim_v,
-                      s.dv + first * int64_t(s.dim_v));
+    gemm_over_lanes<E, kUpdate>(last - first, lanes, from.probs, s.dout_rows + row * s.dim_v, s.dim_v,
+                                s.dv + first * int64_t(s.dim_v));
   if (p.dk.data != nullptr)
-    add_over_lanes<E>(last - first, lanes, from.dscores, s.q_rows + row * s.dim, s.dim, s.dk + first * int64_t(s.dim));
+    gemm_over_lanes<E, kUpdate>(last - first, lanes, from.dscores, s.q_rows + row * s.dim, s.dim,
+                                s.dk + first * int64_t(s.dim));
 }
 
-// A block of keys against a group of panels, the first of which holds the rows from first_row on.
+template <class S>
+void clear(S* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = S(0);
+}
+
+// A block of keys against a group of panels, the first of which holds the rows from first_row on. The job's first block
+// begins the panels' dQ, and the first group the block's dK and dV: by storing what the others add.
 template <class E, class T>
 void backward_group(const Params& p, const Sequence& seq, const BackwardJob& job, const BackwardSpace& space,
                     BackwardScratch<E>& s, int64_t n0, int keys, int64_t first_row, int64_t rows,
@@ -356,6 +364,7 @@ void backward_group(const Params& p, const Sequence& seq, const BackwardJob& job
   using V = typename E::Vector;
   constexpr int kLanes = Panel<V>::kLanes;
   int first[kGroupPanels<E>], last[kGroupPanels<E>], lanes[kGroupPanels<E>];  // keys seen, and rows
+  const bool first_block = n0 == job.keys.first, first_group = first_row == 0;
   int panels = 0, all_first = 0, all_last = keys, all_lanes = 0;
   for (; panels < kGroupPanels<E> && first_row < rows; ++panels, first_row += kLanes, dq += p.head_dim * kLanes) {
     Panel<V> panel;
@@ -365,39 +374,46 @@ void backward_group(const Params& p, const Sequence& seq, const BackwardJob& job
       load_panel<E, T>(p, seq, panel, panels, space, s);
       const int at = int(panel.any.first - n0) / E::kPerWord * E::kPerWord, used = int(panel.any.last - n0) - at;
       const Operands<E> to = s.operands.at(at, panels);
-      seen = panel.vectors == 2 ? backward_step<E, 2>(p, seq, panel, s, at, n0 + at, used, to, dq)
-                                : backward_step<E, 1>(p, seq, panel, s, at, n0 + at, used, to, dq);
+      seen = panel.vectors == 2 ? backward_step<E, 2>(p, seq, panel, s, at, n0 + at, used, to, first_block, dq)
+                                : backward_step<E, 1>(p, seq, panel, s, at, n0 + at, used, to, first_block, dq);
       first[panels] = at;
       last[panels] = at + used;
     }
-    if (!seen) first[panels] = last[panels] = 0;
+    if (!seen) {
+      first[panels] = last[panels] = 0;
+      if (first_block && p.dq.data != nullptr) clear(dq, p.head_dim * kLanes);
+    }
     lanes[panels] = panel.vectors * V::kWidth;
     all_lanes += lanes[panels];
     all_first = int(larger(all_first, first[panels]));
     all_last = int(smaller(all_last, last[panels]));
   }
   all_last = int(larger(all_first, all_last));
-  add_key_grads(p, s, all_first, all_last, 0, all_lanes);
+  if (first_group && all_first == 0 && all_last == keys) {
+    make_key_grads<E, Update::kStore>(p, s, 0, keys, 0, all_lanes);
+    return;
+  }
+  if (first_group) {
+    clear(s.dk, int64_t(keys) * s.dim);
+    clear(s.dv, int64_t(keys) * s.dim_v);
+  }
+  make_key_grads<E, Update::kAdd>(p, s, all_first, all_last, 0, all_lanes);
   for (int i = 0; i < panels; ++i) {  // keys that not all panels see
-    add_key_grads(p, s, first[i], int(smaller(last[i], all_first)), i, lanes[i]);
-    add_key_grads(p, s, int(larger(first[i], all_last)), last[i], i, lanes[i]);
+    make_key_grads<E, Update::kAdd>(p, s, first[i], int(smaller(last[i], all_first)), i, lanes[i]);
+    make_key_grads<E, Update::kAdd>(p, s, int(larger(first[i], all_last)), last[i], i, lanes[i]);
   }
 }
 
 template <class V, class T>
 void store_key_grads(const Params& p, const View& view, const Sequence& seq, const BackwardJob& job, int64_t n0,
-                     int keys, int dim, int ld, typename V::Scalar* grads, typename V::Scalar scale) {
+                     int keys, int dim, int ld, const typename V::Scalar* grads, typename V::Scalar scale) {
   if (view.data == nullptr) return;
   for (int n = 0; n < keys; ++n) {
-    typename V::Scalar* row = grads + n * int64_t(ld);
-    for (int d = 0; d < dim; ++d) row[d] *= scale;
-    store_row<V>(row, dim, key_row<T>(p, view, seq, job.b, job.head_kv, n0 + n), view.stride_d);
+    T* row = key_row<T>(p, view, seq, job.b, job.head_kv, n0 + n);
+    for (int d = 0; d < dim; d += V::kWidth)  // grads' rows are padded to whole vectors
+      store_some(V::load(grads + n * int64_t(ld) + d) * V::set(scale), int(smaller(V::kWidth, dim - d)),
+                 row + d * view.stride_d, view.stride_d);
   }
-}
-
-template <class S>
-void clear(S* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = S(0);
 }
 
 template <class E, class T>
@@ -411,14 +427,14 @@ void backward_job(const Params& p, const BackwardJob& job, const BackwardSpace& 
   const HeadGroup heads = group_of(p, job.head_kv);
   const int64_t rows = seq.q_length * heads.count, panels = (rows + kLanes - 1) / kLanes, dq_size = p.head_dim * kLanes;
   S* dq = static_cast<S*>(space.dq) + (job.part * space.panels + job.first_panel) * dq_size;
-  if (p.dq.data != nullptr) clear(dq, panels * dq_size);
+  if (p.dq.data != nullptr && job.keys.first >= job.keys.last) clear(dq, panels * dq_size);
   for (int64_t n0 = job.keys.first; n0 < job.keys.last; n0 += kBlockKeys) {
     const int keys = int(smaller(kBlockKeys, job.keys.last - n0));
     load_backward_block(s, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, keys);
-    clear(s.dk, int64_t(keys) * s.dim);
-    clear(s.dv, int64_t(keys) * s.dim_v);
-    for (int64_t i = 0; i < panels; i += kGroupPanels<E>)
+    int64_t i = 0;
+    do {  // a group without rows gives zeros
       backward_group<E, T>(p, seq, job, space, s, n0, keys, i * kLanes, rows, dq + i * dq_size);
+    } while ((i += kGroupPanels<E>) < panels);
     store_key_grads<V, T>(p, p.dk, seq, job, n0, keys, int(p.head_dim), s.dim, s.dk, S(p.scale));
     store_key_grads<V, T>(p, p.dv, seq, job, n0, keys, int(p.head_dim_v), s.dim_v, s.dv, S(1));
   }

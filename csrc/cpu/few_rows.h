@@ -246,8 +246,8 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
   set_panel(panel, p, seq, job.b, group_of(p, job.head_kv), job.first_row, job.rows, job.keys);
   OnlineSoftmax<V> state;
   reset(state);
-  for (int i = 0; i < kFewRows<V> * s.query_words; ++i) s.queries[i] = 0;
-  for (int i = 0; i < kFewRows<V> * s.dim_v; ++i) s.acc[i] = S(0);
+  for (int i = 0; i < panel.count * s.query_words; ++i) s.queries[i] = 0;
+  for (int i = 0; i < panel.count * s.dim_v; ++i) s.acc[i] = S(0);
   for (int r = 0; r < panel.count; ++r) {
     if (panel.keys[r].first < panel.keys[r].last)
       RowOperands<E, T>::query(row_of<const T>(p.q, seq, job.b, panel.head[r], panel.query[r]), p.q.stride_d,

@@ -254,6 +254,9 @@ void add_sink(S sink, S& row_max, S& row_sum, S& factor) {
   row_sum = row_sum * factor + S(__builtin_exp2(double(sink - row_max)));
 }
 
+inline float log2_of(float x) { return __builtin_log2f(x); }
+inline double log2_of(double x) { return __builtin_log2(x); }
+
 // inverse: what the accumulated outputs are multiplied with, 0 for a row that saw nothing. lse in units of log2, if it
 // is asked for. A sink counts once: not in parts, but when they are merged.
 template <class V>
@@ -270,7 +273,7 @@ void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& jo
       add_sink(sink, row_max, row_sum, factor);
     }
     inverse[lane] = empty ? S(0) : factor / row_sum;
-    if (lse_wanted) lse[lane] = empty ? S(-__builtin_inf()) : row_max + S(__builtin_log2(double(row_sum)));
+    if (lse_wanted) lse[lane] = empty ? S(-__builtin_inf()) : row_max + log2_of(row_sum);
   }
 }
 

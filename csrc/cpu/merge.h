@@ -48,8 +48,7 @@ void merge_job(const Params& p, const ForwardJob& job, const Parts& parts) {
       store_some(sum, columns, out + d * p.out.stride_d, p.out.stride_d);
     }
     if (p.lse.data != nullptr)
-      *row_of<S>(p.lse, seq, job.b, head, query) =
-          empty ? lowest : (row_max + S(__builtin_log2(double(row_sum)))) * S(kLn2);
+      *row_of<S>(p.lse, seq, job.b, head, query) = empty ? lowest : (row_max + log2_of(row_sum)) * S(kLn2);
   }
 }
 

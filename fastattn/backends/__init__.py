@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,10 +34,10 @@ class Grads(NamedTuple):
 class Prepared(Protocol):
     """Dense calls of q, k and v alone, of one kind: what can be decided beforehand has been.
 
-    layouts: what `layout` must say of q, k, v, out and lse.
+    layouts: what `fastattn.layouts` must say of q, k, v, out and lse.
     """
 
-    layouts: tuple[object, ...]
+    layouts: Hashable
 
     def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output."""
@@ -88,11 +88,6 @@ class Backend(Protocol):
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(out, lse) of a call with a cache, after writing the new keys and values into it."""
-
-
-def layout(x: Tensor) -> tuple[object, ...]:
-    """All that tells how a tensor's values lie in memory, but for where; hashable."""
-    return x.shape, x.stride(), x.dtype, x.device, x.is_neg(), x._is_zerotensor()
 
 
 def empty_out(problem: Problem, q: Tensor) -> Tensor:

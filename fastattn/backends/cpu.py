@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..layouts import layouts
 from ..problem import Inputs, Problem
-from . import Grads, Needs, empty_grad, empty_lse, empty_out, layout
+from . import Grads, Needs, empty_grad, empty_lse, empty_out
 from .native import (
     DTYPE_CODES,
     addresses,
@@ -102,11 +103,11 @@ Allocate = Callable[[Tensor], Tensor]
 
 
 def _allocator(wanted: Tensor, like: Tensor) -> Allocate:
-    """The quickest way to memory laid out as `wanted`, given a tensor laid out as `like`."""
+    """The quickest way to memory laid out as `wanted`, given a tensor laid out as `like`; torch.empty is slower."""
     if torch.empty_like(like, device="meta").stride() == wanted.stride() and like.shape == wanted.shape:
         return torch.empty_like
-    shape, stride, dtype = wanted.shape, wanted.stride(), wanted.dtype
-    return lambda _: torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+    shape, stride, dtype, device = wanted.shape, wanted.stride(), wanted.dtype, wanted.device
+    return lambda _: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 class _PreparedCalls:
@@ -114,11 +115,12 @@ class _PreparedCalls:
 
     def __init__(self, problem: Problem, inputs: Inputs) -> None:
         out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        self.layouts: tuple[object, ...] = tuple(map(layout, (inputs.q, inputs.k, inputs.v, out, lse)))
+        self.layouts: Hashable = layouts(inputs.q, inputs.k, inputs.v, out, lse)
         self._problem = problem
         self._attend = described(_cpu.Call, problem, {**native_inputs(problem, inputs), "out": out, "lse": lse}).attend
         self._allocate_out = _allocator(out, inputs.q)
-        self._lse_shape, self._lse_dtype = lse.shape, lse.dtype
+        self._lse_like = torch.empty((), dtype=lse.dtype, device=lse.device).expand(lse.shape)  # takes no memory
+        self._allocate_lse = _allocator(lse, self._lse_like)
         self._allocate_grads: list[Allocate] = []  # made when they are first needed: growing caches never need them
         self._gradients: dict[Any, Callable[..., None]] = {}
 
@@ -128,7 +130,7 @@ class _PreparedCalls:
         return out
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = self._allocate_out(q), torch.empty(self._lse_shape, dtype=self._lse_dtype, device="cpu")
+        out, lse = self._allocate_out(q), self._allocate_lse(self._lse_like)
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
         self._attend(*addresses, torch.get_num_threads())
         return out, lse

@@ -58,7 +58,7 @@ def check_varlen(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_values(name: str, x: Tensor, most: int, spelled: str) -> None:
     """Integers from 0 to `most`, where a look costs nothing: on the CPU, with nothing looking on."""
-    if x.device.type != "cpu" or not is_plain(x, x, x) or x.numel() == 0:
+    if x.device.type != "cpu" or not is_plain(x) or x.numel() == 0:
         return
     least, largest = (int(end) for end in x.aminmax())
     if least < 0 or largest > most:
