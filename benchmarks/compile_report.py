@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn.backends import Needs, empty_lse, empty_out
+from fastattn.backends import Needs, empty_results
 from fastattn.problem import Inputs, Options, Problem, describe
 
 from . import cuda_report
@@ -160,11 +160,11 @@ def launches(workload: Workload, architecture: Architecture, dtype: torch.dtype)
     machine = Planned(architecture)
     problem, given = workload.build(dtype)
     inputs = triton_launches.in_memory(given)
-    out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+    results = empty_results(problem, inputs.q, for_backward=False)
     if workload.backward:
         needs = Needs(True, True, True, inputs.bias is not None, False)
-        return triton_launches.Gradients(problem, inputs, machine, out, lse, out, None, needs).launches
-    found = triton_launches.forward_launches(problem, inputs, machine, out, lse)
+        return triton_launches.Gradients(problem, inputs, machine, results, results.out, None, needs).launches
+    found = triton_launches.forward_launches(problem, inputs, machine, results)
     return [triton_launches.append_launch(problem, inputs, machine), *found] if problem.kind == "cache" else found
 
 

@@ -105,8 +105,8 @@ def simulated(head_dim: int, causal: bool) -> tuple[dict[str, Counts], int]:
     backend = CudaBackend(machine)
     inputs = Inputs(*torch.randn(3, 1, 1, SEQLEN, head_dim).bfloat16().unbind())
     problem = describe("dense", inputs, Options(causal=causal))
-    out, lse = backend.forward(problem, inputs)
-    backend.backward(problem, inputs, out, lse, out, None, Needs(True, True, True, False, False))
+    results = backend.forward(problem, inputs, for_backward=False)
+    backend.backward(problem, inputs, results, results.out, None, Needs(True, True, True, False, False))
     scores = SEQLEN**2 // 2 if causal else SEQLEN**2
     pairs = zip(machine.kernels, machine.counters, strict=True)
     with_tensor = {name: counters for name, counters in pairs if "tensor" in counters["by_class"]}

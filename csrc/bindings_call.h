@@ -19,12 +19,13 @@ using Four = std::array<int64_t, 4>;
 
 // The names under which Python hands over strides and addresses.
 inline constexpr std::pair<const char*, View Params::*> kTensors[] = {
-    {"q", &Params::q},         {"k", &Params::k},         {"v", &Params::v},
-    {"mask", &Params::mask},   {"bias", &Params::bias},   {"alibi_slopes", &Params::alibi},
-    {"sinks", &Params::sinks}, {"k_new", &Params::k_new}, {"v_new", &Params::v_new},
-    {"out", &Params::out},     {"lse", &Params::lse},     {"dout", &Params::dout},
-    {"dlse", &Params::dlse},   {"dq", &Params::dq},       {"dk", &Params::dk},
-    {"dv", &Params::dv},       {"dbias", &Params::dbias}, {"dsinks", &Params::dsinks},
+    {"q", &Params::q},           {"k", &Params::k},         {"v", &Params::v},
+    {"mask", &Params::mask},     {"bias", &Params::bias},   {"alibi_slopes", &Params::alibi},
+    {"sinks", &Params::sinks},   {"k_new", &Params::k_new}, {"v_new", &Params::v_new},
+    {"out", &Params::out},       {"lse", &Params::lse},     {"out_low", &Params::out_low},
+    {"dout", &Params::dout},     {"dlse", &Params::dlse},   {"dq", &Params::dq},
+    {"dk", &Params::dk},         {"dv", &Params::dv},       {"dbias", &Params::dbias},
+    {"dsinks", &Params::dsinks},
 };
 inline constexpr std::pair<const char*, const int32_t* Params::*> kIndices[] = {
     {"kv_lengths", &Params::kv_lengths},

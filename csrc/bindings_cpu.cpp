@@ -21,12 +21,13 @@ class Call : public Description {
   }
 
   // forward and backward of calls without other tensors, in the shortest way. 0 stands for a result not wanted.
-  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, int threads) const {
-    run(fastattn::forward, plain(q, k, v, out, lse), threads);
+  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low,
+              int threads) const {
+    run(fastattn::forward, plain(q, k, v, out, lse, out_low), threads);
   }
-  void gradients(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t dout, uintptr_t dq,
-                 uintptr_t dk, uintptr_t dv, int threads) const {
-    Params p = plain(q, k, v, out, lse);
+  void gradients(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low, uintptr_t dout,
+                 uintptr_t dq, uintptr_t dk, uintptr_t dv, int threads) const {
+    Params p = plain(q, k, v, out, lse, out_low);
     p.dout.data = reinterpret_cast<void*>(dout);
     p.dq.data = reinterpret_cast<void*>(dq);
     p.dk.data = reinterpret_cast<void*>(dk);
@@ -35,13 +36,14 @@ class Call : public Description {
   }
 
  private:
-  Params plain(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse) const {
+  Params plain(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low) const {
     Params p = p_;
     p.q.data = reinterpret_cast<void*>(q);
     p.k.data = reinterpret_cast<void*>(k);
     p.v.data = reinterpret_cast<void*>(v);
     p.out.data = reinterpret_cast<void*>(out);
     p.lse.data = reinterpret_cast<void*>(lse);
+    p.out_low.data = reinterpret_cast<void*>(out_low);
     return p;
   }
 

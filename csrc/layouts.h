@@ -14,15 +14,15 @@ namespace py = pybind11;
 
 class LayoutReader {
  public:
-  // A function (*tensors) -> bytes, the same for tensors of the same dtypes, devices, shapes and strides which are all
-  // negated on reading, or have no memory, or not. None if `tensor_type` has no table of DLPack's.
-  // It raises TypeError for what is no tensor of that type or has too many dimensions, and whatever the table's
-  // function raises for tensors that DLPack cannot describe.
+  // A function (*tensors) -> bytes, the same for tensors of the same dtypes, devices, shapes and strides of which the
+  // same are negated on reading. None if `tensor_type` has no table of DLPack's.
+  // It raises TypeError for what is no tensor of that type, has too many dimensions or no memory, and whatever the
+  // table's function raises for tensors that DLPack cannot describe.
   static py::object make(const py::type& tensor_type) {
     if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return py::none();
     const py::object table = tensor_type.attr("__dlpack_c_exchange_api__");
     const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
-    if (api == nullptr) throw py::error_already_set();
+    if (api == nullptr) PyErr_Clear();
     while (api != nullptr && api->major != 1) api = api->prev_api;
     if (api == nullptr || api->dltensor_from_py_object_no_sync == nullptr) return py::none();
     // Kept for good, as the table and the type are.
@@ -36,7 +36,7 @@ class LayoutReader {
  private:
   static constexpr const char* kName = "fastattn.LayoutReader";
   static constexpr int kMostTensors = 8, kMostDims = 8;
-  static constexpr size_t kMostBytes = 3 + sizeof(DLDevice) + sizeof(DLDataType) + 2 * kMostDims * sizeof(int64_t);
+  static constexpr size_t kMostBytes = 2 + sizeof(DLDevice) + sizeof(DLDataType) + 2 * kMostDims * sizeof(int64_t);
 
   LayoutReader(PyTypeObject* type, int (*describe)(void*, DLTensor*), PyObject* is_neg)
       : type_(type), describe_(describe), is_neg_(is_neg) {}
@@ -64,11 +64,16 @@ class LayoutReader {
       PyErr_Format(PyExc_TypeError, "at most %d dimensions, got %d", kMostDims, int(x.ndim));
       return nullptr;
     }
+    int64_t numbers = 1;
+    for (int d = 0; d < x.ndim; ++d) numbers *= x.shape[d];
+    if (x.data == nullptr && numbers > 0) {
+      PyErr_SetString(PyExc_TypeError, "the tensor has no memory");
+      return nullptr;
+    }
     PyObject* negated = PyObject_CallMethodNoArgs(tensor, is_neg_);  // all that DLPack does not tell
     if (negated == nullptr) return nullptr;
     *end++ = char(negated == Py_True);
     Py_DECREF(negated);
-    *end++ = char(x.data == nullptr);
     *end++ = char(x.ndim);
     const auto write = [&end](const void* data, size_t size) {
       std::memcpy(end, data, size);

@@ -23,17 +23,21 @@ struct View {
   int64_t stride_d = 0;  // feature (bias and mask: key)
 };
 
+// Keeps what rounding takes from small numbers above the smallest that float16 has; it stays below half of the number.
+constexpr float kLowScale = 256.0f;
+
 struct Params {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, heads_q = 0, heads_kv = 0;
   int64_t seqlen_q = 0, seqlen_k = 0;  // per sequence; varlen: totals; cache: capacity
   int64_t head_dim = 0, head_dim_v = 0;
 
-  View q;    // (batch, heads_q, seqlen_q, head_dim)
-  View k;    // (batch, heads_kv, seqlen_k, head_dim); paged: (num_pages, heads_kv, page_size, head_dim)
-  View v;    // (batch, heads_kv, seqlen_k, head_dim_v); paged: likewise
-  View out;  // (batch, heads_q, seqlen_q, head_dim_v)
-  View lse;  // (batch, heads_q, seqlen_q), the accumulator's dtype; null if not wanted
+  View q;        // (batch, heads_q, seqlen_q, head_dim)
+  View k;        // (batch, heads_kv, seqlen_k, head_dim); paged: (num_pages, heads_kv, page_size, head_dim)
+  View v;        // (batch, heads_kv, seqlen_k, head_dim_v); paged: likewise
+  View out;      // (batch, heads_q, seqlen_q, head_dim_v)
+  View lse;      // (batch, heads_q, seqlen_q), the accumulator's dtype; null if not wanted
+  View out_low;  // like out: what rounding took from out times kLowScale, for delta; null if not wanted, or not there
 
   View mask;  // uint8 (batch, heads_q, seqlen_q, seqlen_k), 1 = attend
   View bias;  // (batch, heads_q, seqlen_q, seqlen_k), dtype bias_dtype

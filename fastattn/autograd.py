@@ -23,7 +23,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
 _N_ARGS = len(ops.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
 _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
-_BACKWARD_LEADING = 4  # dout, dlse, out, lse come before the arguments of the forward
+_BACKWARD_LEADING = 5  # dout, dlse, out, lse, out_low come before the arguments of the forward
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -74,16 +74,22 @@ def _in_transform() -> bool:
 def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     """(out, lse) of a dense or varlen call, differentiable."""
     _check_no_gradient("alibi_slopes", inputs.alibi_slopes)
-    args = ops.join_arguments(inputs, options, backend)
+    return _attend(inputs, options, backend, for_backward=False)[:2]
+
+
+def _attend(inputs: Inputs, options: Options, backend: str | None, for_backward: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of the operator `forward`; for_backward: even if nothing here tells that a backward follows."""
+    in_transform = _in_transform()
+    recorded = in_transform or (torch.is_grad_enabled() and _any_requires_grad(inputs))
+    # torch.jit's traces run with and without gradients.
+    traced = not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is not None
+    args = (*ops.join_arguments(inputs, options, backend), for_backward or recorded or traced)
     if torch.compiler.is_dynamo_compiling() and _dynamo_in_transform():
         return _traced_forward(*args)
-    in_transform = _in_transform()
     if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
         return torch.ops.fastattn.forward(*args)
-    if in_transform or (torch.is_grad_enabled() and _any_requires_grad(inputs)):
-        return Attention.apply(*args)
-    return ops.run_forward(*args)
+    return Attention.apply(*args) if recorded else ops.run_forward(*args)
 
 
 def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -130,12 +136,12 @@ def _alias(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.view_as(x)
 
 
-def _run_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    """`attend`, with the arguments of the operator."""
-    return attend(*ops.split_arguments(args))
+def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`_attend`, with the arguments of the operator."""
+    return _attend(*ops.split_arguments(args), for_backward=args[-1])
 
 
-def _traced_forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _traced_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """One node of Dynamo's graph, for calls inside function transforms, which the operators would refuse.
 
     Whoever looks into the node later runs this module's code as it is.
@@ -162,48 +168,58 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
 
 
 class Attention(torch.autograd.Function):
-    """forward(*arguments of the operator `forward`) -> (out, lse)."""
+    """forward(*arguments of the operator `forward`) -> (out, lse, out_low)."""
 
     vmap = staticmethod(_vmap_forward)
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
         if is_plain(*args[:3]):
             return ops.run_forward(*args)
         return torch.ops.fastattn.forward(*args)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: D102
+        ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[: ops.FORWARD_TENSORS], *output)
-        ctx.options = inputs[ops.FORWARD_TENSORS :]
+        ctx.options = inputs[ops.FORWARD_TENSORS : -1]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
-        *tensors, out, lse = ctx.saved_tensors
+    def backward(  # noqa: D102
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse, low = ctx.saved_tensors
         needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
-        result: list[Tensor | None] = [None] * _N_ARGS
+        result: list[Tensor | None] = [None] * (_N_ARGS + 1)
         if dout is None and dlse is None:
             return tuple(result)
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = gradients(dout, dlse, out, lse, (*tensors, *ctx.options), needs)
+        grads = gradients(dout, dlse, (out, lse, low), (*tensors, *ctx.options), needs)
         for position, grad in zip(_POSITIONS, grads, strict=True):
             result[position] = grad
         return tuple(result)
 
 
 def gradients(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, arguments: tuple[Any, ...], needs: list[bool]
+    dout: Tensor,
+    dlse: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor],
+    arguments: tuple[Any, ...],
+    needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, bias and sinks, None where not needed; differentiable again if gradients are recorded."""
-    grads = _run_backward(dout, dlse, out, lse, *arguments, needs)
+    """Gradients of q, k, v, bias and sinks, None where not needed; differentiable again if gradients are recorded.
+
+    results: of the operator `forward`. arguments: its, without the last.
+    """
+    grads = _run_backward(dout, dlse, *results, *arguments, needs)
     return tuple([grad if need else None for need, grad in zip(needs, grads, strict=True)])
 
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     """`gradients`, with the arguments and results of the operator."""
-    dout, dlse, out, _, q, *_ = args
+    dout, dlse, out, _, _, q, *_ = args
     in_transform = _in_transform()
     if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, out, q)):
         return torch.ops.fastattn.backward(*args)
@@ -230,7 +246,7 @@ class AttentionBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
         ctx.set_materialize_grads(False)
-        dout, dlse, _, _, *args, needs = inputs
+        dout, dlse, _, _, _, *args, needs = inputs
         ctx.save_for_backward(dout, dlse, *args[: ops.FORWARD_TENSORS])
         ctx.options = args[ops.FORWARD_TENSORS :]
         ctx.needs = Needs(*needs)
@@ -244,7 +260,7 @@ class AttentionBackward(torch.autograd.Function):
             aliases: dict[str, Any] = {name: _alias(getattr(inputs, name)) for name in DIFFERENTIABLE}
             inputs = inputs._replace(**aliases)
         problem = describe("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options, cached=False)
-        # out and lse are functions of the other arguments here, so their own gradients stay None.
+        # The results are functions of the other arguments here, so their own gradients stay None.
         positions = [0, 1, *[_BACKWARD_LEADING + p for p in _POSITIONS]]
         candidates = zip(positions, (dout, dlse, *inputs.differentiable), strict=True)
         wanted: dict[int, Any] = {p: x for p, x in candidates if ctx.needs_input_grad[p]}

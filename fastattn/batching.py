@@ -18,7 +18,7 @@ from .problem import Inputs
 Run = Callable[..., tuple[Tensor, ...]]
 Result = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
-_LEADING = 4  # dout, dlse, out, lse come before the arguments of the forward
+_LEADING = 5  # dout, dlse, out, lse, out_low come before the arguments of the forward
 
 
 def forward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:
@@ -29,8 +29,9 @@ def forward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) 
         return _one_by_one(run, size, in_dims, args)
     batch = _without(inputs.q.shape, in_dims[0])[0]
     folded = _fold(inputs, dims, size, batch, separate_bias=False)
-    out, lse = run(*ops.join_arguments(folded, options, backend))
-    return (out.unflatten(0, (size, batch)), lse.unflatten(0, (size, batch))), (0, 0)
+    out, lse, low = run(*ops.join_arguments(folded, options, backend), args[-1])
+    found = [(x, None) if ops.is_none(x) else (x.unflatten(0, (size, batch)), 0) for x in (out, lse, low)]
+    return tuple(x for x, _ in found), tuple(dim for _, dim in found)
 
 
 def backward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:
@@ -42,7 +43,10 @@ def backward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...])
         return _one_by_one(run, size, in_dims, args)
     batch = _without(inputs.q.shape, in_dims[_LEADING])[0]
     folded = _fold(inputs, dims, size, batch, separate_bias=needs[3])
-    outer = (_into_batch(x, dim, size, batch) for x, dim in zip(gradients, in_dims, strict=False))
+    outer = [
+        x if x is not None and dim is None and ops.is_none(x) else _into_batch(x, dim, size, batch)
+        for x, dim in zip(gradients, in_dims, strict=False)
+    ]
     *grads, dbias, dsinks = run(*outer, *ops.join_arguments(folded, options, backend), needs)
     separated = [x.unflatten(0, (size, batch)) if need else x for x, need in zip(grads, needs, strict=False)]
     if needs[3]:

@@ -13,7 +13,7 @@ except ImportError:  # running from a source tree that was never built
     _cpu = None  # type: ignore[assignment]
 
 NO_LAYOUT = (TypeError, RuntimeError, BufferError)
-"""What `layouts` raises for tensors that have none, as sparse ones, and for what is no tensor."""
+"""What `layouts` may raise for tensors that have none: sparse ones, or such without memory."""
 
 
 def attributes(*tensors: Tensor) -> Hashable:
@@ -24,4 +24,4 @@ def attributes(*tensors: Tensor) -> Hashable:
 _native = None if _cpu is None else _cpu.layout_reader(torch.Tensor)
 
 layouts: Callable[..., Hashable] = attributes if _native is None else _native
-"""layouts(*tensors): equal if the tensors differ in nothing but where their values are and what they are."""
+"""layouts(*tensors): equal only if the tensors differ in nothing but where their values are and what they are."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, Needs, empty_grad, empty_lse, empty_out
+from .backends import Backend, Needs, Results, empty_grad, empty_results
 from .dispatch import choose, choose_cached
 from .philox import draw_seed
 from .problem import Inputs, Options, Problem, check_results, check_values, describe
@@ -36,11 +36,15 @@ _CACHE_FIELDS = (
 FORWARD_TENSORS = 11  # the leading fields of Inputs that `forward` takes
 _N_OPTIONS = 7
 
-torch.library.define("fastattn::forward", f"({_TENSORS}, {_OPTIONS}, str? backend) -> (Tensor out, Tensor lse)")
+# An empty tensor stands for a result that there is not.
+torch.library.define(
+    "fastattn::forward",
+    f"({_TENSORS}, {_OPTIONS}, str? backend, bool for_backward) -> (Tensor out, Tensor lse, Tensor out_low)",
+)
 torch.library.define(
     "fastattn::backward",
-    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS}, str? backend, bool[] needs) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor out_low, {_TENSORS}, {_OPTIONS}, str? backend, "
+    "bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
 )
 torch.library.define(
     "fastattn::cache",
@@ -91,20 +95,34 @@ def _plan(kind: str, inputs: Inputs, options: Options, backend: str | None) -> t
 # ----------------------------------------------------------------------------------------- what runs on real tensors
 
 
-def run_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    """Computes (out, lse); arguments as in the schema."""
+def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes (out, lse, out_low); arguments as in the schema."""
     inputs, options, name = split_arguments(args)
     problem, backend = _plan(_kind(inputs), inputs, options, name)
-    return backend.forward(problem, inputs)
+    return filled(backend.forward(problem, inputs, args[-1]))
 
 
-def run_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Computes the gradients of q, k, v, bias and sinks; an empty tensor stands for one that is not needed."""
+def run_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, out_low: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    """Computes the gradients of q, k, v, bias and sinks."""
     inputs, options, name = split_arguments(args)
     problem, backend = _plan(_kind(inputs), inputs, options, name)
-    check_results(problem, inputs, out, lse)
-    grads = backend.backward(problem, inputs, out, lse, dout, dlse, Needs(*args[-1]))
+    results = Results(out, lse, None if is_none(out_low) else out_low)
+    check_results(problem, inputs, *results)
+    grads = backend.backward(problem, inputs, results, dout, dlse, Needs(*args[-1]))
     return tuple([dout.new_empty(0) if grad is None else grad for grad in grads])
+
+
+def filled(results: Results) -> tuple[Tensor, Tensor, Tensor]:
+    """The results as the operators pass them on."""
+    out, lse, low = results
+    return out, lse, out.new_empty(0) if low is None else low
+
+
+def is_none(x: Tensor) -> bool:
+    """Whether it stands for a result that there is not."""
+    return x.ndim == 1 and x.shape[0] == 0
 
 
 def run_cache(*args: Any) -> tuple[Tensor, Tensor]:
@@ -131,26 +149,28 @@ for _name, _run in (
 # ------------------------------------------------------------------------------------------ what tracers see of them
 
 
-def _outputs(kind: str, inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
+def _outputs(kind: str, inputs: Inputs, options: Options, backend: str | None, for_backward: bool) -> Results:
     problem = describe(kind, inputs, options, cached=False)
     if backend is not None:
         choose(problem, backend)  # an impossible choice is refused while tracing, not when the program runs
-    return empty_out(problem, inputs.q), empty_lse(problem)
+    return empty_results(problem, inputs.q, for_backward)
 
 
 @torch.library.register_fake("fastattn::forward")
-def _fake_forward(*args: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs, options, backend = split_arguments(args)
-    return _outputs(_kind(inputs), inputs, options, backend)
+    return filled(_outputs(_kind(inputs), inputs, options, backend, args[-1]))
 
 
 @torch.library.register_fake("fastattn::cache")
 def _fake_cache(*args: Any) -> tuple[Tensor, Tensor]:
-    return _outputs("cache", *_split_cache_arguments(args))
+    return _outputs("cache", *_split_cache_arguments(args), for_backward=False)[:2]
 
 
 @torch.library.register_fake("fastattn::backward")
-def _fake_backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, out_low: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     inputs, _, _ = split_arguments(args)
     return tuple(
         [

@@ -532,15 +532,19 @@ def check_values(problem: Problem, inputs: Inputs) -> None:
         _check_lengths("kv_lengths", inputs.kv_lengths.tolist(), [problem.seqlen_k] * problem.batch, "seqlen_k")
 
 
-def check_results(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor) -> None:
+def check_results(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, out_low: Tensor | None) -> None:
     """The results of a forward pass as its backward gets them back: hooks on saved tensors may have changed them."""
     rows = (problem.heads_q, problem.seqlen_q)
     lse_shape = rows if problem.kind == "varlen" else (problem.batch, *rows)
+    out_shape = (*inputs.q.shape[:-1], problem.head_dim_v)
     wanted = {
-        "out": (out, (*inputs.q.shape[:-1], problem.head_dim_v), problem.dtype),
+        "out": (out, out_shape, problem.dtype),
         "lse": (lse, lse_shape, problem.accumulator),
+        "out_low": (out_low, out_shape, problem.dtype),
     }
     for name, (x, shape, dtype) in wanted.items():
+        if x is None:
+            continue
         if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != problem.device:
             raise ValueError(
                 f"{name} of the forward pass must come back with shape {tuple(shape)}, dtype {dtype}, on "

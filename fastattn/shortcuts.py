@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 
 from . import dispatch, ops
 from .autograd import gradients, is_batched, is_plain
-from .backends import Prepared
-from .layouts import NO_LAYOUT, layouts
+from .backends import Prepared, Results
+from .layouts import NO_LAYOUT, attributes, layouts
 from .problem import Inputs, Options, describe, split_window
 
 
@@ -106,24 +106,26 @@ class PreparedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, kind: _Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: D102
-        out, lse = kind.prepared.forward(q, k, v)
+        results = kind.prepared.forward(q, k, v)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
+        ctx.save_for_backward(q, k, v, *(results[:2] if results.out_low is None else results))
+        return results.out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         if dout is None:
             return None, None, None, None
         kind, needs = ctx.kind, ctx.needs_input_grad[1:]
-        q, k, v, out, lse = saved = ctx.saved_tensors
-        plain = is_plain(q, k, v, dout, out, lse) and forward_ad._current_level < 0 and not is_batched(dout)
+        q, k, v, *kept = saved = ctx.saved_tensors
+        results = Results(*kept)
+        plain = is_plain(dout, *saved) and forward_ad._current_level < 0 and not is_batched(dout)
         if plain and not torch.is_grad_enabled() and _fit(kind.prepared, saved):
-            return (None, *kind.prepared.backward(q, k, v, out, lse, dout, needs))
+            return (None, *kind.prepared.backward(q, k, v, results, dout, needs))
         arguments = ops.join_arguments(Inputs(q, k, v), kind.options, kind.backend)
-        return (None, *gradients(dout, None, out, lse, arguments, [*needs, False, False])[:3])
+        return (None, *gradients(dout, None, ops.filled(results), arguments, [*needs, False, False])[:3])
 
 
-# What `apply` comes to where no function transform is active; looking for one takes it half of its time.
-_record = super(torch.autograd.Function, PreparedAttention).apply
+# What `apply` comes to where no function transform is active; looking for one, and for tensors that one left behind,
+# takes it half of its time. The native reader has refused those.
+_record = PreparedAttention.apply if layouts is attributes else super(torch.autograd.Function, PreparedAttention).apply

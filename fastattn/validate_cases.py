@@ -34,6 +34,7 @@ class Case:
     kv_lengths: keys behind them are NaN.
     lengths: of the sequences of a varlen call, (queries, keys); spare: unused rows behind the last one.
     layout: how q, k and v lie in memory, a name in `fastattn.validate_data.LAYOUTS`.
+    mean: size of what the keys of a head have in common, and the values; no gradient comes through lse then.
     detail: every quantity gets a line in the table, not the worst alone.
     repeat: the results must be the same bits in a second run, with another number of threads.
     """
@@ -57,6 +58,7 @@ class Case:
     spare: int = 0
     cache: Cache | None = None
     layout: str = "contiguous"
+    mean: float = 0.0
     detail: bool = False
     repeat: bool = False
 
@@ -89,6 +91,7 @@ OPTIONS = (
     Case("options", "kv_lengths", kv_lengths=(47, 30)),
     Case("options", "kv_lengths, causal", kv_lengths=(41, 35), options={"causal": True}),
     _options("dropout", dropout_p=0.25, seed=17),
+    Case("options", "keys that are alike", mean=3.0, seqlens=(33, 200), head_dims=(64, 64)),
     Case("options", "merge_states", kind="merge"),
     Case("options", "the same bits twice", repeat=True, options={"causal": True}),
 )

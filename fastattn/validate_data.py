@@ -132,6 +132,9 @@ def _dense(make: _Maker, options: dict[str, Any]) -> Data:
     for b, length in enumerate(case.kv_lengths or ()):
         k[b, :, length:] = v[b, :, length:] = torch.nan
     dout, dlse = make.normal(case.batch, heads_q, queries, dim_v), make.wide(case.batch, heads_q, queries)
+    if case.mean:
+        k, v = (x + case.mean * make.normal(1, heads_kv, 1, x.shape[-1]) for x in (k, v))
+        dlse.zero_()
     q, k, v = LAYOUTS[case.layout](q, k, v)
     return Data(q, k, v, options, dout, dlse)
 

@@ -21,12 +21,13 @@ from .sequences import (
     tile_of,
     visible_keys,
 )
-from .tiles import any_nan, key_order, load_block, load_rows, offset_of, store_rows
+from .tiles import LOW_SCALE, any_nan, key_order, load_block, load_rows, offset_of, store_rows
 
 
 @triton.jit(do_not_specialize=["lse", "dlse", "rows", "heads_q", "seqlen_q"])
 def statistics(
     out,
+    out_low,
     dout,
     lse,
     dlse,
@@ -41,7 +42,8 @@ def statistics(
 ):
     """Per row: lse in units of log2 (+inf if it sees nothing, so that its probabilities are 0), and delta.
 
-    delta = rowsum(dout * out) - dlse. Both are contiguous, (batch, heads_q, seqlen_q). Reads dout and out once.
+    delta = rowsum(dout * (out + out_low / LOW_SCALE)) - dlse; out_low may be None. Both are contiguous, (batch,
+    heads_q, seqlen_q). Reads its inputs once.
     """
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = offs_r < rows
@@ -52,6 +54,11 @@ def statistics(
     tile_o = load_rows(out, b, head, offs_m, ok, BLOCK_D, DIM)
     tile_do = load_rows(dout, b, head, offs_m, ok, BLOCK_D, DIM)
     sums = tl.sum(tile_o.to(tl.float32) * tile_do.to(tl.float32), 1)
+    if out_low is not None:
+        # In a sum of its own: these products are exact in float32. Others may be fused into the sum, which then differs
+        # between the threads that share a row.
+        tile_low = load_rows(out_low, b, head, offs_m, ok, BLOCK_D, DIM)
+        sums += tl.sum(tile_low.to(tl.float32) * tile_do.to(tl.float32), 1) / LOW_SCALE
     if dlse is not None:
         sums -= tl.load(dlse.data + offset_of(dlse, b, head, offs_m)).to(tl.float32)
     given = tl.load(lse.data + offset_of(lse, b, head, offs_m))

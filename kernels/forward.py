@@ -14,7 +14,7 @@ from .query_tile import load_keys, place, query_tile, rows_per_query, visible_to
 from .scores import kept, seen, transform
 from .sequences import masked_block, queries_of
 from .softmax import add_sink, finish, merge, start, update
-from .tiles import any_nan, key_order, load_tile, offset_of, store_rows
+from .tiles import any_nan, key_order, load_tile, low_part, offset_of, store_rows
 
 
 @triton.jit
@@ -139,6 +139,7 @@ def forward(
     v_map,
     out,
     lse,
+    out_low,
     heads,
     sequences,
     window,
@@ -154,7 +155,7 @@ def forward(
 
     k_map, v_map: tensor descriptors of k and v, through which the copy engines of Hopper and its successors load whole
     blocks, or None. With `splits`, out and lse are float32 and hold the result over the split's keys alone, without the
-    sinks.
+    sinks. out_low: what rounding took from out, or None.
     """
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
@@ -200,18 +201,13 @@ def forward(
     if dropout is not None:
         normalizer *= dropout.scale
     tl.store(lse_rows, row_lse, mask=tile.rows_ok)
+    to = Array(out_data, out.batch, out.head, out.row, out.column)
     for part in tl.static_range(PARTS):
-        store_rows(
-            Array(out_data, out.batch, out.head, out.row, out.column),
-            b,
-            tile.heads,
-            tile.tokens,
-            tile.rows_ok,
-            acc[part] * normalizer[:, None],
-            part * PART,
-            PART,
-            VARIANT.HEAD_DIM_V,
-        )
+        result = acc[part] * normalizer[:, None]
+        store_rows(to, b, tile.heads, tile.tokens, tile.rows_ok, result, part * PART, PART, VARIANT.HEAD_DIM_V)
+        if out_low is not None:
+            low = low_part(result, out.data.dtype.element_ty)
+            store_rows(out_low, b, tile.heads, tile.tokens, tile.rows_ok, low, part * PART, PART, VARIANT.HEAD_DIM_V)
 
 
 @triton.jit(do_not_specialize=["lse", "rows", "number", "stride_out", "stride_lse", "heads_q", "seqlen_q"])
@@ -220,6 +216,7 @@ def combine(
     partial_lse,
     out,
     lse,
+    out_low,
     sinks,
     rows,
     number,
@@ -251,4 +248,7 @@ def combine(
         total, share = add_sink(total, tl.load(sinks + head).to(tl.float32))
         acc = acc * share[:, None]
     store_rows(out, b, head, offs_m, ok, acc, 0, BLOCK_D, DIM)
+    if out_low is not None:
+        low = low_part(acc, out.data.dtype.element_ty)
+        store_rows(out_low, b, head, offs_m, ok, low, 0, BLOCK_D, DIM)
     tl.store(lse.data + offset_of(lse, b, head, offs_m), total, mask=ok)

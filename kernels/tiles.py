@@ -7,6 +7,9 @@ that is no power of two is padded with zeros by masks, which cost nothing where 
 import triton
 import triton.language as tl
 
+LOW_SCALE = tl.constexpr(256.0)
+"""Keeps what rounding takes from small numbers above the smallest that float16 has (kLowScale in csrc/params.h)."""
+
 
 @triton.jit
 def offset_of(x, batch, head, row):
@@ -75,6 +78,13 @@ def store_rows(x, batch, head, rows, rows_ok, tile, FIRST: tl.constexpr, WIDTH: 
         ok = ok & (offs_d[None, :] < DIM)
     pointers = x.data + (offset_of(x, batch, head, rows)[:, None] + (offs_d.to(tl.int64) * x.column)[None, :])
     tl.store(pointers, tile.to(x.data.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def low_part(x, DTYPE: tl.constexpr):
+    """What rounding to a type takes from x, times LOW_SCALE; 0 where that gives no finite number."""
+    low = (x - x.to(DTYPE).to(tl.float32)) * LOW_SCALE
+    return tl.where(tl.abs(low) < float("inf"), low, 0.0)
 
 
 @triton.jit

@@ -54,6 +54,8 @@ class Case:
     seed: int = 0x1234_5678_9ABC_DEF0
     layout: str = "bhsd"
     extras_dtype: torch.dtype | None = None  # of bias and sinks; None = q's
+    mean: float = 0.0  # size of what all keys of a head have in common, and all values
+    small_values: bool = False  # v is near the smallest numbers that float16 has
 
     def __str__(self) -> str:
         return self.name
@@ -114,6 +116,11 @@ def build(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -
         return torch.randn(shape, generator=random, dtype=torch.float64).to(device, dtype)
 
     q, k, v = LAYOUTS[case.layout](case, normal)
+    if case.mean:
+        rows = 0 if case.lengths else 2  # the dimension of positions
+        k, v = (x + case.mean * normal(*x.shape).narrow(rows, 0, 1) for x in (k, v))
+    if case.small_values:
+        v = v * 2.0**-14
     extras_dtype = case.extras_dtype or dtype
     names = ("causal", "window", "causal_alignment", "softcap", "scale")
     options: dict[str, Any] = {name: getattr(case, name) for name in names}
@@ -257,6 +264,8 @@ def expected(case: Case, dtype: torch.dtype) -> Expected:
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     dout = torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
     dlse = torch.randn(rows, generator=random, dtype=torch.float64).to(lse_dtype)
+    if case.mean:
+        dlse.zero_()  # it would drown what such cases look at
 
     cotangents = {"dout": to_numpy(dout), "dlse": to_numpy(dlse)}
     exact = evaluate(oracle, as_arrays(call), **cotangents)
@@ -461,6 +470,16 @@ LAYOUT_CASES = (
 )
 
 DENSE = (*FEATURES, *PAIRS, *COMBINATIONS, *SIZES, *HEAD_DIMS, *HEADS, *EMPTY, *NOTHING_SEEN, *LAYOUT_CASES)
+
+ALIKE = (
+    Case("alike", mean=2.0, seqlen_k=200, head_dim=64, head_dim_v=64),
+    Case("alike, options", mean=2.0, seqlen_k=200, head_dim=64, head_dim_v=64, sinks=True, bias="11qk", **GQA),
+    Case("alike, small", mean=2.0, seqlen_k=200, head_dim=64, head_dim_v=64, small_values=True),
+    Case("alike, few queries", mean=2.0, seqlen_q=2, seqlen_k=200, head_dim=64, head_dim_v=64),
+    Case("alike, few queries and many keys", mean=2.0, seqlen_q=2, seqlen_k=1300, head_dim=64, head_dim_v=33),
+    Case("alike, varlen", mean=4.0, lengths=((40, 170), (9, 150)), head_dim=64, head_dim_v=64),
+)
+"""The gradient of q must not depend on what keys have in common, as softmax does not."""
 
 _RAGGED = ((7, 19), (1, 33), (23, 5), (12, 12))
 VARLEN = (

@@ -50,6 +50,13 @@ def test_sizes(case: Case, dtype: torch.dtype, backend: str, device: str) -> Non
     check(case, dtype, backend, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", cases.ALIKE, ids=str)
+def test_what_keys_have_in_common_cancels(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
+    """It does not where delta is made of an out that was rounded."""
+    check(case, dtype, backend, device)
+
+
 # ------------------------------------------------------------------------------------------------- parts of the whole
 
 EVERYTHING = cases.COMBINATIONS[1]

@@ -17,7 +17,7 @@ from torch import Tensor
 import fastattn
 from fastattn import dispatch, ops, tolerance, validate_oracle
 from fastattn.__main__ import main
-from fastattn.backends import Grads, Needs
+from fastattn.backends import Grads, Needs, Results
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.problem import Inputs, Problem
 from fastattn.validate_cases import CASES, Case
@@ -128,21 +128,15 @@ class Wrong(ReferenceBackend):
     ) -> None:
         self.problem, self.inputs, self.results, self.grads, self.decoded = problem, inputs, results, grads, decoded
 
-    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        return self.results(*super().forward(self.problem(problem), self.inputs(inputs)))
+    def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
+        out, lse, low = super().forward(self.problem(problem), self.inputs(inputs), for_backward)
+        return Results(*self.results(out, lse), low)
 
     def backward(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        needs: Needs,
+        self, problem: Problem, inputs: Inputs, results: Results, dout: Tensor, dlse: Tensor | None, needs: Needs
     ) -> Grads:
         problem, inputs = self.problem(problem), self.inputs(inputs)
-        return self.grads(super().backward(problem, inputs, out, lse, dout, dlse, needs))
+        return self.grads(super().backward(problem, inputs, results, dout, dlse, needs))
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         result = super().decode(problem, inputs)
@@ -169,7 +163,7 @@ class Choosy(ReferenceBackend):
 class Broken(ReferenceBackend):
     name = "broken"
 
-    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         raise RuntimeError("out of luck")
 
 

@@ -18,7 +18,7 @@ from fastattn import attention, attention_varlen, attention_with_kv_cache
 from . import cases
 from .cache_cases import CONTIGUOUS, PAGED, CacheCase
 from .cache_cases import build as build_cache
-from .cases import Case, build
+from .cases import Case, build, expected
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,19 @@ def test_training_step(compiler: str, case: Case) -> None:
     found = value_and_grads(compiled(step, compiler), leaves)
     for a, b in zip(found, value_and_grads(step, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_training_in_half_precision(backend: str, device: str) -> None:
+    """The graph keeps what rounding took from out, so that the gradients are those of eager execution."""
+    call = build(cases.ALIKE[0], torch.bfloat16, device)
+    leaves = list(call.requires_grad().values())
+    dout = expected(cases.ALIKE[0], torch.bfloat16).dout.to(device)
+
+    def gradients(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*leaves, backend=backend), leaves, dout)
+
+    for a, b in zip(gradients(compiled(attention)), gradients(attention), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_named_backend_and_strides(backend: str, device: str) -> None:
@@ -284,7 +297,7 @@ def test_meta_tensors() -> None:
 # ------------------------------------------------------------------------------------------------------------- opcheck
 
 
-def operator_arguments(call: cases.Call) -> tuple[Any, ...]:
+def operator_arguments(call: cases.Call, *, for_backward: bool) -> tuple[Any, ...]:
     """The positional arguments of torch.ops.fastattn.forward for a call."""
     o = call.options
     left, right = o["window"] or (None, None)
@@ -292,22 +305,24 @@ def operator_arguments(call: cases.Call) -> tuple[Any, ...]:
     seed = torch.tensor(o["seed"]) if "seed" in o else None
     tensors = (call.q, call.k, call.v, *(o.get(name) for name in names), *(call.cu_seqlens or (None, None)), seed)
     options = (o["causal"], left, right, o["causal_alignment"], o["softcap"], o["scale"], o.get("dropout_p", 0.0))
-    return (*tensors, *options, None)
+    return (*tensors, *options, None, for_backward)
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("case", [EVERYTHING, EVERYTHING_VARLEN, cases.LAYOUT_CASES[0]], ids=str)
-def test_opcheck_forward(case: Case, grad: bool) -> None:
-    call = build(case)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_forward(case: Case, dtype: torch.dtype, grad: bool) -> None:
+    call = build(case, dtype)
     if grad:
         call.requires_grad()
-    opcheck(torch.ops.fastattn.forward.default, operator_arguments(call))
+    opcheck(torch.ops.fastattn.forward.default, operator_arguments(call, for_backward=grad))
 
 
 @pytest.mark.parametrize("case", [EVERYTHING, EVERYTHING_VARLEN, cases.LAYOUT_CASES[0]], ids=str)
 @pytest.mark.parametrize("wanted", ["all", "some"])
-def test_opcheck_backward(wanted: str, case: Case) -> None:
-    check_backward_operator(case, wanted)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_backward(wanted: str, case: Case, dtype: torch.dtype) -> None:
+    check_backward_operator(case, wanted, dtype)
 
 
 def test_opcheck_backward_that_is_differentiated_again() -> None:
@@ -315,13 +330,13 @@ def test_opcheck_backward_that_is_differentiated_again() -> None:
     case = Case(
         "twice", seqlen_q=5, seqlen_k=7, head_dim=8, head_dim_v=8, causal=True, dropout_p=0.3, bias="1hqk", **cases.GQA
     )
-    check_backward_operator(case, "twice")
+    check_backward_operator(case, "twice", torch.float32)
 
 
-def check_backward_operator(case: Case, wanted: str) -> None:
-    call = build(case)
-    arguments = operator_arguments(call)
-    out, lse = torch.ops.fastattn.forward(*arguments)
+def check_backward_operator(case: Case, wanted: str, dtype: torch.dtype) -> None:
+    call = build(case, dtype)
+    arguments = operator_arguments(call, for_backward=True)
+    out, lse, low = torch.ops.fastattn.forward(*arguments)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     needs = [True, True, True, "bias" in call.leaves, "sinks" in call.leaves]
     if wanted == "some":
@@ -330,7 +345,7 @@ def check_backward_operator(case: Case, wanted: str) -> None:
         call.requires_grad()
         dout.requires_grad_()
         dlse.requires_grad_()
-    opcheck(torch.ops.fastattn.backward.default, (dout, dlse, out, lse, *arguments, needs))
+    opcheck(torch.ops.fastattn.backward.default, (dout, dlse, out, lse, low, *arguments[:-1], needs))
 
 
 @pytest.mark.parametrize("case", [CONTIGUOUS[0], CONTIGUOUS[-1], PAGED[-1]], ids=str)

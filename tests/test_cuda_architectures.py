@@ -70,8 +70,9 @@ def test_shared_memory_fits(usage: dict[str, cuda_module.Usage], request: pytest
                 for seqlen_q in (4, 64):
                     inputs = Inputs(*(torch.zeros(1, 1, n, head_dim, dtype=dtype) for n in (seqlen_q, 64, 64)))
                     problem = describe("dense", inputs, Options(softcap=softcap))
-                    out, lse = backend.forward(problem, inputs)
-                    backend.backward(problem, inputs, out, lse, out, None, Needs(True, True, True, False, False))
+                    results = backend.forward(problem, inputs, for_backward=True)
+                    needs = Needs(True, True, True, False, False)
+                    backend.backward(problem, inputs, results, results.out, None, needs)
     with_tensor_cores = {name for name in usage if "_d" in name}
     assert with_tensor_cores - {name for name in with_tensor_cores if "append" in name} <= machine.shared_bytes.keys()
     limit = SHARED_BYTES.get(architecture, 99 * 1024)

@@ -31,7 +31,14 @@ pytestmark = [
 CAPABILITY = 80
 ALL_DIMS = (8, 32, 64, 96, 128, 192, 256)
 
+ALIKE: dict[str, Any] = {"mean": 2.0, "batch": 1, **_dims(64)}
+
 CASES: tuple[tuple[Case, torch.dtype], ...] = (
+    *((_case(f"alike, head_dim {d}", **{**ALIKE, **_dims(d)}), BF16) for d in (32, 64, 128, 256)),
+    (_case("alike, float16", **ALIKE), FP16),
+    (_case("alike, few queries", seqlen_q=2, seqlen_k=80, **ALIKE), BF16),
+    (_case("alike, few queries and many keys", seqlen_q=2, seqlen_k=1300, **ALIKE), BF16),
+    (Case("alike, varlen", mean=4.0, lengths=((40, 170), (9, 150)), **_dims(64)), BF16),
     *((_case(f"queries {n}", seqlen_q=n, causal=True, heads_q=1, heads_kv=1), BF16) for n in SIZES),
     *((_case(f"keys {n}", seqlen_k=n, heads_q=1, heads_kv=1), BF16) for n in SIZES),
     *((_case(f"square {n}", seqlen_q=n, seqlen_k=n, causal=True, **_dims(128)), BF16) for n in (1, 63, 64, 127, 257)),

@@ -80,6 +80,7 @@ def test_forward(case: Case, machine: Simulator | Hardware) -> None:
 
 
 GRADIENT_CASES = (
+    *(_case(f"alike, head_dim {d}", d, mean=2.0) for d in (64, 128)),
     *(_case(f"queries {n}", seqlen_q=n, causal=True) for n in (1, 15, 16, 65, 129)),
     *(_case(f"keys {n}", seqlen_k=n) for n in (1, 31, 33, 130)),
     *(_case(f"square {n}", 128, seqlen_q=n, seqlen_k=n, causal=True) for n in (17, 64, 130)),

@@ -120,13 +120,27 @@ def test_options_of_a_wrong_type_are_refused_after_a_call_that_equals_theirs() -
         fastattn.attention(x, x, x, scale=True)
 
 
-def test_tracing_follows_the_inputs() -> None:
-    q, k, v = make(SHAPES["square"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tracing_follows_the_inputs(dtype: torch.dtype) -> None:
+    q, k, v = make(SHAPES["square"], dtype)
     for needs in (True, False):
         inputs = tuple(x.detach().requires_grad_(needs) for x in (q, k, v))
         traced = torch.jit.trace(lambda *x: fastattn.attention(*x), inputs)
         other = tuple(torch.randn_like(x) for x in inputs)
         assert torch.equal(traced(*other), fastattn.attention(*other))
+
+
+def test_a_hook_may_not_spoil_what_rounding_took() -> None:
+    q, k, v = make(SHAPES["square"], torch.bfloat16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x[:1] if x is low else x):
+        out = short(q, k, v)
+    *_, low = kept
+    assert low.shape == out.shape
+    exact = fastattn.attention(q.double(), k.double(), v.double(), causal=True)
+    assert (out.double() + low.double() / 256 - exact).abs().max() < (out - exact).abs().max() / 64
+    with pytest.raises(ValueError, match="out_low of the forward pass must come back with shape"):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("change", [lambda x: x.bfloat16(), lambda x: x[:, :1]], ids=["dtype", "shape"])

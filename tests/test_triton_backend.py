@@ -19,7 +19,7 @@ from fastattn.kernels.machine import Gpu, Interpreter, Machine
 from fastattn.kernels.tuning import Tuner, asked_for, default_file
 
 import fastattn
-from fastattn.backends import Needs, empty_lse, empty_out
+from fastattn.backends import Needs, empty_results
 from fastattn.backends.triton import TritonBackend
 from fastattn.problem import Inputs, Options, describe
 
@@ -172,7 +172,7 @@ def test_tensor_descriptors() -> None:
         q = torch.empty(1, 2, 300, k.shape[3], dtype=k.dtype)
         inputs = in_memory(Inputs(q, k, k, **given))
         problem = describe("dense", inputs, Options(causal=True))
-        values = forward_launches(problem, inputs, machine, empty_out(problem, q), empty_lse(problem))[0].arguments
+        values = forward_launches(problem, inputs, machine, empty_results(problem, q, False))[0].arguments
         assert (values["k_map"] is None) == (values["v_map"] is None)
         return values["k_map"] is not None
 
@@ -252,13 +252,14 @@ def _specialisations(kind: str, inputs: Inputs, options: Options, *, train: bool
     from fastattn.backends import triton_launches
 
     problem, given = describe(kind, inputs, options), triton_launches.in_memory(inputs)
-    out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-    launches = triton_launches.forward_launches(problem, given, Planned(AMPERE), out, lse)
+    results = empty_results(problem, inputs.q, for_backward=train)
+    launches = triton_launches.forward_launches(problem, given, Planned(AMPERE), results)
     if inputs.k_new is not None:
         launches.append(triton_launches.append_launch(problem, given, Planned(AMPERE)))
     if train:
         needs = Needs(True, True, True, False, False)
-        launches += triton_launches.Gradients(problem, given, Planned(AMPERE), out, lse, out, None, needs).launches
+        work = triton_launches.Gradients(problem, given, Planned(AMPERE), results, results.out, None, needs)
+        launches += work.launches
     return {str((x.kernel.__name__, ahead.specialisation(x), ahead.options(x))) for x in launches}
 
 

@@ -106,6 +106,15 @@ def test_dimensions(in_dims: tuple[int | None, ...]) -> None:
     torch.testing.assert_close(vmap(gradient, in_dims)(*args), loop(gradient, in_dims, *args))
 
 
+def test_gradients_in_half_precision() -> None:
+    """What rounding takes from out is kept for them in each problem."""
+    args = [(x + 2).bfloat16() for x in qkv(N)]
+    gradient = grad(lambda *x: attention(*x).float().square().sum(), (0, 1, 2))
+    torch.testing.assert_close(vmap(gradient)(*args), loop(gradient, (0, 0, 0), *args), rtol=0, atol=0)
+    mapped = grad(lambda *x: vmap(attention)(*x).float().square().sum(), (0, 1, 2))
+    torch.testing.assert_close(mapped(*args), loop(gradient, (0, 0, 0), *args), rtol=0, atol=0)
+
+
 def test_it_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.Size] = []
     real = ops.run_forward

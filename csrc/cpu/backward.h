@@ -462,7 +462,8 @@ V row_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int di
   return sums;
 }
 
-// delta = rowsum(dout * out) - dlse of one head of a sequence.
+// delta = rowsum(dout * out) - dlse of one head of a sequence; out with what rounding took from it, see Results in
+// fastattn/backends/__init__.py.
 template <class V, class T>
 void delta_job(const Params& p, const BackwardSpace& space, int64_t b, int64_t head) {
   using S = typename V::Scalar;
@@ -472,9 +473,14 @@ void delta_job(const Params& p, const BackwardSpace& space, int64_t b, int64_t h
     V products[V::kWidth];
     for (int r = 0; r < V::kWidth; ++r) {
       products[r] = V::set(S(0));
-      if (r < rows)
-        products[r] = row_product<V>(row_of<const T>(p.out, seq, b, head, i + r), p.out.stride_d,
-                                     row_of<const T>(p.dout, seq, b, head, i + r), p.dout.stride_d, int(p.head_dim_v));
+      if (r >= rows) continue;
+      const T* dout = row_of<const T>(p.dout, seq, b, head, i + r);
+      auto with_dout = [&](const View& view) {
+        return row_product<V>(row_of<const T>(view, seq, b, head, i + r), view.stride_d, dout, p.dout.stride_d,
+                              int(p.head_dim_v));
+      };
+      products[r] = with_dout(p.out);
+      if (p.out_low.data != nullptr) products[r] = fma(with_dout(p.out_low), V::set(S(1) / S(kLowScale)), products[r]);
     }
     S totals[V::kWidth];
     sum_of_lanes(products).store(totals);

@@ -14,11 +14,6 @@ namespace FASTATTN_ISA {
 template <class V>
 constexpr int kFewRows = V::kWidth < 8 ? V::kWidth : 8;
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
 // Whether a job's sequence has few rows; not whether the job has, which depends on how the rows are shared out.
 template <class V>
 bool few_rows(const Params& p, const ForwardJob& job) {
@@ -278,8 +273,11 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
     if (job.part >= 0) {
       store_row<V>(acc, int(p.head_dim_v), part_row<S>(p, job, parts, r), 1);
     } else {
-      T* out = row_of<T>(p.out, seq, job.b, panel.head[r], panel.query[r]);
-      store_row<V>(acc, int(p.head_dim_v), out, p.out.stride_d);
+      store_row<V>(acc, int(p.head_dim_v), row_of<T>(p.out, seq, job.b, panel.head[r], panel.query[r]), p.out.stride_d);
+      if (p.out_low.data == nullptr) continue;
+      for (int d = 0; d < s.dim_v; d += V::kWidth) low_part<T>(V::load(acc + d)).store(acc + d);
+      store_row<V>(acc, int(p.head_dim_v), row_of<T>(p.out_low, seq, job.b, panel.head[r], panel.query[r]),
+                   p.out_low.stride_d);
     }
   }
   store_lse(p, seq, panel, job, parts, 0, lse);

@@ -19,6 +19,11 @@ namespace FASTATTN_ISA {
 
 constexpr int kMaxPanels = 8;  // of one job
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 template <class V>
 struct OnlineSoftmax {
   typename V::Scalar row_max[Panel<V>::kLanes], row_sum[Panel<V>::kLanes], alpha[Panel<V>::kLanes];  // in units of log2
@@ -93,38 +98,44 @@ void maximum(const typename V::Scalar* scores, int keys, typename V::Scalar* hig
   }
 }
 
-// exp2(scale * score - shift) of one vector, added to sum before dropout.
+// exp2(scale * score - shift) of one vector.
 template <class V>
-inline V exponential(const typename V::Scalar* score, V scale, V shift, const typename V::Scalar* factor, V& sum) {
+inline V exponential(const typename V::Scalar* score, V scale, V shift) {
   // Not fused: the maximum's product must round as it did when shift was made of it, or the difference of two large
   // numbers is not 0 but half a unit in their last place.
-  const V x = exp2(V::load(score) * scale - shift);
-  sum = sum + x;
-  return factor != nullptr ? x * V::load(factor) : x;
+  return exp2(V::load(score) * scale - shift);
 }
 
 // probs = exp2(scale * scores - shift), as words; returns their sum. Dropout's factors, if there are any, apply to the
-// words, not the sum.
+// words, not the sum. An error of the sum is one of a whole row of out, and of delta: so fours are added up first.
 template <class E>
 inline typename E::Vector exponentials(const typename E::Scalar* scores, typename E::Vector scale,
                                        typename E::Vector shift, const typename E::Scalar* factors, int keys,
                                        typename E::Word* probs) {
   using V = typename E::Vector;
   constexpr int kLanes = Panel<V>::kLanes;
-  V sum = V::set(0);
-  auto one = [&](int n) {
-    const int at = n * kLanes;
-    return exponential(scores + at, scale, shift, factors ? factors + at : nullptr, sum);
-  };
-  if constexpr (E::kPerWord == 1) {
-    for (int n = 0; n < keys; ++n) one(n).store(probs + n * kLanes);
-  } else {
-    for (int n = 0; n + 1 < keys; n += 2) {
-      const V even = one(n);
-      store_pairs(even, one(n + 1), probs + n / 2 * kLanes);
+  auto store = [&](V x, V next, int n) {
+    if (factors != nullptr) x = x * V::load(factors + n * kLanes);
+    if constexpr (E::kPerWord == 1) {
+      x.store(probs + n * kLanes);
+    } else {
+      if (factors != nullptr && n + 1 < keys) next = next * V::load(factors + (n + 1) * kLanes);
+      store_pairs(x, next, probs + n / 2 * kLanes);
     }
-    if (keys % 2 == 1) store_pairs(one(keys - 1), V::set(0), probs + keys / 2 * kLanes);
-  }
+  };
+  auto some = [&](auto count, int n) {
+    V x[4], zero = V::set(0);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = i < count.value ? exponential(scores + (n + i) * kLanes, scale, shift) : zero;
+#pragma GCC unroll 4
+    for (int i = 0; i < count.value; i += E::kPerWord) store(x[i], i + 1 < 4 ? x[i + 1] : zero, n + i);
+    return (x[0] + x[1]) + (x[2] + x[3]);
+  };
+  V sum = V::set(0);
+  int n = 0;
+  for (; n + 4 <= keys; n += 4) sum = sum + some(Constant<4>{}, n);
+  for (; n + E::kPerWord <= keys; n += E::kPerWord) sum = sum + some(Constant<E::kPerWord>{}, n);
+  if (n < keys) sum = sum + some(Constant<1>{}, n);
   return sum;
 }
 
@@ -297,6 +308,15 @@ void store_lse(const Params& p, const Sequence& seq, const Panel<V>& panel, cons
   }
 }
 
+// What rounding to T takes from x, times kLowScale; 0 where that gives no finite number.
+template <class T, class V>
+V low_part(V x) {
+  T high[V::kWidth];
+  x.store(high);
+  const V low = (x - V::load(high)) * V::set(kLowScale);
+  return select(less(abs(low), V::set(typename V::Scalar(__builtin_inf()))), low, V::set(0));
+}
+
 // out = acc / row_sum, turned from columns into rows; and lse.
 template <class E, class T>
 void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const ForwardJob& job,
@@ -307,24 +327,32 @@ void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::
   constexpr int kLanes = Panel<V>::kLanes;
   S inverse[kLanes], lse[kLanes];
   finish_softmax(p, panel, job, state, inverse, lse);
-  auto store = [&](auto* const* rows, int64_t stride) {
+  auto store = [&](auto* const* rows, int64_t stride, auto part_of) {
     for (int lane = 0; lane < panel.count; lane += V::kWidth) {
       const V factor = V::load(inverse + lane), zero = V::set(S(0));
       const auto empty = equal(factor, zero);
       store_columns<V>(
           int(p.head_dim_v), int(smaller(V::kWidth, panel.count - lane)),
-          [&](int d) { return select(empty, zero, V::load(acc + d * kLanes + lane) * factor); }, rows + lane, stride);
+          [&](int d) { return part_of(select(empty, zero, V::load(acc + d * kLanes + lane) * factor)); }, rows + lane,
+          stride);
     }
   };
   if (job.part >= 0) {
     S* rows[kLanes];
     for (int lane = 0; lane < panel.count; ++lane) rows[lane] = part_row<S>(p, job, parts, first_row + lane);
-    store(rows, 1);
+    store(rows, 1, [](V x) { return x; });
   } else {
     T* rows[kLanes];
-    for (int lane = 0; lane < panel.count; ++lane)
-      rows[lane] = row_of<T>(p.out, seq, panel.b, panel.head[lane], panel.query[lane]);
-    store(rows, p.out.stride_d);
+    auto find_rows = [&](const View& view) {
+      for (int lane = 0; lane < panel.count; ++lane)
+        rows[lane] = row_of<T>(view, seq, panel.b, panel.head[lane], panel.query[lane]);
+    };
+    find_rows(p.out);
+    store(rows, p.out.stride_d, [](V x) { return x; });
+    if (p.out_low.data != nullptr) {
+      find_rows(p.out_low);
+      store(rows, p.out_low.stride_d, [](V x) { return low_part<T>(x); });
+    }
   }
   store_lse(p, seq, panel, job, parts, first_row, lse);
 }

@@ -35,6 +35,7 @@ void merge_job(const Params& p, const ForwardJob& job, const Parts& parts) {
     for (int64_t part = 0; part < parts.count && !empty; ++part)
       weights[part] = S(__builtin_exp2(double(lses[part * parts.rows_total + at] - row_max))) / row_sum;
     T* out = row_of<T>(p.out, seq, job.b, head, query);
+    T* low = p.out_low.data == nullptr ? nullptr : row_of<T>(p.out_low, seq, job.b, head, query);
     for (int d = 0; d < dim_v; d += V::kWidth) {
       const int columns = int(smaller(V::kWidth, dim_v - d));
       V sum = V::set(S(0));
@@ -46,6 +47,7 @@ void merge_job(const Params& p, const ForwardJob& job, const Parts& parts) {
         sum = fma(V::load(values), V::set(weights[part]), sum);
       }
       store_some(sum, columns, out + d * p.out.stride_d, p.out.stride_d);
+      if (low != nullptr) store_some(low_part<T>(sum), columns, low + d * p.out_low.stride_d, p.out_low.stride_d);
     }
     if (p.lse.data != nullptr)
       *row_of<S>(p.lse, seq, job.b, head, query) = empty ? lowest : (row_max + log2_of(row_sum)) * S(kLn2);

@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "merge.h"
+#include "numbers.h"
 #include "softmax.h"
 
 namespace fastattn {
@@ -55,11 +56,16 @@ __device__ __forceinline__ void combine(const Arguments& a) {
   __syncthreads();
   const float* sinks = static_cast<const float*>(p.sinks.data);
   const RowEnd end(merge.top, merge.sum, sinks == nullptr ? -INFINITY : sinks[head * p.sinks.stride_h] * kLog2E);
-  char* out = static_cast<char*>(p.out.data) + (b * p.out.stride_b + head * p.out.stride_h + i * p.out.stride_s) * 2;
+  const auto row_of = [&](const View& x) {
+    return static_cast<char*>(x.data) + (b * x.stride_b + head * x.stride_h + i * x.stride_s) * 2;
+  };
   for (int d = 2 * threadIdx.x; d < columns; d += 2 * T::kThreads) {
     float2 sum = {};
     for (int w = 0; w < T::kWarps; ++w) sum.x += sums[w * columns + d], sum.y += sums[w * columns + d + 1];
-    *reinterpret_cast<uint32_t*>(out + d * 2) = T::Number::pack(sum.x * end.factor, sum.y * end.factor);
+    sum.x *= end.factor, sum.y *= end.factor;
+    *reinterpret_cast<uint32_t*>(row_of(p.out) + d * 2) = T::Number::pack(sum.x, sum.y);
+    if (p.out_low.data != nullptr)
+      *reinterpret_cast<uint32_t*>(row_of(p.out_low) + d * 2) = LowPart<typename T::Number>::pack(sum.x, sum.y);
   }
   if (threadIdx.x == 0 && p.lse.data != nullptr)
     static_cast<float*>(p.lse.data)[b * p.lse.stride_b + head * p.lse.stride_h + i * p.lse.stride_s] = end.lse * kLn2;

@@ -12,6 +12,7 @@
 
 #include "arguments.h"
 #include "masks.h"
+#include "numbers.h"
 #include "products.h"
 #include "sequences.h"
 #include "softmax.h"
@@ -222,9 +223,8 @@ class Forward {
     __syncthreads();  // all are done with the last block, where out passes through
     const float* sinks = static_cast<const float*>(p_.sinks.data);
     const float sink = sinks == nullptr ? -INFINITY : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
-    char* out_tile = dynamic_shared_memory() + warp_row() * kPassing / T::kRowTiles * T::kHeadDim * 2;
     float* lse = static_cast<float*>(p_.lse.data);
-    const bool stores_lse = lane() % 4 == 0 && lse != nullptr;
+    const bool stores = lane() % 4 == 0 && lse != nullptr;
     lse += tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
            (tile_.sequence.q_begin + row_of(0, 0)) * p_.lse.stride_s;
 #pragma unroll
@@ -232,16 +232,19 @@ class Forward {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const RowEnd end(softmax_.reference[m][r], quad_sum(softmax_.sum[m][r]), sink);
-        if (stores_lse && row_of(m, r) <= tile_.last_row) lse[(m * 16 + r * 8) * p_.lse.stride_s] = end.lse * kLn2;
-        put_row<Number, T::kHeadDim>(out_tile, m % kPassing, r, acc_[m], end.factor, lane());
+        if (stores && row_of(m, r) <= tile_.last_row) lse[(m * 16 + r * 8) * p_.lse.stride_s] = end.lse * kLn2;
+#pragma unroll
+        for (int n = 0; n < T::kHeadDim / 8; ++n) acc_[m][n][2 * r] *= end.factor, acc_[m][n][2 * r + 1] *= end.factor;
       }
-      if ((m + 1) % kPassing) continue;
-      const int row = tile_.row + warp_row() + (m + 1 - kPassing) * 16;
-      __syncwarp();
-      store_rows<16 * kPassing, T::kHeadDim>(p_.out, tile_.b, tile_.head, tile_.sequence.q_begin + row,
-                                             tile_.last_row + 1 - row, int(p_.head_dim_v), out_tile, lane());
-      if (m + 1 < T::kRowTiles) __syncwarp();
     }
+    const auto store_as = [&](auto number, const View& out) {
+      store_products<decltype(number), T::kHeadDim, kPassing>(out, tile_, tile_.sequence.q_begin, warp_row(),
+                                                              int(p_.head_dim_v), acc_, 1.0f, lane());
+    };
+    store_as(Number(), p_.out);
+    if (p_.out_low.data == nullptr) return;
+    __syncwarp();
+    store_as(LowPart<Number>(), p_.out_low);
   }
 
   const Params& p_;

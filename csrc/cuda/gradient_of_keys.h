@@ -201,6 +201,7 @@ class KeyGradient {
   __device__ __forceinline__ void store(const float (&acc)[T::kRowTiles][T::kHeadDim / 8][4], const View& to,
                                         int columns, float factor) {
     if (to.data == nullptr) return;
+    // Not by store_products, with which ptxas spills for compute capability 12.0.
     char* rows = dynamic_shared_memory() + warp_row_ * T::kHeadDim * 2;
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)

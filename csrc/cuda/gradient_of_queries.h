@@ -165,15 +165,8 @@ class QueryGradient {
   __device__ __forceinline__ void store() {
     copy_.land(next_stage());
     __syncthreads();  // all are done with the last block, where dq passes through
-    char* rows = dynamic_shared_memory() + warp_row_ * T::kHeadDim * 2;
-    const float scale = static_cast<float>(p_.scale);
-#pragma unroll
-    for (int m = 0; m < T::kRowTiles; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) put_row<Number, T::kHeadDim>(rows, m, r, acc_[m], scale, lane_);
-    __syncwarp();
-    store_rows<T::kWarpRows, T::kHeadDim>(p_.dq, tile_.b, tile_.head, tile_.sequence.q_begin + tile_.row + warp_row_,
-                                          tile_.last_row + 1 - tile_.row - warp_row_, int(p_.head_dim), rows, lane_);
+    store_products<Number, T::kHeadDim, T::kRowTiles>(p_.dq, tile_, tile_.sequence.q_begin, warp_row_, int(p_.head_dim),
+                                                      acc_, static_cast<float>(p_.scale), lane_);
   }
 
   const Arguments& a_;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../params.h"
 #include "ptx/arithmetic.h"
 #include "ptx/matrix.h"
 
@@ -34,6 +35,21 @@ struct Float16 {
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                              const float (&c)[4]) {
     ptx::mma_m16n8k16_f16(d, a, b0, b1, c);
+  }
+};
+
+// What rounding to Number takes from numbers, times kLowScale, rounded to it in turn; 0 where that is not finite.
+template <class Number>
+struct LowPart {
+  static __device__ __forceinline__ uint32_t pack(float x, float y) {
+    const float2 high = Number::unpack(Number::pack(x, y));
+    return Number::pack(difference(x, high.x), difference(y, high.y));
+  }
+
+ private:
+  static __device__ __forceinline__ float difference(float x, float high) {
+    const float low = (x - high) * kLowScale;
+    return fabsf(low) < INFINITY ? low : 0.0f;
   }
 };
 

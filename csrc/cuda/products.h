@@ -6,6 +6,7 @@
 
 #include "ptx/matrix.h"
 #include "ptx/memory.h"
+#include "sequences.h"
 #include "shared_tile.h"
 
 namespace fastattn {
@@ -173,6 +174,27 @@ __device__ __forceinline__ void pack(uint32_t (&a)[4], const float (&c)[2][4]) {
   a[1] = Number::pack(c[0][2], c[0][3]);
   a[2] = Number::pack(c[1][0], c[1][1]);
   a[3] = Number::pack(c[1][2], c[1][3]);
+}
+
+// Writes a warp's products, times a factor, to its rows of a tile, of which `columns` numbers exist; the sequence's
+// rows begin at `begin` of the tensor. They pass through the warp's part of shared memory, kPassing times 16 rows at a
+// time.
+template <class Number, int kColumns, int kPassing, int kRowTiles>
+__device__ __forceinline__ void store_products(const View& view, const Tile& tile, int64_t begin, int warp_row,
+                                               int columns, const float (&acc)[kRowTiles][kColumns / 8][4],
+                                               float factor, int lane) {
+  char* rows = dynamic_shared_memory() + warp_row * kPassing / kRowTiles * kColumns * 2;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) put_row<Number, kColumns>(rows, m % kPassing, r, acc[m], factor, lane);
+    if ((m + 1) % kPassing) continue;
+    const int row = tile.row + warp_row + (m + 1 - kPassing) * 16;
+    __syncwarp();
+    store_rows<16 * kPassing, kColumns>(view, tile.b, tile.head, begin + row, tile.last_row + 1 - row, columns, rows,
+                                        lane);
+    if (m + 1 < kRowTiles) __syncwarp();
+  }
 }
 
 }  // namespace cuda

@@ -1,7 +1,8 @@
 // What the gradients need to know of each query, computed before them:
 //   row_lse      its lse in units of log2, so that a probability is exp2(score - row_lse); +inf if it sees no key
 //   minus_delta  the gradient of lse minus dout . out: what each dout . v is added to
-// and the gradient of the sinks, which follows from these alone. Cost: out and dout are read once.
+// and the gradient of the sinks, which follows from these alone. out comes with what rounding took from it: an error
+// would go to all score gradients of a row with one sign. Cost: out, out_low and dout are read once.
 #pragma once
 
 #include "arguments.h"
@@ -56,9 +57,14 @@ __device__ __forceinline__ void row_statistics(const Arguments& a) {
     const int64_t row = first + (i + threadIdx.x) / T::kLanes;
     float delta = 0.0f;
     if (row < p.seqlen_q)
-      for (int chunk = lane; chunk * kChunkNumbers < p.head_dim_v; chunk += T::kLanes)
-        delta += dot<typename T::Number>(*reinterpret_cast<const uint4*>(row_of(p.out, row) + chunk * kChunkBytes),
-                                         *reinterpret_cast<const uint4*>(row_of(p.dout, row) + chunk * kChunkBytes));
+      for (int chunk = lane; chunk * kChunkNumbers < p.head_dim_v; chunk += T::kLanes) {
+        const auto load = [&](const View& x) {
+          return *reinterpret_cast<const uint4*>(row_of(x, row) + chunk * kChunkBytes);
+        };
+        const uint4 dout = load(p.dout);
+        delta += dot<typename T::Number>(load(p.out), dout);
+        if (p.out_low.data != nullptr) delta += dot<typename T::Number>(load(p.out_low), dout) / kLowScale;
+      }
 #pragma unroll
     for (int distance = 1; distance < T::kLanes; distance *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, distance);
     if (row >= p.seqlen_q || lane != 0) continue;

@@ -31,10 +31,24 @@ class Grads(NamedTuple):
     sinks: Tensor | None
 
 
+class Results(NamedTuple):
+    """What a forward pass gives, and its backward pass gets.
+
+    out_low: what rounding took from out, times 256, in out's dtype and layout; both have twice the digits together.
+    None where no backward pass follows, and for float32 and float64. The score gradients of a row cancel against
+    delta = dout . out; its error goes to all of them with one sign, and from there, times the mean of the keys, into
+    the gradient of q.
+    """
+
+    out: Tensor
+    lse: Tensor
+    out_low: Tensor | None = None
+
+
 class Prepared(Protocol):
     """Dense calls of q, k and v alone, of one kind: what can be decided beforehand has been.
 
-    layouts: what `fastattn.layouts` must say of q, k, v, out and lse.
+    layouts: what `fastattn.layouts` must say of q, k, v, out, lse and, in half precision, out_low.
     """
 
     layouts: Hashable
@@ -42,17 +56,17 @@ class Prepared(Protocol):
     def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(out, lse)."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
+        """The results, for a backward pass."""
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, needs: tuple[bool, bool, bool]
+        self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v, None where not needed; dout may have any strides."""
 
 
 class Backend(Protocol):
-    """Computes validated calls. Outputs are allocated with `empty_out` and `empty_lse`."""
+    """Computes validated calls. Results are allocated with `empty_results`."""
 
     name: str
 
@@ -71,23 +85,23 @@ class Backend(Protocol):
         None if there is none.
         """
 
-    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """(out, lse) of a dense or varlen call."""
+    def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
+        """The results of a dense or varlen call; for_backward: with out_low."""
 
     def backward(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        needs: Needs,
+        self, problem: Problem, inputs: Inputs, results: Results, dout: Tensor, dlse: Tensor | None, needs: Needs
     ) -> Grads:
         """The gradients of a dense or varlen call; dlse None stands for zeros."""
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """(out, lse) of a call with a cache, after writing the new keys and values into it."""
+
+
+def empty_results(problem: Problem, q: Tensor, for_backward: bool) -> Results:
+    """Uninitialised memory for what `Backend.forward` gives."""
+    out = empty_out(problem, q)
+    rounded = problem.dtype != problem.accumulator
+    return Results(out, empty_lse(problem), torch.empty_like(out) if for_backward and rounded else None)
 
 
 def empty_out(problem: Problem, q: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..layouts import layouts
 from ..problem import Inputs, Problem
-from . import Grads, Needs, empty_grad, empty_lse, empty_out
+from . import Grads, Needs, Results, empty_grad, empty_results
 from .native import (
     DTYPE_CODES,
     addresses,
     as_grads,
+    by_name,
     described,
     empty_grads,
     gradient_tensors,
@@ -67,36 +68,29 @@ class CpuBackend:
             return None
         return _PreparedCalls(problem, inputs)
 
-    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
-        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        tensors = {**native_inputs(problem, inputs), "out": out, "lse": lse}
+        results = empty_results(problem, inputs.q, for_backward)
+        tensors = native_inputs(problem, inputs) | by_name(results)
         described(_cpu.Call, problem, tensors).forward(addresses(tensors), seed_of(inputs), torch.get_num_threads())
-        return out, lse
+        return results
 
     def backward(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        needs: Needs,
+        self, problem: Problem, inputs: Inputs, results: Results, dout: Tensor, dlse: Tensor | None, needs: Needs
     ) -> Grads:
         """See `Backend.backward`."""
         grads = empty_grads(problem, inputs, needs)
-        tensors = gradient_tensors(native_inputs(problem, inputs), out, lse, dout, dlse, grads)
+        tensors = gradient_tensors(native_inputs(problem, inputs), results, dout, dlse, grads)
         described(_cpu.Call, problem, tensors).backward(addresses(tensors), seed_of(inputs), torch.get_num_threads())
         return as_grads(inputs, grads)
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
-        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        tensors = {**native_inputs(problem, inputs), "out": out, "lse": lse}
+        results = empty_results(problem, inputs.q, for_backward=False)
+        tensors = native_inputs(problem, inputs) | by_name(results)
         described(_cpu.Call, problem, tensors).forward_with_cache(addresses(tensors), 0, torch.get_num_threads())
         written(inputs, tensors)
-        return out, lse
+        return results.out, results.lse
 
 
 Allocate = Callable[[Tensor], Tensor]
@@ -114,29 +108,33 @@ class _PreparedCalls:
     """See `Prepared`."""
 
     def __init__(self, problem: Problem, inputs: Inputs) -> None:
-        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        self.layouts: Hashable = layouts(inputs.q, inputs.k, inputs.v, out, lse)
+        results = empty_results(problem, inputs.q, for_backward=True)
+        named = by_name(results)
+        self.layouts: Hashable = layouts(inputs.q, inputs.k, inputs.v, *named.values())
         self._problem = problem
-        self._attend = described(_cpu.Call, problem, {**native_inputs(problem, inputs), "out": out, "lse": lse}).attend
-        self._allocate_out = _allocator(out, inputs.q)
+        self._attend = described(_cpu.Call, problem, native_inputs(problem, inputs) | named).attend
+        lse = results.lse
+        self._allocate_out = _allocator(results.out, inputs.q)
         self._lse_like = torch.empty((), dtype=lse.dtype, device=lse.device).expand(lse.shape)  # takes no memory
         self._allocate_lse = _allocator(lse, self._lse_like)
+        self._keeps_low = results.out_low is not None
         self._allocate_grads: list[Allocate] = []  # made when they are first needed: growing caches never need them
         self._gradients: dict[Any, Callable[..., None]] = {}
 
     def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = self._allocate_out(q)
-        self._attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, torch.get_num_threads())
+        self._attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, 0, torch.get_num_threads())
         return out
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         out, lse = self._allocate_out(q), self._allocate_lse(self._lse_like)
-        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
-        self._attend(*addresses, torch.get_num_threads())
-        return out, lse
+        low = self._allocate_out(q) if self._keeps_low else None
+        inputs, low_address = (q.data_ptr(), k.data_ptr(), v.data_ptr()), 0 if low is None else low.data_ptr()
+        self._attend(*inputs, out.data_ptr(), lse.data_ptr(), low_address, torch.get_num_threads())
+        return Results(out, lse, low)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, needs: tuple[bool, bool, bool]
+        self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
         dout = in_memory(dout)
         if not self._allocate_grads:
@@ -148,11 +146,11 @@ class _PreparedCalls:
         if run is None:
             if len(self._gradients) >= _MOST_LAYOUTS:
                 self._gradients.clear()
-            tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
+            tensors = {"q": q, "k": k, "v": v, **by_name(results), "dout": dout}
             tensors |= {f"d{name}": grad for name, grad in zip("qkv", grads, strict=True) if grad is not None}
             made: Callable[..., None] = described(_cpu.Call, self._problem, tensors).gradients
             self._gradients[key] = run = made
-        addresses = [0 if x is None else x.data_ptr() for x in (q, k, v, out, lse, dout, *grads)]
+        addresses = [0 if x is None else x.data_ptr() for x in (q, k, v, *results, dout, *grads)]
         run(*addresses, torch.get_num_threads())
         return grads
 

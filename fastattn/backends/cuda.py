@@ -10,8 +10,18 @@ from torch import Tensor
 
 from ..chunks import why_not_in_chunks
 from ..problem import Inputs, Problem
-from . import Grads, Needs, empty_lse, empty_out
-from .native import Tensors, addresses, as_grads, described, empty_grads, gradient_tensors, native_inputs, written
+from . import Grads, Needs, Results, empty_results
+from .native import (
+    Tensors,
+    addresses,
+    as_grads,
+    by_name,
+    described,
+    empty_grads,
+    gradient_tensors,
+    native_inputs,
+    written,
+)
 
 try:
     from .. import _cuda
@@ -127,12 +137,12 @@ class CudaBackend:
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """The general way is the only one."""
 
-    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
-        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | {"out": out, "lse": lse}
+        results = empty_results(problem, inputs.q, for_backward)
+        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | by_name(results)
         self._run("forward", problem, tensors)
-        return out, lse
+        return results
 
     def _run(self, operation: str, problem: Problem, tensors: Tensors) -> None:
         call = described(_cuda.Call, problem, tensors)
@@ -142,28 +152,21 @@ class CudaBackend:
         self._machine.run(problem.device, operation, call, tensors)
 
     def backward(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        needs: Needs,
+        self, problem: Problem, inputs: Inputs, results: Results, dout: Tensor, dlse: Tensor | None, needs: Needs
     ) -> Grads:
         """See `Backend.backward`."""
         grads = empty_grads(problem, inputs, needs)
-        tensors = gradient_tensors(native_inputs(problem, inputs), out, lse, dout, dlse, grads)
+        tensors = gradient_tensors(native_inputs(problem, inputs), results, dout, dlse, grads)
         self._run("backward", problem, _in_chunks(problem, tensors))
         return as_grads(inputs, grads)
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
-        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
-        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | {"out": out, "lse": lse}
+        results = empty_results(problem, inputs.q, for_backward=False)
+        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | by_name(results)
         self._run("decode", problem, tensors)
         written(inputs, tensors)
-        return out, lse
+        return results.out, results.lse
 
 
 def _read_in_chunks(problem: Problem) -> tuple[str, ...]:
@@ -173,7 +176,7 @@ def _read_in_chunks(problem: Problem) -> tuple[str, ...]:
 
 def _in_chunks(problem: Problem, tensors: Tensors) -> Tensors:
     """The tensors, with copies of those that kernels cannot read in chunks as they are."""
-    read = [name for name in (*_read_in_chunks(problem), "out", "dout") if name in tensors]
+    read = [name for name in (*_read_in_chunks(problem), "out", "out_low", "dout") if name in tensors]
     unfit = [name for name in read if why_not_in_chunks(tensors[name])]
     return tensors | {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in unfit}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import DIFFERENTIABLE, Inputs, Problem
-from . import Grads, Needs, empty_grad
+from . import Grads, Needs, Results, empty_grad
 
 # The values of fastattn::DType in csrc/params.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -38,6 +38,11 @@ def native_inputs(problem: Problem, inputs: Inputs) -> Tensors:
         if name in given:
             given[name] = given[name].contiguous()
     return given
+
+
+def by_name(results: Results) -> Tensors:
+    """The results that there are."""
+    return {name: x for name, x in results._asdict().items() if x is not None}
 
 
 def in_memory(x: Tensor) -> Tensor:
@@ -69,12 +74,12 @@ def empty_grads(problem: Problem, inputs: Inputs, needs: Needs) -> list[Tensor |
 
 
 def gradient_tensors(
-    given: Tensors, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, grads: list[Tensor | None]
+    given: Tensors, results: Results, dout: Tensor, dlse: Tensor | None, grads: list[Tensor | None]
 ) -> Tensors:
     """The tensors of a backward pass: `given` from `native_inputs`, `grads` from `empty_grads`."""
-    tensors = given | {"out": in_memory(out), "lse": in_memory(lse), "dout": in_memory(dout)}
+    tensors = given | {name: in_memory(x) for name, x in by_name(results).items()} | {"dout": in_memory(dout)}
     if dlse is not None:
-        tensors["dlse"] = in_memory(dlse.to(lse.dtype))
+        tensors["dlse"] = in_memory(dlse.to(results.lse.dtype))
     return tensors | {f"d{name}": grad for name, grad in zip(DIFFERENTIABLE, grads, strict=True) if grad is not None}
 
 

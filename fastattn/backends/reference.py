@@ -8,7 +8,7 @@ from torch import Tensor
 from ..problem import Inputs, Problem
 from ..reference import softmax_attention, softmax_attention_backward
 from ..rotary import Rotary, apply_rotary
-from . import Grads, Needs, empty_grad, empty_lse, empty_out
+from . import Grads, Needs, Results, empty_grad, empty_results
 
 
 class ReferenceBackend:
@@ -31,20 +31,18 @@ class ReferenceBackend:
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """Its own work is what takes time."""
 
-    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
         out, lse = softmax_attention(problem, inputs)
-        return empty_out(problem, inputs.q).copy_(out), empty_lse(problem).copy_(lse)
+        results = empty_results(problem, inputs.q, for_backward)
+        results.out.copy_(out)
+        results.lse.copy_(lse)
+        if results.out_low is not None:
+            results.out_low.zero_()  # `backward` computes everything anew
+        return results
 
     def backward(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        needs: Needs,
+        self, problem: Problem, inputs: Inputs, results: Results, dout: Tensor, dlse: Tensor | None, needs: Needs
     ) -> Grads:
         """See `Backend.backward`."""
         grads = softmax_attention_backward(problem, inputs, dout, dlse)
@@ -57,7 +55,7 @@ class ReferenceBackend:
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
-        return self.forward(problem, _with_whole_cache(problem, inputs))
+        return self.forward(problem, _with_whole_cache(problem, inputs), False)[:2]
 
 
 # ----------------------------------------------------------------------------------------------------------- cache

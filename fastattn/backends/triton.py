@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels import config
 from ..kernels.machine import Machine
 from ..problem import Inputs, Problem
-from . import Grads, Needs, empty_lse, empty_out
+from . import Grads, Needs, Results, empty_results
 
 _LARGEST_HEAD_DIM = 512
 _LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
@@ -56,28 +56,21 @@ class TritonBackend:
     def prepare(self, problem: Problem, inputs: Inputs) -> None:
         """Triton looks at the arguments of each launch itself."""
 
-    def forward(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
-        out, lse = empty_out(problem, inputs.q), empty_lse(problem)
+        results = empty_results(problem, inputs.q, for_backward)
         launching = _launches()
-        launches = launching.forward_launches(problem, launching.in_memory(inputs), self._machine, out, lse)
+        launches = launching.forward_launches(problem, launching.in_memory(inputs), self._machine, results)
         self._machine.run(problem.device, launches)
-        return out, lse
+        return results
 
     def backward(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        needs: Needs,
+        self, problem: Problem, inputs: Inputs, results: Results, dout: Tensor, dlse: Tensor | None, needs: Needs
     ) -> Grads:
         """See `Backend.backward`."""
         launching = _launches()
         given = launching.in_memory(inputs)
-        work = launching.Gradients(problem, given, self._machine, out, lse, dout, dlse, needs)
+        work = launching.Gradients(problem, given, self._machine, results, dout, dlse, needs)
         self._machine.run(problem.device, work.launches)
         return work.results()
 
@@ -85,18 +78,18 @@ class TritonBackend:
         """See `Backend.decode`."""
         launching = _launches()
         p, x = problem, launching.in_memory(inputs)
-        out, lse = empty_out(p, x.q), empty_lse(p)
-        launches = launching.forward_launches(p, x, self._machine, out, lse)
+        results = empty_results(p, x.q, for_backward=False)
+        launches = launching.forward_launches(p, x, self._machine, results)
         if x.k_new is None:
             self._machine.run(p.device, launches)
-            return out, lse
+            return results.out, results.lse
         self._machine.run(p.device, [launching.append_launch(p, x, self._machine), *launches])
         for cache, used in ((inputs.k, x.k), (inputs.v, x.v)):
             if used is not cache:  # a copy was written
                 cache.copy_(used)
             elif not cache.is_inference():
                 torch.autograd.graph.increment_version(cache)
-        return out, lse
+        return results.out, results.lse
 
 
 def _launches() -> Any:

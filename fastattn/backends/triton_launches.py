@@ -18,17 +18,17 @@ from ..kernels import forward as forward_kernels
 from ..kernels.launch import Launch
 from ..kernels.machine import Machine
 from ..problem import Inputs, Problem
-from . import Grads, Needs, empty_grad
+from . import Grads, Needs, Results, empty_grad
 
 
-def forward_launches(problem: Problem, inputs: Inputs, machine: Machine, out: Tensor, lse: Tensor) -> list[Launch]:
-    """The kernels of a forward pass over inputs from `in_memory`; `out` and `lse` are what they write."""
+def forward_launches(problem: Problem, inputs: Inputs, machine: Machine, results: Results) -> list[Launch]:
+    """The kernels of a forward pass over inputs from `in_memory`; `results` are what they write."""
     p = problem
     packed = p.kind != "varlen" and p.group > 1 and p.seqlen_q * p.group <= config.PACKED_ROWS
     shape = shape_of(p, packed=packed)
 
     def build(chosen: config.Config) -> list[Launch]:
-        return _forward(p, inputs, machine.architecture(p.device), shape, chosen, out, lse)
+        return _forward(p, inputs, machine.architecture(p.device), shape, chosen, results)
 
     return build(machine.choose(p.device, "forward", shape, build))
 
@@ -39,9 +39,9 @@ def _forward(
     device: config.Architecture,
     shape: config.Shape,
     chosen: config.Config,
-    out: Tensor,
-    lse: Tensor,
+    results: Results,
 ) -> list[Launch]:
+    out, lse, low = results
     splits = 1 if p.kind == "varlen" else config.choose_splits(shape, chosen, device)
     grid = _tiles(p, shape.rows, chosen.block_m) * (p.heads_kv if shape.packed else p.heads_q) * splits
     values = {
@@ -49,6 +49,7 @@ def _forward(
         **_maps(p, x, shape, chosen, device),
         "out": _array(p, out),
         "lse": _row_array(p, lse),
+        "out_low": None if low is None else _array(p, low),
         "sinks": x.sinks,
         "paging": _paging(p, x),
         "rotation": _rotation(x),
@@ -60,13 +61,14 @@ def _forward(
     partial_out = torch.empty((splits, *out.shape), dtype=torch.float32, device=p.device)
     partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=p.device)
     parts = args.Splits(splits, partial_out.stride(0), partial_lse.stride(0))
-    partial = {"out": _array(p, partial_out[0]), "lse": _row_array(p, partial_lse[0]), "splits": parts}
+    partial = {"out": _array(p, partial_out[0]), "lse": _row_array(p, partial_lse[0]), "splits": parts, "out_low": None}
     rows, block = lse.numel(), 16
     merged = {
         "partial_out": partial_out,
         "partial_lse": partial_lse,
         "out": values["out"],
         "lse": values["lse"],
+        "out_low": values["out_low"],
         "sinks": x.sinks,
         "rows": rows,
         "number": splits,
@@ -135,8 +137,7 @@ class Gradients:
         problem: Problem,
         inputs: Inputs,
         machine: Machine,
-        out: Tensor,
-        lse: Tensor,
+        results: Results,
         dout: Tensor,
         dlse: Tensor | None,
         needs: Needs,
@@ -144,15 +145,15 @@ class Gradients:
         p, x = problem, inputs
         self.problem, self.inputs, self.machine, self.needs = p, x, machine, needs
         self.shape = shape_of(p, packed=False)
-        self.lse, self.dout = _plain(lse), _plain(dout)
-        self.row_lse, self.delta = (torch.empty(lse.shape, dtype=torch.float32, device=p.device) for _ in range(2))
+        self.lse, self.dout = _plain(results.lse), _plain(dout)
+        self.row_lse, self.delta = (torch.empty(self.lse.shape, dtype=torch.float32, device=p.device) for _ in range(2))
         self.values = {
             **_common(p, x),
             "dout": _array(p, self.dout),
             "row_lse": _row_array(p, self.row_lse),
             "delta": _row_array(p, self.delta),
         }
-        self.launches = [self._statistics(_plain(out), None if dlse is None else _plain(dlse))]
+        self.launches = [self._statistics(results, None if dlse is None else _plain(dlse))]
         self.dq = self.dk = self.dv = self.dbias = None
         if needs.q:
             self.dq = empty_grad(x.q)
@@ -175,11 +176,12 @@ class Gradients:
             self._of_sinks(x.sinks) if needs.sinks and x.sinks is not None else None,
         )
 
-    def _statistics(self, out: Tensor, dlse: Tensor | None) -> Launch:
+    def _statistics(self, results: Results, dlse: Tensor | None) -> Launch:
         p, block = self.problem, 16
         rows = self.lse.numel()
         values = {
-            "out": _array(p, out),
+            "out": _array(p, _plain(results.out)),
+            "out_low": None if results.out_low is None else _array(p, _plain(results.out_low)),
             "dout": self.values["dout"],
             "lse": _row_array(p, self.lse),
             "dlse": None if dlse is None else _row_array(p, dlse),

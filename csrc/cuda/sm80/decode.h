@@ -198,10 +198,8 @@ class Decode {
     const float4 out = {x.x * end.factor, x.y * end.factor, x.z * end.factor, x.w * end.factor};
     const bool exists = column < p_.head_dim_v;
     if (only) {
-      const int64_t at = tile_.b * p_.out.stride_b + head * p_.out.stride_h + query * p_.out.stride_s + column;
-      if (exists)
-        *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p_.out.data) + at) = {Number::pack(out.x, out.y),
-                                                                               Number::pack(out.z, out.w)};
+      if (exists) store<Number>(p_.out, head, query, column, out);
+      if (exists && p_.out_low.data != nullptr) store<LowPart<Number>>(p_.out_low, head, query, column, out);
       float* lse = static_cast<float*>(p_.lse.data);
       if (column == 0 && lse != nullptr)
         lse[tile_.b * p_.lse.stride_b + head * p_.lse.stride_h + query * p_.lse.stride_s] = end.lse * kLn2;
@@ -210,6 +208,12 @@ class Decode {
       if (exists) *reinterpret_cast<float4*>(a_.part_out + row * p_.head_dim_v + column) = out;
       if (column == 0) a_.part_lse[row] = end.lse;
     }
+  }
+
+  template <class As>
+  __device__ __forceinline__ void store(const View& view, int head, int query, int column, const float4& x) const {
+    const int64_t at = tile_.b * view.stride_b + head * view.stride_h + query * view.stride_s + column;
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(view.data) + at) = {As::pack(x.x, x.y), As::pack(x.z, x.w)};
   }
 
   const Arguments& a_;

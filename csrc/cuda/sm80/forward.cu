@@ -30,7 +30,11 @@ struct ForwardTraits {
       2 * kStageBytes > kQueryOffset + kQueryBytes ? 2 * kStageBytes : kQueryOffset + kQueryBytes;
 
   // Fragments for which ptxas finds no room.
-  static constexpr int kShelved = !kFrom90 ? 0 : kHeadDim == 32 ? 1 : kHeadDim == 128 && !kGeneral ? 7 : 0;
+  static constexpr int kShelved = kHeadDim == 32 && kGeneral ? 2
+                                  : !kFrom90                 ? 0
+                                  : kHeadDim == 32           ? 1
+                                  : kHeadDim == 128          ? (kGeneral ? 0 : 7)
+                                                             : 0;
   // They lie behind the stages where the queries were, if there was that much.
   static constexpr int kShelvedBytes = kShelved * kThreads * 16;
   static constexpr int kShelvesAt = 2 * kStageBytes + kShelvedBytes <= kSharedBytes ? 2 * kStageBytes : -1;
