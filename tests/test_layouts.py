@@ -70,13 +70,15 @@ def test_what_has_no_layout_is_refused_by_name(
 
 
 @pytest.mark.skipif(layouts._native is None, reason="this version of torch does not export DLPack's table")
-def test_the_native_reader_refuses_more_than_it_has_room_for() -> None:
+def test_the_native_reader_refuses_what_it_cannot_tell() -> None:
     read: Any = layouts._native
     assert len({read(*[torch.randn([1] * dims)] * n) for n in range(9) for dims in range(9)}) == 1 + 8 * 9
     with pytest.raises(TypeError, match="at most 8 tensors, got 9"):
         read(*[torch.randn(1)] * 9)
     with pytest.raises(TypeError, match="at most 8 dimensions, got 9"):
         read(torch.randn([1] * 9))
+    with pytest.raises(TypeError, match="no memory"):
+        read(torch._efficientzerotensor((1, 2)))
 
 
 @pytest.mark.skipif(cpu._cpu is None, reason="the native module is not built")
