@@ -17,7 +17,7 @@ from fastattn.backends import cpu
 READERS = [layouts.attributes]
 if layouts._native is not None:
     READERS.append(layouts._native)  # type: ignore[arg-type]
-READER = pytest.mark.parametrize("read", READERS, ids=["attributes", "native"][: len(READERS)])
+READER = pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
 
 DIFFERENT: dict[str, Callable[[], Tensor]] = {
     "contiguous": lambda: torch.randn(2, 3, 4, 8),
@@ -53,11 +53,7 @@ def test_keys_are_equal_only_for_equal_layouts(read: Callable[..., Hashable]) ->
 
 
 @READER
-@pytest.mark.parametrize(
-    "make",
-    [lambda: torch.eye(3).to_sparse(), lambda: 1],
-    ids=["sparse", "no tensor"],
-)
+@pytest.mark.parametrize("make", [lambda: torch.eye(3).to_sparse(), lambda: 1], ids=["sparse", "no tensor"])
 def test_what_has_no_layout_is_refused_by_name(
     read: Callable[..., Hashable], make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
