@@ -130,8 +130,10 @@ def test_tracing_follows_the_inputs(dtype: torch.dtype) -> None:
         assert torch.equal(traced(*other), fastattn.attention(*other))
 
 
-def test_a_hook_may_not_spoil_what_rounding_took() -> None:
-    q, k, v = make(SHAPES["square"], torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**-12)], ids=str)
+def test_a_hook_may_not_spoil_what_rounding_took(dtype: torch.dtype, size: float) -> None:
+    q, k, v = make(SHAPES["square"], dtype)
+    v = (v.detach() * size).requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x[:1] if x is low else x):
         out = short(q, k, v)
