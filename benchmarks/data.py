@@ -32,11 +32,11 @@ class Data(NamedTuple):
 
 
 def make_data(case: Case, device: torch.device, seed: int = 0) -> Data:
-    """Normally distributed tensors, the same for the same case and seed on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    """Normally distributed tensors, the same for the same case and seed on the same kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, case.torch_dtype)
+        return torch.randn(shape, generator=generator, device=device).to(case.torch_dtype)
 
     q = normal(*_shape(case, case.heads_q, case.lengths_q, case.seqlen_q, case.head_dim))
     k = normal(*_shape(case, case.heads_kv, case.lengths_k, case.seqlen_k, case.head_dim))
@@ -46,8 +46,8 @@ def make_data(case: Case, device: torch.device, seed: int = 0) -> Data:
     dout = normal(*q.shape[:-1], case.head_dim_v) if case.train else None
     mask = bias = None
     if case.mask == "bool":
-        keep = torch.rand((case.seqlen_q, case.seqlen_k), generator=generator) < 0.5
-        mask = (keep | _diagonal(case)).to(device)
+        keep = torch.rand((case.seqlen_q, case.seqlen_k), generator=generator, device=device) < 0.5
+        mask = keep | _diagonal(case).to(device)
     elif case.mask == "additive":
         bias = normal(case.seqlen_q, case.seqlen_k)
     return Data(q, k, v, dout, mask, bias, _cumulated(case.lengths_q, device), _cumulated(case.lengths_k, device))

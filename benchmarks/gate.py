@@ -20,6 +20,8 @@ from .data import Data, hidden_pairs, options, split, split_packed
 from .rivals import eager_attention
 
 OUTPUTS = ("out", "dq", "dk", "dv")
+SCORES_AT_ONCE = 2**22
+"""How many scores are evaluated together, unless one key/value head has more: 32 MiB in float64, a few times."""
 
 
 class Expected(NamedTuple):
@@ -60,7 +62,7 @@ def check(expected: dict[str, Expected], results: Sequence[Tensor]) -> Verdict:
 def expect(case: Case, data: Data) -> dict[str, Expected]:
     """Evaluates the case in float64 and, for the limits, by eager attention in its own dtype.
 
-    Works through one (sequence, key/value head) after the other: only one group's scores are in memory.
+    Works through a few key/value heads of a sequence at a time: only their scores are in memory.
     """
     count = 4 if case.train else 1
     shapes = ((*data.q.shape[:-1], case.head_dim_v), data.q.shape, data.k.shape, data.v.shape)[:count]
@@ -87,9 +89,11 @@ class _Slices(NamedTuple):
 def _groups(case: Case, data: Data) -> Iterator[tuple[_Slices, Data]]:
     group = case.heads_q // case.heads_kv
     for number, part in enumerate(split(case, data)):
+        heads = max(1, SCORES_AT_ONCE // (group * part.q.shape[2] * part.k.shape[2]))
         for b in range(part.q.shape[0]):
-            for head in range(case.heads_kv):
-                at = _Slices(number, slice(b, b + 1), slice(head * group, (head + 1) * group), slice(head, head + 1))
+            for first in range(0, case.heads_kv, heads):
+                end = min(first + heads, case.heads_kv)
+                at = _Slices(number, slice(b, b + 1), slice(first * group, end * group), slice(first, end))
                 q, dout = part.q[at.batch, at.queries], part.dout
                 k, v = part.k[at.batch, at.keys], part.v[at.batch, at.keys]
                 yield (

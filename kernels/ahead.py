@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.compiler import compile as triton_compile
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.runtime.jit import create_function_from_signature
 
 from .launch import Launch
 
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
+Specialisation = tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
+"""(types, constants, hints) of the arguments: launches that differ in them are compiled by themselves.
+
+Types are by name; constants and hints by place, which within a tuple is a path.
+"""
 
 
 def target(vendor: str, capability: int) -> GPUTarget:
@@ -29,7 +26,7 @@ def target(vendor: str, capability: int) -> GPUTarget:
 
 def compile_ahead(launch: Launch, device: GPUTarget) -> Any:
     """The compiled kernel, specialised to the launch's arguments as a call would be."""
-    source = ASTSource(launch.kernel, *specialisation(launch))
+    source = ASTSource(launch.kernel, *specialisation(launch, device))
     return triton_compile(source, target=device, options=options(launch))
 
 
@@ -38,54 +35,25 @@ def options(launch: Launch) -> dict[str, Any]:
     return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
 
 
-def specialisation(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """(types, constants, hints) of the arguments: launches that differ in them are compiled by themselves."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    hints: dict[tuple[int, ...], Any] = {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        else:
-            signature[parameter.name] = _type_of(value, (index,), not parameter.do_not_specialize, constants, hints)
-    return signature, constants, hints
+def specialisation(launch: Launch, device: GPUTarget) -> Specialisation:
+    """What a call would specialise the kernel to, found by the code that calls run through."""
+    backend = make_backend(device)
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    bound, found, _ = bind(**launch.arguments)
+    _, types, constants, hints = launch.kernel._pack_args(backend, options(launch), bound, found, {})
+    return types, constants, hints
 
 
-def leaves(launch: Launch) -> list[Any]:
+def leaves(launch: Launch, device: GPUTarget) -> list[Any]:
     """What the compiled kernel is handed, in order: tensors and numbers that are not compiled in."""
-    found: list[Any] = []
-    for parameter in launch.kernel.params:
-        if not parameter.is_constexpr:
-            _collect(launch.arguments[parameter.name], not parameter.do_not_specialize, found)
-    return found
+    _, constants, _ = specialisation(launch, device)
+    values = [launch.arguments[parameter.name] for parameter in launch.kernel.params]
+    return [value for path, value in _flat(values, ()) if path not in constants]
 
 
-def _type_of(value: Any, path: tuple[int, ...], specialise: bool, constants: dict, hints: dict) -> Any:
-    """Triton's rules: None and, where specialised, 1 are constants; multiples of 16 are hinted."""
-    if isinstance(value, tuple):
-        types = [_type_of(x, (*path, i), specialise, constants, hints) for i, x in enumerate(value)]
-        return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
-    if value is None or (specialise and type(value) is int and value == 1):
-        constants[path] = value
-        return "constexpr"
-    if isinstance(value, torch.Tensor):
-        if specialise and value.data_ptr() % 16 == 0:
-            hints[path] = [["tt.divisibility", 16]]
-        return _POINTERS[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
-    if specialise and value % 16 == 0:
-        hints[path] = [["tt.divisibility", 16]]
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _collect(value: Any, specialise: bool, found: list[Any]) -> None:
-    if isinstance(value, tuple):
-        for x in value:
-            _collect(x, specialise, found)
-    elif value is not None and not (specialise and type(value) is int and value == 1):
-        found.append(value)
+def _flat(values: list[Any] | tuple[Any, ...], path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Any]]:
+    for index, value in enumerate(values):
+        if isinstance(value, tuple):
+            yield from _flat(value, (*path, index))
+        else:
+            yield (*path, index), value

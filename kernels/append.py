@@ -3,37 +3,39 @@
 import triton
 import triton.language as tl
 
+from .arguments import VARYING, Sequences
 from .query_tile import page_and_slot
 from .rotary import load_rotated
 from .sequences import keys_of
 from .tiles import load_rows, offset_of, store_rows
 
 
-@triton.jit(do_not_specialize=["heads", "sequences"])
-def append(k_new, v_new, k, v, heads, sequences, paging, rotation, VARIANT: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def append(k_new, v_new, k, v, heads, kv_lengths, batch, seqlen_k, seqlen_new, paging, rotation, VARIANT: tl.constexpr):
     """One block of new keys of one head and sequence; each number is read and written once, so memory bounds it.
 
     k_new, v_new: Arrays of (batch, heads_kv, seqlen_new, head_dim or head_dim_v). Key number j of sequence b lands at
     position kv_lengths[b] + j, which is also the position it is rotated to.
     """
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
-    tiles = (sequences.seqlen_new + BLOCK_N - 1) // BLOCK_N
+    sequences = Sequences(None, None, kv_lengths, batch, seqlen_new, seqlen_k, seqlen_new)
+    tiles = (seqlen_new + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     offs_n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = pid // tiles % heads.heads_kv
     b = pid // tiles // heads.heads_kv
     _, capacity, kv_length = keys_of(sequences, b)
-    positions = kv_length - sequences.seqlen_new + offs_n
-    ok = (offs_n < sequences.seqlen_new) & (positions >= 0) & (positions < capacity)
+    positions = kv_length - seqlen_new + offs_n
+    ok = (offs_n < seqlen_new) & (positions >= 0) & (positions < capacity)
     if VARIANT.ROTARY_DIM > 0:
         tile_k = load_rotated(k_new, offset_of(k_new, b, head, offs_n), ok, positions, rotation, VARIANT)
     else:
         tile_k = load_rows(k_new, b, head, offs_n, ok, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
     tile_v = load_rows(v_new, b, head, offs_n, ok, WIDTH_V, VARIANT.HEAD_DIM_V)
-    batch = b
+    place = b
     rows = positions
     if VARIANT.PAGED:
-        batch, rows = page_and_slot(b, positions, ok, paging)
-    store_rows(k, batch, head, rows, ok, tile_k, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
-    store_rows(v, batch, head, rows, ok, tile_v, 0, WIDTH_V, VARIANT.HEAD_DIM_V)
+        place, rows = page_and_slot(b, positions, ok, paging)
+    store_rows(k, place, head, rows, ok, tile_k, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
+    store_rows(v, place, head, rows, ok, tile_v, 0, WIDTH_V, VARIANT.HEAD_DIM_V)

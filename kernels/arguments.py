@@ -1,12 +1,23 @@
-"""What the kernels are handed: named groups of pointers, sizes and options, which Triton passes as tuples.
+"""What the kernels are handed: pointers, sizes and options, and named groups of them, which Triton passes as tuples.
 
-None stands for something that a call does not have; Triton compiles a kernel without it then.
+None stands for something that a call does not have; Triton compiles a kernel without it then. It also compiles a kernel
+anew for a number that is 1, that is a multiple of 16, or neither: always within tuples, and not for the arguments named
+in VARYING. So what changes from call to call is handed over by itself, and a kernel puts the group together. The same
+goes for groups that hold groups: Triton 3.6 mistakes their strides.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+VARYING = [
+    *("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "batch", "seqlen_q", "seqlen_k", "seqlen_new"),
+    *("seed_low", "seed_high", "threshold"),
+    *("lse", "dlse", "row_lse", "delta", "partial_lse", "rows", "heads_q", "splits", "stride_out", "stride_lse"),
+    *("batches", "heads_out", "tiles_m", "tiles_n"),
+]
+"""Arguments of any kernel that it is not compiled anew for."""
 
 OPEN = 2**30
 """A side of a window that reaches past every key; sums of it with a position stay within 32 bits."""
@@ -33,7 +44,7 @@ class Sequences(NamedTuple):
 
     Dense calls: `batch` sequences of `seqlen_q` queries and `seqlen_k` keys each. Varlen: seqlen_q and seqlen_k are
     totals, cu_seqlens_q and cu_seqlens_k (batch + 1,) int32 say where each sequence begins.
-    kv_lengths: (batch,) int32; `seqlen_new` is added to them.
+    kv_lengths: (batch,) int32; `seqlen_new` is added to them. Made inside the kernels.
     """
 
     cu_seqlens_q: Pointer | None
@@ -65,7 +76,7 @@ class Window(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """How the products of q and k become scores, in the order of the fields."""
+    """How the products of q and k become scores, in the order of the fields. Made inside the kernels."""
 
     scale: float
     softcap: float | None
@@ -75,12 +86,15 @@ class Scores(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """A probability is kept iff its Philox word is at least `threshold`; both halves of the seed as signed 32 bits."""
+    """A probability is kept iff its Philox word is at least `threshold`; both halves of the seed as signed 32 bits.
 
-    seed_low: int
-    seed_high: int
-    threshold: int
-    scale: float
+    All are None without dropout. Made inside the kernels.
+    """
+
+    seed_low: int | None
+    seed_high: int | None
+    threshold: int | None
+    scale: float | None
 
 
 class Paging(NamedTuple):
@@ -98,14 +112,6 @@ class Rotation(NamedTuple):
     cos: Pointer
     sin: Pointer
     max_positions: int
-
-
-class Splits(NamedTuple):
-    """Partial results: how many, and the strides between those of one split and the next, in elements."""
-
-    number: int
-    out: int
-    lse: int
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .arguments import VARYING, Dropout, Scores, Sequences
 from .query_tile import load_keys, place, query_tile, visible_to
 from .scores import LOG2E, kept, seen, transform
 from .sequences import (
@@ -21,10 +22,10 @@ from .sequences import (
     tile_of,
     visible_keys,
 )
-from .tiles import LOW_SCALE, any_nan, key_order, load_block, load_rows, offset_of, store_rows
+from .tiles import LOW_SCALE, any_nan, key_order, load_block, load_rows, offset_of, row_array, store_rows
 
 
-@triton.jit(do_not_specialize=["lse", "dlse", "rows", "heads_q", "seqlen_q"])
+@triton.jit(do_not_specialize=VARYING)
 def statistics(
     out,
     out_low,
@@ -42,8 +43,8 @@ def statistics(
 ):
     """Per row: lse in units of log2 (+inf if it sees nothing, so that its probabilities are 0), and delta.
 
-    delta = rowsum(dout * (out + out_low / LOW_SCALE)) - dlse; out_low may be None. Both are contiguous, (batch,
-    heads_q, seqlen_q). Reads its inputs once.
+    delta = rowsum(dout * (out + out_low / LOW_SCALE)) - dlse; out_low may be None. All numbers per row are
+    contiguous, (batch, heads_q, seqlen_q). Reads its inputs once.
     """
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = offs_r < rows
@@ -60,8 +61,8 @@ def statistics(
         tile_low = load_rows(out_low, b, head, offs_m, ok, BLOCK_D, DIM)
         sums += tl.sum(tile_low.to(tl.float32) * tile_do.to(tl.float32), 1) / LOW_SCALE
     if dlse is not None:
-        sums -= tl.load(dlse.data + offset_of(dlse, b, head, offs_m)).to(tl.float32)
-    given = tl.load(lse.data + offset_of(lse, b, head, offs_m))
+        sums -= tl.load(dlse + offs_r).to(tl.float32)
+    given = tl.load(lse + offs_r)
     nothing = given == -float("inf")
     tl.store(row_lse + offs_r, tl.where(nothing, float("inf"), given * LOG2E), mask=ok)
     tl.store(delta + offs_r, tl.where(nothing, 0.0, sums), mask=ok)
@@ -101,7 +102,7 @@ def gradient_of_scores(
     if MASKED or scores.mask is not None:
         probs = tl.where(visible, probs, 0.0)
     dropped = probs
-    if dropout is not None:
+    if dropout.threshold is not None:
         if i.shape[0] == 1:
             keep = tl.trans(kept(dropout, tl.trans(i), row, n, VARIANT.BLOCK_N))
         else:
@@ -204,23 +205,50 @@ def _over_keys(
     return acc
 
 
-@triton.jit(do_not_specialize=["row_lse", "delta", "heads", "sequences", "window", "dropout"])
+@triton.jit(do_not_specialize=VARYING)
 def gradient_of_queries(
-    q, k, v, dout, row_lse, delta, dq, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr
+    q,
+    k,
+    v,
+    dout,
+    row_lse,
+    delta,
+    dq,
+    heads,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    kv_lengths,
+    batch,
+    seqlen_q,
+    seqlen_k,
+    seqlen_new,
+    window,
+    scale,
+    softcap,
+    slopes,
+    bias,
+    mask,
+    seed_low,
+    seed_high,
+    threshold,
+    dropout_scale,
+    VARIANT: tl.constexpr,
 ):
     """dQ of one tile of queries: 3 products of tiles per block of keys."""
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
+    scores = Scores(scale, softcap, slopes, bias, mask)
+    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
     m_index, _, head, b = place(heads, sequences, None, VARIANT)
-    _, seqlen_q = queries_of(sequences, b)
-    if m_index * BLOCK_M >= seqlen_q:
+    _, queries = queries_of(sequences, b)
+    if m_index * BLOCK_M >= queries:
         return
     tile = query_tile(q, k, v, heads, sequences, window, scores, None, m_index, head, b, VARIANT)
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
-    rows_lse = row_lse.data + offset_of(row_lse, b, head, tile.tokens)
-    rows_delta = delta.data + offset_of(delta, b, head, tile.tokens)
-    tile_lse = tl.load(rows_lse, mask=tile.rows_ok, other=float("inf"))
-    tile_delta = tl.load(rows_delta, mask=tile.rows_ok, other=0.0)[:, None]
+    rows = offset_of(row_array(row_lse, heads, sequences), b, head, tile.tokens)
+    tile_lse = tl.load(row_lse + rows, mask=tile.rows_ok, other=float("inf"))
+    tile_delta = tl.load(delta + rows, mask=tile.rows_ok, other=0.0)[:, None]
     # The gradient of a row that sees nothing may be NaN.
     tile_do = load_rows(dout, b, head, tile.tokens, tile_lse != float("inf"), WIDTH_V, VARIANT.HEAD_DIM_V)
     tile_lse = tile_lse[:, None]
@@ -360,33 +388,62 @@ def _over_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["row_lse", "delta", "heads", "sequences", "window", "dropout"])
+@triton.jit(do_not_specialize=VARYING)
 def gradient_of_keys(
-    q, k, v, dout, row_lse, delta, dk, dv, heads, sequences, window, scores, dropout, VARIANT: tl.constexpr
+    q,
+    k,
+    v,
+    dout,
+    row_lse,
+    delta,
+    dk,
+    dv,
+    heads,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    kv_lengths,
+    batch,
+    seqlen_q,
+    seqlen_k,
+    seqlen_new,
+    window,
+    scale,
+    softcap,
+    slopes,
+    bias,
+    mask,
+    seed_low,
+    seed_high,
+    threshold,
+    dropout_scale,
+    VARIANT: tl.constexpr,
 ):
     """dK and dV of one tile of keys, summed over the query heads that share it: 4 products of tiles per block."""
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
-    tiles = (sequences.seqlen_k + BLOCK_N - 1) // BLOCK_N
-    if sequences.cu_seqlens_k is not None:
-        tiles = sequences.seqlen_k // BLOCK_N + sequences.batch + 1
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
+    scores = Scores(scale, softcap, slopes, bias, mask)
+    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
+    tiles = (seqlen_k + BLOCK_N - 1) // BLOCK_N
+    if cu_seqlens_k is not None:
+        tiles = seqlen_k // BLOCK_N + batch + 1
     pid = tl.program_id(0)
     n_index = pid % tiles
     head_kv = pid // tiles % heads.heads_kv
     b = pid // tiles // heads.heads_kv
-    if sequences.cu_seqlens_k is not None:
-        b, n_index = tile_of(n_index, sequences.cu_seqlens_k, sequences.batch, BLOCK_N)
-    start_q, seqlen_q = queries_of(sequences, b)
-    start_k, seqlen_k, kv_length = keys_of(sequences, b)
+    if cu_seqlens_k is not None:
+        b, n_index = tile_of(n_index, cu_seqlens_k, batch, BLOCK_N)
+    start_q, queries = queries_of(sequences, b)
+    start_k, keys, kv_length = keys_of(sequences, b)
     n = n_index * BLOCK_N
-    if n >= seqlen_k:
+    if n >= keys:
         return
     cols = key_order(BLOCK_N, VARIANT.PERMUTED)
     exists = n + cols < kv_length
-    offset = diagonal_offset(window, seqlen_q, kv_length)
-    low, high, whole, cut = query_blocks(window, n, n + BLOCK_N - 1, offset, seqlen_q, kv_length, BLOCK_M)
+    offset = diagonal_offset(window, queries, kv_length)
+    low, high, whole, cut = query_blocks(window, n, n + BLOCK_N - 1, offset, queries, kv_length, BLOCK_M)
     tokens = start_k + n + cols
     tile = KeyTile(
         k=load_rows(k, b, head_kv, tokens, exists, BLOCK_D, VARIANT.HEAD_DIM),
@@ -395,7 +452,7 @@ def gradient_of_keys(
         n=n,
         batch=b,
         kv_length=kv_length,
-        seqlen_q=seqlen_q,
+        seqlen_q=queries,
         start_q=start_q,
         low=low,
         high=high,
@@ -403,17 +460,21 @@ def gradient_of_keys(
         cut=cut,
         offset=offset,
     )
-    acc_k, acc_v = _over_queries(tile, q, dout, row_lse, delta, head_kv, heads, scores, window, dropout, False, VARIANT)
+    lse_rows = row_array(row_lse, heads, sequences)
+    delta_rows = row_array(delta, heads, sequences)
+    acc_k, acc_v = _over_queries(
+        tile, q, dout, lse_rows, delta_rows, head_kv, heads, scores, window, dropout, False, VARIANT
+    )
     if scores.mask is not None or scores.bias is not None:
         if any_nan(acc_k) | any_nan(acc_v):
             acc_k, acc_v = _over_queries(
-                tile, q, dout, row_lse, delta, head_kv, heads, scores, window, dropout, True, VARIANT
+                tile, q, dout, lse_rows, delta_rows, head_kv, heads, scores, window, dropout, True, VARIANT
             )
-    if dropout is not None:
-        acc_v = acc_v * dropout.scale
+    if dropout_scale is not None:
+        acc_v = acc_v * dropout_scale
     # Keys that do not exist have gradients of 0; the zeros they were read as had probabilities.
     acc_k = tl.where(exists[:, None], acc_k * scores.scale, 0.0)
     acc_v = tl.where(exists[:, None], acc_v, 0.0)
-    in_memory = n + cols < seqlen_k
+    in_memory = n + cols < keys
     store_rows(dk, b, head_kv, tokens, in_memory, acc_k, 0, BLOCK_D, VARIANT.HEAD_DIM)
     store_rows(dv, b, head_kv, tokens, in_memory, acc_v, 0, WIDTH_V, VARIANT.HEAD_DIM_V)

@@ -3,17 +3,13 @@
 import triton
 import triton.language as tl
 
+from .arguments import VARYING, Dropout, Scores, Sequences
 from .backward import gradient_of_scores
 from .sequences import diagonal_offset, key_blocks, keys_of, queries_of, visible_keys
-from .tiles import key_order, load_rows, offset_of
+from .tiles import key_order, load_rows, offset_of, row_array
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("row_lse", "delta", "dbias", "heads", "sequences", "window", "dropout"),
-        *("batches", "heads_out", "tiles_m", "tiles_n"),
-    ]
-)
+@triton.jit(do_not_specialize=VARYING)
 def gradient_of_bias(
     q,
     k,
@@ -23,10 +19,23 @@ def gradient_of_bias(
     delta,
     dbias,
     heads,
-    sequences,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    kv_lengths,
+    batch,
+    seqlen_q,
+    seqlen_k,
+    seqlen_new,
     window,
-    scores,
-    dropout,
+    scale,
+    softcap,
+    slopes,
+    bias,
+    mask,
+    seed_low,
+    seed_high,
+    threshold,
+    dropout_scale,
     batches,
     heads_out,
     tiles_m,
@@ -48,6 +57,9 @@ def gradient_of_bias(
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
+    scores = Scores(scale, softcap, slopes, bias, mask)
+    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
     pid = tl.program_id(0)
     n_index = pid % tiles_n
     m_index = pid // tiles_n % tiles_m
@@ -55,7 +67,8 @@ def gradient_of_bias(
     b_out = pid // tiles_n // tiles_m // heads_out
     cols = key_order(BLOCK_N, VARIANT.PERMUTED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    b_count = sequences.batch if ALL_BATCHES else batches * 0 + 1
+    rows_of_heads = row_array(row_lse, heads, sequences)
+    b_count = batch if ALL_BATCHES else batches * 0 + 1
     head_count = heads.heads_q if ALL_HEADS else batches * 0 + 1
     for b_index in tl.range(0, b_count):
         b = b_out + b_index
@@ -84,12 +97,12 @@ def gradient_of_bias(
                 head_kv = head // heads.group
                 tokens = start_q + i
                 tile_q = load_rows(q, b, head, tokens, rows_ok, BLOCK_D, VARIANT.HEAD_DIM)
-                tile_lse = tl.load(row_lse.data + offset_of(row_lse, b, head, tokens))
+                tile_lse = tl.load(row_lse + offset_of(rows_of_heads, b, head, tokens))
                 # The gradient of a row that sees nothing may be NaN.
                 sees = rows_ok & (tile_lse != float("inf"))
                 tile_do = load_rows(dout, b, head, tokens, sees, WIDTH_V, VARIANT.HEAD_DIM_V)
                 tile_lse = tile_lse[:, None]
-                tile_delta = tl.load(delta.data + offset_of(delta, b, head, tokens))[:, None]
+                tile_delta = tl.load(delta + offset_of(rows_of_heads, b, head, tokens))[:, None]
                 for n in tl.range(n_begin, n_end, BLOCK_N):
                     offs_n = n + cols
                     ok = (offs_n >= low) & (offs_n < high)

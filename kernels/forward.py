@@ -9,12 +9,12 @@ Source: Dao, "FlashAttention-2" (2023); splits of the keys: Dao et al., "Flash-D
 import triton
 import triton.language as tl
 
-from .arguments import Array
+from .arguments import VARYING, Array, Dropout, Scores, Sequences
 from .query_tile import load_keys, place, query_tile, rows_per_query, visible_to
 from .scores import kept, seen, transform
 from .sequences import masked_block, queries_of
 from .softmax import add_sink, finish, merge, start, update
-from .tiles import any_nan, key_order, load_tile, low_part, offset_of, store_rows
+from .tiles import any_nan, key_order, load_tile, low_part, offset_of, row_array, store_rows
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _step(
         s = tl.where(visible, s, -float("inf"))
 
     row_max, row_sum, acc, probs = update(row_max, row_sum, acc, s, tile.factor, PARTS, VARIANT.LAZY, VARIANT.SUMS)
-    if dropout is not None:
+    if dropout.threshold is not None:
         probs = tl.where(kept(dropout, tile.offs_m, tile.row, n, BLOCK_N), probs, 0.0)
     total = ()
     for part in tl.static_range(PARTS):
@@ -130,7 +130,7 @@ def _attend(
     return state
 
 
-@triton.jit(do_not_specialize=["lse", "heads", "sequences", "window", "dropout", "splits"])
+@triton.jit(do_not_specialize=VARYING)
 def forward(
     q,
     k,
@@ -141,29 +141,48 @@ def forward(
     lse,
     out_low,
     heads,
-    sequences,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    kv_lengths,
+    batch,
+    seqlen_q,
+    seqlen_k,
+    seqlen_new,
     window,
-    scores,
+    scale,
+    softcap,
+    slopes,
+    bias,
+    mask,
     sinks,
-    dropout,
+    seed_low,
+    seed_high,
+    threshold,
+    dropout_scale,
     paging,
     rotation,
     splits,
+    stride_out,
+    stride_lse,
     VARIANT: tl.constexpr,
 ):
     """One tile of queries, or one split of its keys. The grid is flat: tiles, splits, heads, sequences.
 
     k_map, v_map: tensor descriptors of k and v, through which the copy engines of Hopper and its successors load whole
-    blocks, or None. With `splits`, out and lse are float32 and hold the result over the split's keys alone, without the
-    sinks. out_low: what rounding took from out, or None.
+    blocks, or None. With `splits`, their number, out and lse are float32 and hold the result over the split's keys
+    alone, without the sinks; those of the next split are stride_out and stride_lse further on. out_low: what rounding
+    took from out, or None.
     """
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     PART: tl.constexpr = VARIANT.PART
     PARTS: tl.constexpr = VARIANT.PARTS
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
+    scores = Scores(scale, softcap, slopes, bias, mask)
+    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
     m_index, split, head, b = place(heads, sequences, splits, VARIANT)
-    _, seqlen_q = queries_of(sequences, b)
-    if m_index * BLOCK_M >= seqlen_q * rows_per_query(heads, VARIANT):
+    _, queries = queries_of(sequences, b)
+    if m_index * BLOCK_M >= queries * rows_per_query(heads, VARIANT):
         return
     tile = query_tile(q, k, v, heads, sequences, window, scores, rotation, m_index, head, b, VARIANT)
     whole = tile.whole
@@ -171,7 +190,7 @@ def forward(
     begin = tile.low // BLOCK_N * BLOCK_N
     end = (tile.high + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     if splits is not None:
-        share = ((end - begin) // BLOCK_N + splits.number - 1) // splits.number * BLOCK_N
+        share = ((end - begin) // BLOCK_N + splits - 1) // splits * BLOCK_N
         begin = tl.minimum(begin + split * share, end)
         end = tl.minimum(begin + share, end)
         whole = tl.minimum(tl.maximum(whole, begin), end)
@@ -190,16 +209,16 @@ def forward(
                 tile, k, v, k_map, v_map, begin, end, whole, cut, scores, window, dropout, paging, True, VARIANT
             )
     row_lse, normalizer = finish(row_max, row_sum, tile.factor)
-    lse_rows = lse.data + offset_of(lse, b, tile.heads, tile.tokens)
+    lse_rows = lse + offset_of(row_array(lse, heads, sequences), b, tile.heads, tile.tokens)
     out_data = out.data
     if splits is not None:
-        lse_rows += split.to(tl.int64) * splits.lse
-        out_data += split.to(tl.int64) * splits.out
+        lse_rows += split.to(tl.int64) * stride_lse
+        out_data += split.to(tl.int64) * stride_out
     elif sinks is not None:
         row_lse, share = add_sink(row_lse, tl.load(sinks + tile.heads).to(tl.float32))
         normalizer *= share
-    if dropout is not None:
-        normalizer *= dropout.scale
+    if dropout_scale is not None:
+        normalizer *= dropout_scale
     tl.store(lse_rows, row_lse, mask=tile.rows_ok)
     to = Array(out_data, out.batch, out.head, out.row, out.column)
     for part in tl.static_range(PARTS):
@@ -210,7 +229,7 @@ def forward(
             store_rows(out_low, b, tile.heads, tile.tokens, tile.rows_ok, low, part * PART, PART, VARIANT.HEAD_DIM_V)
 
 
-@triton.jit(do_not_specialize=["lse", "rows", "number", "stride_out", "stride_lse", "heads_q", "seqlen_q"])
+@triton.jit(do_not_specialize=VARYING)
 def combine(
     partial_out,
     partial_lse,
@@ -219,7 +238,7 @@ def combine(
     out_low,
     sinks,
     rows,
-    number,
+    splits,
     stride_out,
     stride_lse,
     heads_q,
@@ -230,7 +249,8 @@ def combine(
 ):
     """Merges the splits, always in the same order. Reads and writes each number once: memory bounds it.
 
-    partial_out: (number, batch, heads_q, seqlen_q, DIM), partial_lse: (number, batch, heads_q, seqlen_q), float32.
+    partial_out: (splits, batch, heads_q, seqlen_q, DIM), partial_lse: (splits, batch, heads_q, seqlen_q), float32; lse
+    is contiguous as well.
     """
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = offs_r < rows
@@ -239,7 +259,7 @@ def combine(
     b = offs_r // seqlen_q // heads_q
     total = tl.zeros((BLOCK_M,), tl.float32) - float("inf")
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for split in range(number):
+    for split in range(splits):
         part_lse = tl.load(partial_lse + split * stride_lse + offs_r, mask=ok, other=-float("inf"))
         part = load_tile(partial_out + split * stride_out, offs_r.to(tl.int64) * DIM, 1, ok, True, 0, BLOCK_D, DIM)
         total, old, new = merge(total, part_lse)
@@ -251,4 +271,4 @@ def combine(
     if out_low is not None:
         low = low_part(acc, out.data.dtype.element_ty)
         store_rows(out_low, b, head, offs_m, ok, low, 0, BLOCK_D, DIM)
-    tl.store(lse.data + offset_of(lse, b, head, offs_m), total, mask=ok)
+    tl.store(lse + offs_r, total, mask=ok)

@@ -53,8 +53,8 @@ def place(heads, sequences, splits, VARIANT: tl.constexpr):
     pid = pid // tiles
     split = pid * 0
     if splits is not None:
-        split = pid % splits.number
-        pid = pid // splits.number
+        split = pid % splits
+        pid = pid // splits
     head_count = heads.heads_kv if VARIANT.PACKED else heads.heads_q
     head = pid % head_count
     b = pid // head_count

@@ -7,6 +7,8 @@ that is no power of two is padded with zeros by masks, which cost nothing where 
 import triton
 import triton.language as tl
 
+from .arguments import Array
+
 LOW_SCALE = tl.constexpr(256.0)
 """Keeps what rounding takes from small numbers above the smallest that float16 has (kLowScale in csrc/params.h)."""
 
@@ -78,6 +80,15 @@ def store_rows(x, batch, head, rows, rows_ok, tile, FIRST: tl.constexpr, WIDTH: 
         ok = ok & (offs_d[None, :] < DIM)
     pointers = x.data + (offset_of(x, batch, head, rows)[:, None] + (offs_d.to(tl.int64) * x.column)[None, :])
     tl.store(pointers, tile.to(x.data.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def row_array(data, heads, sequences):
+    """lse or another number per row: contiguous (batch, heads_q, seqlen_q), varlen (heads_q, total_q)."""
+    batch = heads.heads_q * sequences.seqlen_q
+    if sequences.cu_seqlens_q is not None:
+        batch = batch * 0
+    return Array(data, batch, sequences.seqlen_q, 1, 0)
 
 
 @triton.jit

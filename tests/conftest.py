@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,6 +67,19 @@ def device_of(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """Skips a test whose call a backend refuses that does not promise everything, with the backend's reason."""
+    backend = pyfuncitem.funcargs.get("backend", COMPLETE_BACKENDS[0])
+    try:
+        return (yield)
+    except Exception as error:
+        refusal = re.search(rf"backend '{backend}' cannot compute this call: .*", str(error))
+        if backend in COMPLETE_BACKENDS or refusal is None:
+            raise
+        pytest.skip(refusal.group())
+
+
 @pytest.fixture
 def device(backend: str) -> str:
     """Where the backend under test keeps its tensors."""
@@ -112,13 +126,3 @@ def machine(request: pytest.FixtureRequest, use_backends: Callable[..., None]) -
     machine = request.param()
     use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)
     return machine
-
-
-def skip_if_refused(backend: str, explain: Callable[..., fastattn.Report]) -> None:
-    """Skips the test if a backend that does not promise everything refuses the call, with its reason."""
-    try:
-        explain(backend=backend)
-    except ValueError as refusal:
-        if backend in COMPLETE_BACKENDS:
-            raise
-        pytest.skip(str(refusal))

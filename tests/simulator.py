@@ -50,12 +50,13 @@ class Simulator:
     def launch(self, launch: Launch) -> Any:
         """Runs a kernel; returns the simulator's counters."""
         sim = ptxsim()
-        compiled = compile_ahead(launch, target("cuda", self.capability))
+        device = target("cuda", self.capability)
+        compiled = compile_ahead(launch, device)
         module = sim.load_ptx(compiled.asm["ptx"])
         name = module.find(compiled.metadata.name)
         memory: dict[int, np.ndarray] = {}
         maps = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-        arguments = [x for value in leaves(launch) for x in _arguments(sim, value, memory, maps)]
+        arguments = [x for value in leaves(launch, device) for x in _arguments(sim, value, memory, maps)]
         hidden = len(module.params(name)) - len(arguments)
         scratch = [np.zeros(16, "u1") for _ in range(hidden)]
         counters = module.launch(

@@ -13,7 +13,6 @@ import fastattn
 
 from . import cases
 from .cases import ALL_TOGETHER, Case, build, expected
-from .conftest import skip_if_refused
 from .tolerance import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -21,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 def check(case: Case, dtype: torch.dtype, backend: str, device: str) -> None:
     call = build(case, dtype, device)
-    skip_if_refused(backend, call.explain)
     want = expected(case, dtype)
     leaves = call.requires_grad()
     out, lse = call.run(return_lse=True, backend=backend)
@@ -70,7 +68,6 @@ LONG = Case("long", seqlen_q=257, seqlen_k=300, head_dim=64, head_dim_v=64, caus
 def test_through_one_output_alone(case: Case, through: str, backend: str, device: str) -> None:
     """The gradient through both outputs is the sum of those through each."""
     call = build(case, torch.float64, device)
-    skip_if_refused(backend, call.explain)
     want = expected(case, torch.float64)
     leaves = list(call.requires_grad().values())
     out, lse = call.run(return_lse=True, backend=backend)
@@ -100,7 +97,6 @@ def test_through_one_output_alone(case: Case, through: str, backend: str, device
 def test_subsets_of_gradients(case: Case, wanted: str, backend: str, device: str) -> None:
     """Asking for some gradients gives the same bits as asking for all, and computes no others."""
     full, part = build(case, torch.float32, device), build(case, torch.float32, device)
-    skip_if_refused(backend, full.explain)
     full.requires_grad()
     names = wanted.split()
     for name in names:
@@ -119,7 +115,6 @@ def test_subsets_of_gradients(case: Case, wanted: str, backend: str, device: str
 def test_rows_that_see_nothing_stop_every_gradient(backend: str, device: str) -> None:
     """Even a cotangent that is NaN, as lse = -inf easily makes upstream, goes no further."""
     call = build(Case("hidden", mask="qk", hidden_rows=(4, 9), sinks=True, bias="qk"), torch.float32, device)
-    skip_if_refused(backend, call.explain)
     leaves = call.requires_grad()
     out, lse = call.run(return_lse=True, backend=backend)
     hidden = torch.zeros(37, dtype=torch.bool, device=device).index_fill(0, torch.tensor([4, 9], device=device), True)
@@ -156,7 +151,6 @@ def test_bitwise_reproducible(case: Case, backend: str, device: str) -> None:
         cotangents = want.dout.to(device), want.dlse.to(device)
         return [out, lse, *torch.autograd.grad((out, lse), list(leaves.values()), cotangents)]
 
-    skip_if_refused(backend, build(case, torch.float32, device).explain)
     want = expected(case, torch.float32)
     before = torch.get_num_threads()
     try:
@@ -195,14 +189,12 @@ def as_function(case: Case, backend: str | None, device: str) -> tuple[Callable[
 @pytest.mark.parametrize("case", TINY, ids=str)
 @pytest.mark.needs_dtype(torch.float64)
 def test_gradcheck(case: Case, backend: str, device: str) -> None:
-    skip_if_refused(backend, build(case, torch.float64, device).explain)
     assert gradcheck(*as_function(case, backend, device))
 
 
 @pytest.mark.parametrize("case", TINY, ids=str)
 @pytest.mark.needs_dtype(torch.float64)
 def test_gradgradcheck(case: Case, backend: str, device: str) -> None:
-    skip_if_refused(backend, build(case, torch.float64, device).explain)
     assert gradgradcheck(*as_function(case, backend, device))
 
 

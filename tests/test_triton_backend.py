@@ -260,7 +260,9 @@ def _specialisations(kind: str, inputs: Inputs, options: Options, *, train: bool
         needs = Needs(True, True, True, False, False)
         work = triton_launches.Gradients(problem, given, Planned(AMPERE), results, results.out, None, needs)
         launches += work.launches
-    return {str((x.kernel.__name__, ahead.specialisation(x), ahead.options(x))) for x in launches}
+    return {
+        str((x.kernel.__name__, ahead.specialisation(x, ahead.target("cuda", 80)), ahead.options(x))) for x in launches
+    }
 
 
 def test_a_model_needs_few_kernels() -> None:

@@ -48,20 +48,20 @@ def _forward(
         **_common(p, x),
         **_maps(p, x, shape, chosen, device),
         "out": _array(p, out),
-        "lse": _row_array(p, lse),
+        "lse": lse,
         "out_low": None if low is None else _array(p, low),
         "sinks": x.sinks,
         "paging": _paging(p, x),
         "rotation": _rotation(x),
-        "splits": None,
+        **dict.fromkeys(("splits", "stride_out", "stride_lse")),
         "VARIANT": _variant(p, x, shape, chosen, device),
     }
     if splits == 1:
         return [Launch(forward_kernels.forward, grid, values, chosen.num_warps, chosen.num_stages)]
     partial_out = torch.empty((splits, *out.shape), dtype=torch.float32, device=p.device)
     partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=p.device)
-    parts = args.Splits(splits, partial_out.stride(0), partial_lse.stride(0))
-    partial = {"out": _array(p, partial_out[0]), "lse": _row_array(p, partial_lse[0]), "splits": parts, "out_low": None}
+    parts = {"splits": splits, "stride_out": partial_out.stride(0), "stride_lse": partial_lse.stride(0)}
+    partial = {"out": _array(p, partial_out[0]), "lse": partial_lse, "out_low": None, **parts}
     rows, block = lse.numel(), 16
     merged = {
         "partial_out": partial_out,
@@ -71,9 +71,7 @@ def _forward(
         "out_low": values["out_low"],
         "sinks": x.sinks,
         "rows": rows,
-        "number": splits,
-        "stride_out": parts.out,
-        "stride_lse": parts.lse,
+        **parts,
         "heads_q": p.heads_q,
         "seqlen_q": p.seqlen_q,
         "BLOCK_M": block,
@@ -120,7 +118,7 @@ def append_launch(problem: Problem, inputs: Inputs, machine: Machine) -> Launch:
     values = {
         "k_new": _array(p, x.k_new),
         "v_new": _array(p, x.v_new),
-        **{name: common[name] for name in ("k", "v", "heads", "sequences")},
+        **{name: common[name] for name in ("k", "v", "heads", "kv_lengths", "batch", "seqlen_k", "seqlen_new")},
         "paging": _paging(p, x),
         "rotation": _rotation(x),
         "VARIANT": _variant(p, x, shape, chosen, device),
@@ -145,15 +143,15 @@ class Gradients:
         p, x = problem, inputs
         self.problem, self.inputs, self.machine, self.needs = p, x, machine, needs
         self.shape = shape_of(p, packed=False)
-        self.lse, self.dout = _plain(results.lse), _plain(dout)
+        self.lse, self.dout = _plain(results.lse).contiguous(), _plain(dout)
         self.row_lse, self.delta = (torch.empty(self.lse.shape, dtype=torch.float32, device=p.device) for _ in range(2))
         self.values = {
             **_common(p, x),
             "dout": _array(p, self.dout),
-            "row_lse": _row_array(p, self.row_lse),
-            "delta": _row_array(p, self.delta),
+            "row_lse": self.row_lse,
+            "delta": self.delta,
         }
-        self.launches = [self._statistics(results, None if dlse is None else _plain(dlse))]
+        self.launches = [self._statistics(results, None if dlse is None else _plain(dlse).contiguous())]
         self.dq = self.dk = self.dv = self.dbias = None
         if needs.q:
             self.dq = empty_grad(x.q)
@@ -183,8 +181,8 @@ class Gradients:
             "out": _array(p, _plain(results.out)),
             "out_low": None if results.out_low is None else _array(p, _plain(results.out_low)),
             "dout": self.values["dout"],
-            "lse": _row_array(p, self.lse),
-            "dlse": None if dlse is None else _row_array(p, dlse),
+            "lse": self.lse,
+            "dlse": dlse,
             "row_lse": self.row_lse,
             "delta": self.delta,
             "rows": rows,
@@ -340,26 +338,34 @@ def _common(p: Problem, x: Inputs) -> dict[str, Any]:
         "k": _array(p, x.k),
         "v": _array(p, x.v),
         "heads": args.Heads(p.heads_q, p.heads_kv, p.group),
-        "sequences": args.Sequences(
-            x.cu_seqlens_q, x.cu_seqlens_k, x.kv_lengths, p.batch, p.seqlen_q, p.seqlen_k, p.seqlen_new
-        ),
+        "cu_seqlens_q": x.cu_seqlens_q,
+        "cu_seqlens_k": x.cu_seqlens_k,
+        "kv_lengths": x.kv_lengths,
+        "batch": p.batch,
+        "seqlen_q": p.seqlen_q,
+        "seqlen_k": p.seqlen_k,
+        "seqlen_new": p.seqlen_new,
         "window": args.Window(
             None if p.window_left is None else min(p.window_left, args.OPEN),
             args.OPEN if p.window_right is None else min(p.window_right, args.OPEN),
             int(p.bottom_right),
         ),
-        "scores": args.Scores(p.scale, p.softcap, _slopes(p, x.alibi_slopes), _broadcast(x.bias), _broadcast(x.mask)),
-        "dropout": _dropout(p, x.seed),
+        "scale": p.scale,
+        "softcap": p.softcap,
+        "slopes": _slopes(p, x.alibi_slopes),
+        "bias": _broadcast(x.bias),
+        "mask": _broadcast(x.mask),
+        **_dropout(p, x.seed),
     }
 
 
-def _dropout(p: Problem, seed: Tensor | None) -> args.Dropout | None:
+def _dropout(p: Problem, seed: Tensor | None) -> dict[str, float | None]:
+    names = ("seed_low", "seed_high", "threshold", "dropout_scale")
     if not p.dropout_p or seed is None:
-        return None
+        return dict.fromkeys(names)
     number = int(seed)
-    return args.Dropout(
-        _signed(number & 0xFFFFFFFF), _signed(number >> 32), _signed(p.dropout_threshold), 1.0 / (1.0 - p.dropout_p)
-    )
+    words = (number & 0xFFFFFFFF, number >> 32, p.dropout_threshold)
+    return dict(zip(names, (*map(_signed, words), 1.0 / (1.0 - p.dropout_p)), strict=True))
 
 
 def _signed(word: int) -> int:
@@ -392,13 +398,6 @@ def _array(p: Problem, x: Tensor) -> args.Array:
         row, head, column = x.stride()
         return args.Array(x, 0, head, row, column)
     return args.Array(x, *x.stride())
-
-
-def _row_array(p: Problem, x: Tensor) -> args.Array:
-    """lse or another number per row."""
-    if p.kind == "varlen":
-        return args.Array(x, 0, *x.stride(), 0)
-    return args.Array(x, *x.stride(), 0)
 
 
 def _broadcast(x: Tensor | None) -> args.Array | None:

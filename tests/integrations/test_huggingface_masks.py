@@ -116,6 +116,7 @@ def not_said() -> dict[str, Callable[..., Any]]:
     }
     if VERSION >= (5, 0):
         found["blocks"] = library.or_masks(causal, library.blockwise_overlay(torch.tensor([[0, 0, 1, 1, -1, 2]] * 3)))
+    if hasattr(library, "remap_positions_for_packed_sequence"):
         positions = torch.tensor([[0, 1, 2, 2, 1, 0]] * 3)
         jumping = torch.tensor([[0, 2, 1, 3, 5, 4]] * 3)
         found["remapped, jumping"] = library.and_masks(
