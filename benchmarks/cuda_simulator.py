@@ -46,6 +46,7 @@ class Simulator:
     """
 
     device = "cpu"
+    direct = False
 
     def __init__(self, capability: int = 80, multiprocessors: int = 16) -> None:
         self.capability, self.multiprocessors = capability, multiprocessors

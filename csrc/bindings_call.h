@@ -96,6 +96,25 @@ class Description {
     return p;
   }
 
+  // The same for calls without other tensors, in the shortest way. 0 stands for a result not wanted.
+  Params attending(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low) const {
+    Params p = p_;
+    p.q.data = reinterpret_cast<void*>(q);
+    p.k.data = reinterpret_cast<void*>(k);
+    p.v.data = reinterpret_cast<void*>(v);
+    p.out.data = reinterpret_cast<void*>(out);
+    p.lse.data = reinterpret_cast<void*>(lse);
+    p.out_low.data = reinterpret_cast<void*>(out_low);
+    return p;
+  }
+  static Params with_gradients(Params p, uintptr_t dout, uintptr_t dq, uintptr_t dk, uintptr_t dv) {
+    p.dout.data = reinterpret_cast<void*>(dout);
+    p.dq.data = reinterpret_cast<void*>(dq);
+    p.dk.data = reinterpret_cast<void*>(dk);
+    p.dv.data = reinterpret_cast<void*>(dv);
+    return p;
+  }
+
   // Refuses a call that would read or write where there is no memory.
   static void require_memory(const Params& p) {
     require(p.q, p.batch * p.heads_q * p.seqlen_q * p.head_dim, "q");

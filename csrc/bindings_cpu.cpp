@@ -20,33 +20,17 @@ class Call : public Description {
     run(fastattn::backward, at(addresses, seed), threads);
   }
 
-  // forward and backward of calls without other tensors, in the shortest way. 0 stands for a result not wanted.
+  // forward and backward of calls without other tensors.
   void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low,
               int threads) const {
-    run(fastattn::forward, plain(q, k, v, out, lse, out_low), threads);
+    run(fastattn::forward, attending(q, k, v, out, lse, out_low), threads);
   }
   void gradients(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low, uintptr_t dout,
                  uintptr_t dq, uintptr_t dk, uintptr_t dv, int threads) const {
-    Params p = plain(q, k, v, out, lse, out_low);
-    p.dout.data = reinterpret_cast<void*>(dout);
-    p.dq.data = reinterpret_cast<void*>(dq);
-    p.dk.data = reinterpret_cast<void*>(dk);
-    p.dv.data = reinterpret_cast<void*>(dv);
-    run(fastattn::backward, p, threads);
+    run(fastattn::backward, with_gradients(attending(q, k, v, out, lse, out_low), dout, dq, dk, dv), threads);
   }
 
  private:
-  Params plain(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low) const {
-    Params p = p_;
-    p.q.data = reinterpret_cast<void*>(q);
-    p.k.data = reinterpret_cast<void*>(k);
-    p.v.data = reinterpret_cast<void*>(v);
-    p.out.data = reinterpret_cast<void*>(out);
-    p.lse.data = reinterpret_cast<void*>(lse);
-    p.out_low.data = reinterpret_cast<void*>(out_low);
-    return p;
-  }
-
   static void run(void (*function)(const Params&, int), const Params& p, int threads) {
     require_memory(p);
     py::gil_scoped_release release;

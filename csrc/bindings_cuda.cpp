@@ -50,17 +50,35 @@ class Call : public Description {
 
   void run(const std::string& operation, const py::dict& addresses, int capability, int multiprocessors, int device,
            uintptr_t stream) const {
-    const Plan plan = planned(operation, addresses, {capability, multiprocessors});
-    py::gil_scoped_release release;
-    for (const Launch& launch : plan.launches) cuda::run(launch, device, reinterpret_cast<void*>(stream));
+    launch(planned(operation, addresses, {capability, multiprocessors}), device, stream);
+  }
+
+  // forward and backward of calls without other tensors.
+  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low,
+              uintptr_t workspace, int capability, int multiprocessors, int device, uintptr_t stream) const {
+    launch(
+        planned(Operation::kForward, attending(q, k, v, out, lse, out_low), {capability, multiprocessors}, workspace),
+        device, stream);
+  }
+  void gradients(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low, uintptr_t dout,
+                 uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t workspace, int capability, int multiprocessors,
+                 int device, uintptr_t stream) const {
+    const Params p = with_gradients(attending(q, k, v, out, lse, out_low), dout, dq, dk, dv);
+    launch(planned(Operation::kBackward, p, {capability, multiprocessors}, workspace), device, stream);
   }
 
  private:
+  static void launch(const Plan& plan, int device, uintptr_t stream) {
+    py::gil_scoped_release release;
+    for (const Launch& launch : plan.launches) cuda::run(launch, device, reinterpret_cast<void*>(stream));
+  }
   Plan planned(const std::string& operation, const py::dict& addresses, const Gpu& gpu) const {
-    const Params p = at(addresses, 0);
+    const uintptr_t workspace = addresses.contains("workspace") ? addresses["workspace"].cast<uintptr_t>() : 0;
+    return planned(operation_of(operation), at(addresses, 0), gpu, workspace);
+  }
+  static Plan planned(Operation operation, const Params& p, const Gpu& gpu, uintptr_t workspace) {
     require_memory(p);
-    void* workspace = addresses.contains("workspace") ? address<void*>(addresses["workspace"]) : nullptr;
-    return cuda::plan(operation_of(operation), p, gpu, workspace);
+    return cuda::plan(operation, p, gpu, reinterpret_cast<void*>(workspace));
   }
 };
 
@@ -97,5 +115,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())
       .def("workspace_bytes", &Call::workspace_bytes)
       .def("plan", &Call::plan)
+      .def("attend", &Call::attend)
+      .def("gradients", &Call::gradients)
       .def("run", &Call::run);
 }

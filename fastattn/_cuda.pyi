@@ -21,6 +21,38 @@ class Call:
     def plan(
         self, operation: str, addresses: dict[str, int], capability: int, multiprocessors: int
     ) -> list[tuple[str, int, int, int, bytes]]: ...
+    def attend(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        lse: int,
+        out_low: int,
+        workspace: int,
+        capability: int,
+        multiprocessors: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def gradients(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        out: int,
+        lse: int,
+        out_low: int,
+        dout: int,
+        dq: int,
+        dk: int,
+        dv: int,
+        workspace: int,
+        capability: int,
+        multiprocessors: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
     def run(
         self,
         operation: str,

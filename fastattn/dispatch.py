@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ from .kernels.machine import machine
 from .problem import Inputs, Problem
 
 BACKENDS: tuple[Backend, ...] = (CudaBackend(Gpu()), TritonBackend(machine()), CpuBackend(), ReferenceBackend())
-"""In the order in which automatic choice tries them."""
+"""In the order in which automatic choice tries them, but see `in_order`."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,19 @@ def by_name(name: str) -> Backend:
     raise ValueError(f"backend must be None or one of {[b.name for b in BACKENDS]}, got {name!r}")
 
 
+def in_order(problem: Problem) -> Sequence[Backend]:
+    """The backends in the order in which automatic choice tries them for a call."""
+    if any(isinstance(backend, CudaBackend) and backend.leaves_to_triton(problem) for backend in BACKENDS):
+        return sorted(BACKENDS, key=lambda backend: backend.name != "triton")  # the others stay in order
+    return BACKENDS
+
+
 def choose(problem: Problem, name: str | None) -> Backend:
     """The backend named, or else the first that can compute the call.
 
     Raises ValueError if the named backend is unknown or cannot compute the call, with the reason.
     """
-    candidates = BACKENDS if name is None else (by_name(name),)
+    candidates = in_order(problem) if name is None else (by_name(name),)
     reasons = []
     for backend in candidates:
         reason = why_not(backend, problem)
@@ -95,7 +103,14 @@ def explain_choice(problem: Problem, inputs: Inputs, name: str | None) -> Report
     for backend in BACKENDS:
         if backend is not chosen:
             reasons[backend.name] = why_not(backend, problem) or (
-                f"it can compute this call, but {chosen.name!r} "
-                + ("was asked for by name." if name is not None else "comes first.")
+                f"it can compute this call, but {chosen.name!r} {_advantage(chosen, backend, name)}"
             )
     return Report(chosen.name, reasons, problem, tuple(chosen.remarks(problem, inputs)))
+
+
+def _advantage(chosen: Backend, other: Backend, name: str | None) -> str:
+    if name is not None:
+        return "was asked for by name."
+    if BACKENDS.index(chosen) < BACKENDS.index(other):
+        return "comes first."
+    return "is faster for calls this large on this GPU."

@@ -115,6 +115,9 @@ def choose_forward(shape: Shape, architecture: Architecture) -> Config:
         config = Config(16 if shape.rows <= 16 else 32, 64, 4, 1 if architecture.vendor == "hip" else 3)
     elif architecture.vendor == "hip":
         config = Config(128, 64 if width <= 64 else 32, 8 if width > 128 else 4, 1)
+    elif hopper(architecture) and width <= 128:
+        eight = width <= 64 or shape.loads_scores or shape.drops
+        config = Config(128, 64, 8, 3) if eight else Config(128, 64, 4, 2)
     elif has_wgmma(architecture):
         config = Config(128, 64 if width > 128 or shape.loads_scores else 128, 8, 2)
     else:
@@ -161,6 +164,8 @@ def choose_gradient_of_queries(shape: Shape, architecture: Architecture) -> Conf
         config = _small_backward(width)
     elif architecture.vendor == "hip":
         config = Config(64 if width <= 128 else 32, 64 if width <= 64 else 32, 8 if width > 128 else 4, 1)
+    elif hopper(architecture) and width <= 128:
+        config = Config(64, 64, 4, 3) if width <= 64 else Config(128, 64, 8, 3)
     elif has_wgmma(architecture):
         narrow = width > 64 or shape.loads_scores or shape.drops
         config = Config(128 if width <= 128 else 64, 64 if narrow else 128, 8, 2)
@@ -185,13 +190,14 @@ def choose_gradient_of_keys(shape: Shape, architecture: Architecture) -> Config:
         config = Config(32 if small else 64, 64 if width <= 128 else 32, 8 if width > 128 else 4, 1)
     elif width <= 64 and shape.drops:
         config = Config(32, 64, 4, 2)
+    elif hopper(architecture) and width <= 128 and not shape.loads_scores:
+        config = Config(64 if width <= 64 else 32, 64, 4, 3)
     elif width <= 64:
         config = Config(64, 64, 4, 2) if shape.loads_scores else Config(64, 128, 8, 2)
-        if architecture.capability // 10 == 10 and shape.loads_scores:
-            config = Config(32, 64, 4, 2)  # accumulators in tensor memory come at the price of registers
+        if architecture.capability // 10 in (9, 10) and shape.loads_scores:
+            config = Config(32, 64, 4, 2)  # more would not fit into registers
     elif width <= 128:
-        hopper = has_wgmma(architecture) and architecture.capability < 100
-        config = Config(64, 128 if hopper and not shape.loads_scores else 64, 8, 2)
+        config = Config(64, 64, 8, 2)
     else:
         config = Config(32, 64, 8, 2)
     if shape.element_size == 4:
@@ -234,6 +240,11 @@ def buffers(config: Config, shape: Shape, architecture: Architecture) -> int:
     """Copies of a pipelined tile in shared memory; wgmma reads one while another is being filled."""
     all_stages = has_wgmma(architecture) or shape.element_size == 4
     return max(1, config.num_stages if all_stages else config.num_stages - 1)
+
+
+def hopper(architecture: Architecture) -> bool:
+    """Whether it is an H100, an H200 or one of their kind, on which tiles up to 128 wide were measured."""
+    return architecture.vendor == "cuda" and architecture.capability // 10 == 9
 
 
 def has_wgmma(architecture: Architecture) -> bool:

@@ -24,6 +24,7 @@ class Hardware(cuda.Gpu):
     """torch's current GPU. See `cuda_simulator.Simulator`; multiprocessors: what plans are made for, None = its own."""
 
     device = "cuda"
+    direct = False
 
     def __init__(self, multiprocessors: int | None = None) -> None:
         self.multiprocessors = multiprocessors

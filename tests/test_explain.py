@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
+from fastattn.backends import cuda
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.problem import Problem
 
@@ -174,3 +176,42 @@ def test_the_chosen_backend_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [name for name, method in ran if method == "forward"] == [*chosen, "picky"]  # the last within decode
     assert [name for name, method in ran if method == "backward"] == chosen
     assert ("picky", "decode") in ran
+
+
+class PlannedGpu(cuda.Gpu):
+    """A GPU that is not here."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    def processor(self, device: torch.device) -> cuda.Processor:
+        return cuda.Processor(self.capability, 132)
+
+
+class PlannedTriton(ReferenceBackend):
+    """Stands for Triton's kernels, and computes everything."""
+
+    name = "triton"
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+
+@pytest.mark.skipif(cuda._cuda is None, reason="fastattn was built without nvcc")
+@pytest.mark.parametrize(
+    ("capability", "seqlen", "chosen"), [(90, 8192, "triton"), (90, 512, "cuda"), (80, 8192, "cuda")]
+)
+def test_large_calls_on_hopper_go_to_triton(
+    capability: int, seqlen: int, chosen: str, use_backends: Callable[..., None]
+) -> None:
+    use_backends(cuda.CudaBackend(PlannedGpu(capability)), PlannedTriton(), ReferenceBackend())
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, 16, seqlen, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        report = fastattn.explain(q, k, v)
+    assert report.backend == chosen
+    passed_over = {"triton": "is faster for calls this large on this GPU.", "cuda": "comes first."}[chosen]
+    other = {"triton": "cuda", "cuda": "triton"}[chosen]
+    assert report.reasons[other] == f"it can compute this call, but {chosen!r} {passed_over}"

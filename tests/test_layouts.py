@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import layouts, shortcuts
-from fastattn.backends import cpu
+from fastattn.backends import cpu, prepared
 
 READERS = [layouts.attributes]
 if layouts._native is not None:
@@ -83,7 +83,7 @@ def test_results_do_not_depend_on_the_reader(monkeypatch: pytest.MonkeyPatch) ->
     dout = torch.randn(2, 4, 5, 8)
     results = []
     for read in READERS:
-        for module in (shortcuts, cpu):
+        for module in (shortcuts, prepared):
             monkeypatch.setattr(module, "layouts", read)
         shortcuts._kinds.clear()
         for _ in range(2):  # the first call prepares

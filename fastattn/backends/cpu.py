@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..layouts import layouts
 from ..problem import Inputs, Problem
-from . import Grads, Needs, Results, empty_grad, empty_results
+from . import Grads, Needs, Results, empty_results
 from .native import (
     DTYPE_CODES,
     addresses,
@@ -19,11 +17,11 @@ from .native import (
     described,
     empty_grads,
     gradient_tensors,
-    in_memory,
     native_inputs,
     seed_of,
     written,
 )
+from .prepared import PreparedCalls, Step
 
 try:
     from .. import _cpu
@@ -31,7 +29,6 @@ except ImportError as error:  # running from a source tree that was never built
     _cpu = None  # type: ignore[assignment]
     _import_error = str(error)
 
-_MOST_LAYOUTS = 64  # of output gradients whose calls a prepared kind keeps
 _LARGEST_HEAD_DIM = 2**24  # the kernels count the elements of a few rows in 32 bits
 
 
@@ -66,7 +63,7 @@ class CpuBackend:
         """See `Backend.prepare`."""
         if any(x.is_neg() or x._is_zerotensor() for x in inputs[:3]):
             return None
-        return _PreparedCalls(problem, inputs)
+        return _PreparedCalls(_cpu.Call, problem, inputs)
 
     def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
@@ -93,66 +90,9 @@ class CpuBackend:
         return results.out, results.lse
 
 
-Allocate = Callable[[Tensor], Tensor]
-
-
-def _allocator(wanted: Tensor, like: Tensor) -> Allocate:
-    """The quickest way to memory laid out as `wanted`, given a tensor laid out as `like`; torch.empty is slower."""
-    if torch.empty_like(like, device="meta").stride() == wanted.stride() and like.shape == wanted.shape:
-        return torch.empty_like
-    shape, stride, dtype, device = wanted.shape, wanted.stride(), wanted.dtype, wanted.device
-    return lambda _: torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
-
-class _PreparedCalls:
-    """See `Prepared`."""
-
-    def __init__(self, problem: Problem, inputs: Inputs) -> None:
-        results = empty_results(problem, inputs.q, for_backward=True)
-        named = by_name(results)
-        self.layouts: Hashable = layouts(inputs.q, inputs.k, inputs.v, *named.values())
-        self._problem = problem
-        self._attend = described(_cpu.Call, problem, native_inputs(problem, inputs) | named).attend
-        lse = results.lse
-        self._allocate_out = _allocator(results.out, inputs.q)
-        self._lse_like = torch.empty((), dtype=lse.dtype, device=lse.device).expand(lse.shape)  # takes no memory
-        self._allocate_lse = _allocator(lse, self._lse_like)
-        self._keeps_low = results.out_low is not None
-        self._allocate_grads: list[Allocate] = []  # made when they are first needed: growing caches never need them
-        self._gradients: dict[Any, Callable[..., None]] = {}
-
-    def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = self._allocate_out(q)
-        self._attend(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0, 0, torch.get_num_threads())
-        return out
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
-        out, lse = self._allocate_out(q), self._allocate_lse(self._lse_like)
-        low = self._allocate_out(q) if self._keeps_low else None
-        inputs, low_address = (q.data_ptr(), k.data_ptr(), v.data_ptr()), 0 if low is None else low.data_ptr()
-        self._attend(*inputs, out.data_ptr(), lse.data_ptr(), low_address, torch.get_num_threads())
-        return Results(out, lse, low)
-
-    def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, ...]:
-        dout = in_memory(dout)
-        if not self._allocate_grads:
-            self._allocate_grads = [_allocator(empty_grad(x), x) for x in (q, k, v)]
-        wanted = zip(needs, self._allocate_grads, (q, k, v), strict=True)
-        grads = tuple([allocate(x) if need else None for need, allocate, x in wanted])
-        key = (dout.stride(), needs)
-        run = self._gradients.get(key)  # once: another thread may clear it meanwhile
-        if run is None:
-            if len(self._gradients) >= _MOST_LAYOUTS:
-                self._gradients.clear()
-            tensors = {"q": q, "k": k, "v": v, **by_name(results), "dout": dout}
-            tensors |= {f"d{name}": grad for name, grad in zip("qkv", grads, strict=True) if grad is not None}
-            made: Callable[..., None] = described(_cpu.Call, self._problem, tensors).gradients
-            self._gradients[key] = run = made
-        addresses = [0 if x is None else x.data_ptr() for x in (q, k, v, *results, dout, *grads)]
-        run(*addresses, torch.get_num_threads())
-        return grads
+class _PreparedCalls(PreparedCalls):
+    def _run(self, step: Step, addresses: Sequence[int]) -> None:
+        step.method(*addresses, torch.get_num_threads())
 
 
 def instruction_set() -> str | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..chunks import why_not_in_chunks
+from ..chunks import CHUNK_BYTES, why_not_in_chunks
 from ..problem import Inputs, Problem
-from . import Grads, Needs, Results, empty_results
+from . import Grads, Needs, Prepared, Results, empty_results
 from .native import (
     Tensors,
     addresses,
@@ -22,6 +23,7 @@ from .native import (
     native_inputs,
     written,
 )
+from .prepared import PreparedCalls, Step
 
 try:
     from .. import _cuda
@@ -29,6 +31,7 @@ except ImportError as error:  # built without nvcc
     _cuda = None  # type: ignore[assignment]
     _import_error = str(error)
 
+_WORTH_LAUNCHING = 2**36  # multiply-adds, some 0.3 ms on an H100
 _LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
 _CHUNK = 8  # numbers in the 16 bytes that kernels read at once
 _PAGE_UNIT = 16  # keys that lie in one page
@@ -42,7 +45,12 @@ class Processor(NamedTuple):
 
 
 class Machine(Protocol):
-    """What runs planned calls."""
+    """What runs planned calls.
+
+    direct: whether the native module itself may launch on the device's current stream, past `run`.
+    """
+
+    direct: bool
 
     def why_unavailable(self) -> str | None:
         """None if kernels can run here, else a sentence."""
@@ -59,6 +67,8 @@ class Machine(Protocol):
 
 class Gpu:
     """NVIDIA GPUs, as torch presents them, on torch's current stream."""
+
+    direct = True
 
     def why_unavailable(self) -> str | None:
         """See `Machine`."""
@@ -77,9 +87,13 @@ class Gpu:
 
     def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
         """See `Machine`."""
-        index = torch.cuda.current_device() if device.index is None else device.index
-        stream = torch.cuda.current_stream(device).cuda_stream
-        call.run(operation, addresses(tensors), *self.processor(device), index, stream)
+        call.run(operation, addresses(tensors), *self.processor(device), *_stream(device))
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """The number of a device, and its current stream."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
 
 
 @lru_cache
@@ -129,13 +143,31 @@ class CudaBackend:
             return "its cache, which is not copied, has rows that are not contiguous or not at multiples of 16 bytes."
         return _why_not_on(p, self._machine.processor(p.device).capability)
 
+    def leaves_to_triton(self, problem: Problem) -> bool:
+        """Whether Triton's kernels are faster: large dense calls on Hopper, whose own instructions these do not use.
+
+        Launching Triton's kernels takes the host longer, so small calls stay.
+        """
+        p = problem
+        if p.kind != "dense" or p.device.type != "cuda" or self.why_unavailable() is not None:
+            return False
+        pairs = p.batch * p.heads_q * p.seqlen_q * p.seqlen_k
+        if pairs * (p.head_dim + p.head_dim_v) < _WORTH_LAUNCHING:
+            return False
+        return self._machine.processor(p.device).capability // 10 == 9
+
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
         """See `Backend.remarks`."""
         reasons = {name: why_not_in_chunks(getattr(inputs, name)) for name in _read_in_chunks(problem)}
         return [f"{name} is copied first, as {reason}." for name, reason in reasons.items() if reason]
 
-    def prepare(self, problem: Problem, inputs: Inputs) -> None:
-        """The general way is the only one."""
+    def prepare(self, problem: Problem, inputs: Inputs) -> Prepared | None:
+        """See `Backend.prepare`."""
+        if not self._machine.direct or any(x.is_neg() or x._is_zerotensor() for x in inputs[:3]):
+            return None
+        if any(why_not_in_chunks(x) for x in inputs[:3]):
+            return None
+        return _PreparedCalls(self, problem, inputs)
 
     def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
@@ -167,6 +199,51 @@ class CudaBackend:
         self._run("decode", problem, tensors)
         written(inputs, tensors)
         return results.out, results.lse
+
+
+class _PreparedCalls(PreparedCalls):
+    """What does not begin at a multiple of 16 bytes goes the backend's general way, where it is copied."""
+
+    needs_lse = True
+
+    def __init__(self, backend: CudaBackend, problem: Problem, inputs: Inputs) -> None:
+        self._backend, self._processor = backend, _processor(problem.device)
+        super().__init__(_cuda.Call, problem, inputs)
+
+    def _step(self, operation: str, tensors: Tensors) -> Step:
+        call = described(_cuda.Call, self._problem, tensors)
+        size = call.workspace_bytes(operation, addresses(tensors), *self._processor)
+        return Step(call.attend if operation == "forward" else call.gradients, size)
+
+    def _run(self, step: Step, addresses: Sequence[int]) -> None:
+        device, workspace = self._problem.device, None
+        if step.workspace_bytes:
+            workspace = torch.empty(step.workspace_bytes, dtype=torch.uint8, device=device)
+        begins = 0 if workspace is None else workspace.data_ptr()
+        step.method(*addresses, begins, *self._processor, *_stream(device))
+
+    def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not _begin_in_chunks(q, k, v):
+            return self._backend.forward(self._problem, Inputs(q, k, v), for_backward=False).out
+        return super().infer(q, k, v)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
+        if not _begin_in_chunks(q, k, v):
+            return self._backend.forward(self._problem, Inputs(q, k, v), for_backward=True)
+        return super().forward(q, k, v)
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        kept = [results.out] if results.out_low is None else [results.out, results.out_low]
+        if not _begin_in_chunks(q, k, v, *kept) or why_not_in_chunks(dout):
+            inputs, wanted = Inputs(q, k, v), Needs(*needs, False, False)
+            return self._backend.backward(self._problem, inputs, results, dout, None, wanted)[:3]
+        return super().backward(q, k, v, results, dout, needs)
+
+
+def _begin_in_chunks(*tensors: Tensor) -> bool:
+    return not any([x.data_ptr() % CHUNK_BYTES for x in tensors])
 
 
 def _read_in_chunks(problem: Problem) -> tuple[str, ...]:
