@@ -105,6 +105,7 @@ SHORT = (
     Workload("head_dim 128", _dense(128, causal=True)),
     Workload("head_dim 64", _dense(64, causal=True), backward=True),
     Workload("decode", _dense(128, seqlen_q=1, heads=(32, 8))),
+    Workload("mask", _dense(64, mask=_SCORES.bool())),
 )
 ALL = (
     *SHORT,
@@ -120,7 +121,6 @@ ALL = (
     Workload("softcap", _dense(64, softcap=30.0)),
     Workload("alibi", _dense(64, alibi_slopes=torch.zeros(8))),
     Workload("bias", _dense(64, bias=_SCORES)),
-    Workload("mask", _dense(64, mask=_SCORES.bool())),
     Workload("dropout", _dense(64, dropout_p=0.1, seed=_SEED)),
     Workload("bias and its gradient", _dense(64, bias=_SCORES), backward=True),
     Workload("dropout", _dense(64, dropout_p=0.1, seed=_SEED), backward=True),

@@ -66,7 +66,8 @@ PACKED_ROWS = 64
 def padded(dim: int) -> int:
     """The width of a tile that holds `dim` columns.
 
-    Not 16: what Triton 3.6 makes of values of half precision that wide is wrong on an H100 (and right in a simulator).
+    Not 16: of values that wide, beside keys 32 wide, Triton 3.6 makes code that is wrong on an H100 in half precision,
+    though right in a simulator.
     """
     return max(32, 1 << (dim - 1).bit_length()) if dim > 0 else 32
 

@@ -283,3 +283,37 @@ def test_a_model_needs_few_kernels() -> None:
         found |= _specialisations("cache", Inputs(q, k, v, **given), Options(causal=True))
     names = sorted(text.split("'")[1] for text in found)
     assert len(names) == 9, names
+
+
+def test_seeds_need_one_kernel() -> None:
+    q = torch.empty(1, 2, 64, 64, dtype=torch.bfloat16)
+    seeds = (0, 1, 16, 2**32, 2**32 + 1, 2**63 - 1)
+    found = [
+        _specialisations("dense", Inputs(q, q, q, seed=torch.tensor(seed)), Options(dropout_p=0.5), train=True)
+        for seed in seeds
+    ]
+    assert all(one == found[0] for one in found[1:])
+
+
+def test_no_group_of_arguments_holds_another() -> None:
+    """Triton 3.6 takes the strides of a group within a group for those of another."""
+    inputs = Inputs(
+        torch.empty(1, 4, 300, 64, dtype=torch.bfloat16),
+        *torch.empty(2, 1, 2, 400, 64, dtype=torch.bfloat16).unbind(),
+        mask=torch.ones(300, 400, dtype=torch.bool),
+        bias=torch.empty(4, 300, 400, dtype=torch.bfloat16),
+        alibi_slopes=torch.empty(4),
+        sinks=torch.empty(4),
+        seed=torch.tensor(5),
+    )
+    from fastattn.backends import triton_launches
+
+    problem = describe("dense", inputs, Options(causal=True, dropout_p=0.1))
+    given, results = triton_launches.in_memory(inputs), empty_results(problem, inputs.q, for_backward=True)
+    launches = triton_launches.forward_launches(problem, given, Planned(AMPERE), results)
+    needs = Needs(True, True, True, True, True)
+    launches += triton_launches.Gradients(problem, given, Planned(AMPERE), results, results.out, None, needs).launches
+    assert len(launches) == 5
+    groups = [value for launch in launches for value in launch.arguments.values() if isinstance(value, tuple)]
+    assert groups
+    assert not [group for group in groups if any(isinstance(member, tuple) for member in group)]

@@ -33,8 +33,10 @@ std::vector<const Kernels*> usable_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) usable.push_back(&avx512bf16::kKernels);
   if (avx512) usable.push_back(&avx512::kKernels);
+  // Products of bfloat16 are twice as fast as those of float32 on Zen 4, and half as fast on Intel's Sapphire Rapids.
+  if (avx512 && __builtin_cpu_supports("avx512bf16"))
+    usable.insert(__builtin_cpu_is("intel") ? usable.end() : usable.begin(), &avx512bf16::kKernels);
   if (avx2) usable.push_back(&avx2::kKernels);
 #endif
   usable.push_back(&scalar::kKernels);

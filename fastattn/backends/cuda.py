@@ -144,14 +144,17 @@ class CudaBackend:
         return _why_not_on(p, self._machine.processor(p.device).capability)
 
     def leaves_to_triton(self, problem: Problem) -> bool:
-        """Whether Triton's kernels are faster: large dense calls on Hopper, whose own instructions these do not use.
+        """Whether Triton's kernels are faster: as far as measured, large dense calls on Hopper up to head_dim 128.
 
-        Launching Triton's kernels takes the host longer, so small calls stay.
+        They use instructions of Hopper's own that these do not. Launching them takes the host longer, so small calls
+        stay.
         """
         p = problem
-        if p.kind != "dense" or p.device.type != "cuda" or self.why_unavailable() is not None:
+        if p.features - {"dense", "causal", "gqa"} or max(p.head_dim, p.head_dim_v) > 128:
             return False
-        pairs = p.batch * p.heads_q * p.seqlen_q * p.seqlen_k
+        if p.device.type != "cuda" or self.why_unavailable() is not None:
+            return False
+        pairs = p.batch * p.heads_q * p.seqlen_q * p.seqlen_k // (2 if "causal" in p.features else 1)
         if pairs * (p.head_dim + p.head_dim_v) < _WORTH_LAUNCHING:
             return False
         return self._machine.processor(p.device).capability // 10 == 9
