@@ -189,14 +189,12 @@ def choose_gradient_of_keys(shape: Shape, architecture: Architecture) -> Config:
     elif architecture.vendor == "hip":
         small = width > 64 or shape.drops or shape.loads_scores
         config = Config(32 if small else 64, 64 if width <= 128 else 32, 8 if width > 128 else 4, 1)
-    elif width <= 64 and shape.drops:
-        config = Config(32, 64, 4, 2)
+    elif width <= 64 and (shape.drops or shape.loads_scores):
+        config = Config(32, 64, 4, 2)  # more would not fit into registers
     elif hopper(architecture) and width <= 128 and not shape.loads_scores:
         config = Config(64 if width <= 64 else 32, 64, 4, 3)
     elif width <= 64:
-        config = Config(64, 64, 4, 2) if shape.loads_scores else Config(64, 128, 8, 2)
-        if architecture.capability // 10 in (9, 10) and shape.loads_scores:
-            config = Config(32, 64, 4, 2)  # more would not fit into registers
+        config = Config(64, 128, 8, 2)
     elif width <= 128:
         config = Config(64, 64, 8, 2)
     else:
