@@ -7,7 +7,7 @@ Needs the simulator, `ptxsim`, on the path.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from fastattn.backends.cuda import Processor
 from fastattn.backends.native import Tensors, addresses
+from fastattn.backends.prepared import NAMES, Step
 
 from . import cuda_module
 
@@ -38,6 +39,12 @@ def missing() -> str | None:
     return None
 
 
+def named(tensors: Sequence[torch.Tensor | None], workspace: torch.Tensor | None) -> Tensors:
+    """The tensors of a prepared step by name."""
+    found = dict(zip(NAMES, tensors, strict=False)) | {"workspace": workspace}
+    return {name: x for name, x in found.items() if x is not None}
+
+
 class Simulator:
     """See `fastattn.backends.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like.
 
@@ -46,7 +53,6 @@ class Simulator:
     """
 
     device = "cpu"
-    direct = False
 
     def __init__(self, capability: int = 80, multiprocessors: int = 16) -> None:
         self.capability, self.multiprocessors = capability, multiprocessors
@@ -67,6 +73,12 @@ class Simulator:
     def processor(self, device: torch.device) -> Processor:
         """See `Machine`."""
         return Processor(self.capability, self.multiprocessors)
+
+    def run_step(
+        self, device: torch.device, step: Step, tensors: Sequence[torch.Tensor | None], workspace: torch.Tensor | None
+    ) -> None:
+        """See `Machine`."""
+        self.run(device, step.operation, step.call, named(tensors, workspace))
 
     def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
         """See `Machine`."""

@@ -83,7 +83,8 @@ def _queued_nanoseconds(path: Path) -> int:
 class CudaClock:
     """CUDA events around each call; before it, the L2 cache is filled with something else.
 
-    That takes some 0.2 ms, in which the host launches the call: what it needs for that is left out.
+    That takes some 0.2 ms, in which the host begins to launch the call: what it needs for that is left out, unless it
+    needs longer.
     """
 
     name = "CUDA events, L2 flushed before each call"

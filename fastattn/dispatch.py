@@ -71,10 +71,14 @@ def in_order(problem: Problem) -> Sequence[Backend]:
     return BACKENDS
 
 
+class Refusal(ValueError):
+    """No backend of those asked for can compute the call."""
+
+
 def choose(problem: Problem, name: str | None) -> Backend:
     """The backend named, or else the first that can compute the call.
 
-    Raises ValueError if the named backend is unknown or cannot compute the call, with the reason.
+    Raises ValueError if the named backend is unknown, and Refusal if it cannot compute the call, with the reason.
     """
     candidates = in_order(problem) if name is None else (by_name(name),)
     reasons = []
@@ -83,7 +87,7 @@ def choose(problem: Problem, name: str | None) -> Backend:
         if reason is None:
             return backend
         reasons.append(f"backend {backend.name!r} cannot compute this call: {reason}")
-    raise ValueError("; ".join(reasons))
+    raise Refusal("; ".join(reasons))
 
 
 _choose_cached = lru_cache(maxsize=4096)(choose)

@@ -55,12 +55,12 @@ def attend(
             None if window is None else tuple(map(type, window)),
         )
         kind = _kinds.get(key, _UNKNOWN)
-        if kind is _UNKNOWN:
-            if len(_kinds) >= _MOST:
-                _kinds.clear()
-            _kinds[key] = kind = _prepare(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
     except NO_LAYOUT:  # or an option of a wrong type: both will be refused
         return None
+    if kind is _UNKNOWN:
+        if len(_kinds) >= _MOST:
+            _kinds.clear()
+        _kinds[key] = kind = _prepare(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
     if kind is None:
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -85,7 +85,7 @@ def store_rows(x, batch, head, rows, rows_ok, tile, FIRST: tl.constexpr, WIDTH: 
 @triton.jit
 def row_array(data, heads, sequences):
     """lse or another number per row: contiguous (batch, heads_q, seqlen_q), varlen (heads_q, total_q)."""
-    batch = heads.heads_q * sequences.seqlen_q
+    batch = sequences.seqlen_q.to(tl.int64) * heads.heads_q
     if sequences.cu_seqlens_q is not None:
         batch = batch * 0
     return Array(data, batch, sequences.seqlen_q, 1, 0)

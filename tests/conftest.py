@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what a backend refuses for its dtype alone, and what takes an interpreter minutes.
+    """Leaves out what a backend refuses for its dtype alone or in most cases, and what takes an interpreter minutes.
 
     That the backend refuses those dtypes, and says so, is a test of its own.
     """
@@ -56,6 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         backend = parameters.get("backend", "")
         dtypes = [parameters.get("dtype"), *(mark.args[0] for mark in item.iter_markers("needs_dtype"))]
         refused = any(dtype in REFUSED_DTYPES.get(backend, ()) for dtype in dtypes)
+        refused |= item.get_closest_marker("complete") is not None and backend not in COMPLETE_BACKENDS
         slow = backend == "triton" and interpreting() and item.get_closest_marker("many_programs")
         (left_out if refused or slow else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
@@ -69,15 +69,17 @@ def device_of(backend: str) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
-    """Skips a test whose call a backend refuses that does not promise everything, with the backend's reason."""
-    backend = pyfuncitem.funcargs.get("backend", COMPLETE_BACKENDS[0])
+    """Skips a test whose call is refused by a backend that is there and does not promise everything.
+
+    Anything else that goes wrong is a failure, also where a backend refuses a call after it was chosen.
+    """
     try:
         return (yield)
-    except Exception as error:
-        refusal = re.search(rf"backend '{backend}' cannot compute this call: .*", str(error))
-        if backend in COMPLETE_BACKENDS or refusal is None:
+    except dispatch.Refusal as refusal:
+        backend = dispatch.by_name(pyfuncitem.funcargs.get("backend", "cpu"))
+        if backend.name in COMPLETE_BACKENDS or backend.why_unavailable() is not None:
             raise
-        pytest.skip(refusal.group())
+        pytest.skip(str(refusal))
 
 
 @pytest.fixture

@@ -5,14 +5,16 @@ Both note what has run. On a GPU nobody looks for races: `findings` and `bank_co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.cuda_simulator import Simulator
+from benchmarks.cuda_simulator import Simulator, named
 from fastattn.backends import cuda
 from fastattn.backends.native import Tensors, addresses
+from fastattn.backends.prepared import Step
 
 from . import simulator
 
@@ -24,7 +26,6 @@ class Hardware(cuda.Gpu):
     """torch's current GPU. See `cuda_simulator.Simulator`; multiprocessors: what plans are made for, None = its own."""
 
     device = "cuda"
-    direct = False
 
     def __init__(self, multiprocessors: int | None = None) -> None:
         self.multiprocessors = multiprocessors
@@ -35,6 +36,15 @@ class Hardware(cuda.Gpu):
     def processor(self, device: torch.device) -> cuda.Processor:
         its = super().processor(device)
         return its if self.multiprocessors is None else its._replace(multiprocessors=self.multiprocessors)
+
+    def run_step(
+        self, device: torch.device, step: Step, tensors: Sequence[torch.Tensor | None], workspace: torch.Tensor | None
+    ) -> None:
+        its = named(tensors, workspace)
+        self.tensors = its
+        plan = step.call.plan(step.operation, addresses(its), *self.processor(device))
+        self.kernels += [name for name, blocks, *_ in plan if blocks > 0]
+        super().run_step(device, step, tensors, workspace)
 
     def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
         self.tensors = tensors

@@ -88,6 +88,7 @@ def test_training_in_half_precision(backend: str, device: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.needs_dtype(torch.float32)
 def test_named_backend_and_strides(backend: str, device: str) -> None:
     """The traced strides are those of the real outputs, so that views of them are right."""
 

@@ -388,6 +388,7 @@ def test_windows_wider_than_anything_are_open(side: int, backend: str, device: s
         assert torch.equal(fastattn.attention(q, k, k, window=window, backend=backend), expected)
 
 
+@pytest.mark.needs_dtype(torch.float32)
 def test_negative_seed_tensor_is_refused(backend: str, device: str) -> None:
     q = torch.randn(1, 2, 3, 8, device=device)
     with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*63\), got -1"):

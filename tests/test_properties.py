@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from . import cache_cases, cases
 from .cache_cases import CacheCase
 from .cases import Case
+from .conftest import REFUSED_DTYPES
 from .test_backward import check as check_backward
 from .test_forward import check as check_forward
 from .test_kv_cache import check as check_cache
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.complete]
 
 
 def budget(examples: int) -> settings:
@@ -112,6 +113,7 @@ def cached(draw: st.DrawFn) -> CacheCase:
 @budget(150)
 @given(case=dense(), dtype=dtypes)
 def test_dense(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
+    assume(dtype not in REFUSED_DTYPES.get(backend, ()))
     check_forward(case, dtype, backend, device)
     check_backward(case, dtype, backend, device)
 
@@ -119,6 +121,7 @@ def test_dense(backend: str, device: str, case: Case, dtype: torch.dtype) -> Non
 @budget(80)
 @given(case=varlen(), dtype=dtypes)
 def test_varlen(backend: str, device: str, case: Case, dtype: torch.dtype) -> None:
+    assume(dtype not in REFUSED_DTYPES.get(backend, ()))
     check_forward(case, dtype, backend, device)
     check_backward(case, dtype, backend, device)
 
@@ -126,4 +129,5 @@ def test_varlen(backend: str, device: str, case: Case, dtype: torch.dtype) -> No
 @budget(80)
 @given(case=cached(), dtype=dtypes)
 def test_cache(backend: str, device: str, case: CacheCase, dtype: torch.dtype) -> None:
+    assume(dtype not in REFUSED_DTYPES.get(backend, ()))
     check_cache(case, dtype, backend, device)

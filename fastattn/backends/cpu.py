@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Inputs, Problem
-from . import Grads, Needs, Results, empty_results
+from . import Grads, Needs, Prepared, Results, empty_results
 from .native import (
     DTYPE_CODES,
     addresses,
@@ -21,7 +21,7 @@ from .native import (
     seed_of,
     written,
 )
-from .prepared import PreparedCalls, Step
+from .prepared import PreparedCalls, Step, addresses_of
 
 try:
     from .. import _cpu
@@ -59,11 +59,11 @@ class CpuBackend:
         """See `Backend.remarks`; any layout will do."""
         return ()
 
-    def prepare(self, problem: Problem, inputs: Inputs) -> _PreparedCalls | None:
+    def prepare(self, problem: Problem, inputs: Inputs) -> Prepared | None:
         """See `Backend.prepare`."""
         if any(x.is_neg() or x._is_zerotensor() for x in inputs[:3]):
             return None
-        return _PreparedCalls(_cpu.Call, problem, inputs)
+        return _CpuCalls(_cpu.Call, problem, inputs)
 
     def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
@@ -90,9 +90,9 @@ class CpuBackend:
         return results.out, results.lse
 
 
-class _PreparedCalls(PreparedCalls):
-    def _run(self, step: Step, addresses: Sequence[int]) -> None:
-        step.method(*addresses, torch.get_num_threads())
+class _CpuCalls(PreparedCalls):
+    def _run(self, step: Step, tensors: Sequence[Tensor | None]) -> None:
+        step.method(*addresses_of(tensors), torch.get_num_threads())
 
 
 def instruction_set() -> str | None:

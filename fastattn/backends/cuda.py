@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..chunks import CHUNK_BYTES, why_not_in_chunks
+from ..chunks import CHUNK_BYTES, why_not_in_chunks, why_not_rows_in_chunks
 from ..problem import Inputs, Problem
 from . import Grads, Needs, Prepared, Results, empty_results
 from .native import (
@@ -23,7 +23,7 @@ from .native import (
     native_inputs,
     written,
 )
-from .prepared import PreparedCalls, Step
+from .prepared import PreparedCalls, Step, addresses_of
 
 try:
     from .. import _cuda
@@ -45,12 +45,7 @@ class Processor(NamedTuple):
 
 
 class Machine(Protocol):
-    """What runs planned calls.
-
-    direct: whether the native module itself may launch on the device's current stream, past `run`.
-    """
-
-    direct: bool
+    """What runs planned calls."""
 
     def why_unavailable(self) -> str | None:
         """None if kernels can run here, else a sentence."""
@@ -64,11 +59,14 @@ class Machine(Protocol):
     def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
         """Runs an operation ("forward", "backward" or "decode") of a call on tensors of this device."""
 
+    def run_step(
+        self, device: torch.device, step: Step, tensors: Sequence[Tensor | None], workspace: Tensor | None
+    ) -> None:
+        """The same for calls that have been prepared: tensors in the order of `prepared.NAMES`."""
+
 
 class Gpu:
     """NVIDIA GPUs, as torch presents them, on torch's current stream."""
-
-    direct = True
 
     def why_unavailable(self) -> str | None:
         """See `Machine`."""
@@ -88,6 +86,12 @@ class Gpu:
     def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
         """See `Machine`."""
         call.run(operation, addresses(tensors), *self.processor(device), *_stream(device))
+
+    def run_step(
+        self, device: torch.device, step: Step, tensors: Sequence[Tensor | None], workspace: Tensor | None
+    ) -> None:
+        """See `Machine`."""
+        step.method(*addresses_of((*tensors, workspace)), *self.processor(device), *_stream(device))
 
 
 def _stream(device: torch.device) -> tuple[int, int]:
@@ -144,13 +148,13 @@ class CudaBackend:
         return _why_not_on(p, self._machine.processor(p.device).capability)
 
     def leaves_to_triton(self, problem: Problem) -> bool:
-        """Whether Triton's kernels are faster: as far as measured, large dense calls on Hopper up to head_dim 128.
+        """Whether Triton's kernels are faster: on Hopper, for large calls that are like those that were measured.
 
         They use instructions of Hopper's own that these do not. Launching them takes the host longer, so small calls
         stay.
         """
         p = problem
-        if p.features - {"dense", "causal", "gqa"} or max(p.head_dim, p.head_dim_v) > 128:
+        if p.features - {"dense", "causal"} or p.seqlen_q != p.seqlen_k or max(p.head_dim, p.head_dim_v) > 128:
             return False
         if p.device.type != "cuda" or self.why_unavailable() is not None:
             return False
@@ -166,11 +170,9 @@ class CudaBackend:
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Prepared | None:
         """See `Backend.prepare`."""
-        if not self._machine.direct or any(x.is_neg() or x._is_zerotensor() for x in inputs[:3]):
+        if any(x.is_neg() or x._is_zerotensor() or why_not_rows_in_chunks(x) for x in inputs[:3]):
             return None
-        if any(why_not_in_chunks(x) for x in inputs[:3]):
-            return None
-        return _PreparedCalls(self, problem, inputs)
+        return _CudaCalls(self, self._machine, problem, inputs)
 
     def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
@@ -204,26 +206,22 @@ class CudaBackend:
         return results.out, results.lse
 
 
-class _PreparedCalls(PreparedCalls):
+class _CudaCalls(PreparedCalls):
     """What does not begin at a multiple of 16 bytes goes the backend's general way, where it is copied."""
 
     needs_lse = True
 
-    def __init__(self, backend: CudaBackend, problem: Problem, inputs: Inputs) -> None:
-        self._backend, self._processor = backend, _processor(problem.device)
+    def __init__(self, backend: CudaBackend, machine: Machine, problem: Problem, inputs: Inputs) -> None:
+        self._backend, self._machine = backend, machine
         super().__init__(_cuda.Call, problem, inputs)
 
-    def _step(self, operation: str, tensors: Tensors) -> Step:
-        call = described(_cuda.Call, self._problem, tensors)
-        size = call.workspace_bytes(operation, addresses(tensors), *self._processor)
-        return Step(call.attend if operation == "forward" else call.gradients, size)
+    def _workspace_bytes(self, operation: str, call: _cuda.Call, tensors: Tensors) -> int:
+        return call.workspace_bytes(operation, addresses(tensors), *self._machine.processor(self._problem.device))
 
-    def _run(self, step: Step, addresses: Sequence[int]) -> None:
-        device, workspace = self._problem.device, None
-        if step.workspace_bytes:
-            workspace = torch.empty(step.workspace_bytes, dtype=torch.uint8, device=device)
-        begins = 0 if workspace is None else workspace.data_ptr()
-        step.method(*addresses, begins, *self._processor, *_stream(device))
+    def _run(self, step: Step, tensors: Sequence[Tensor | None]) -> None:
+        device, size = self._problem.device, step.workspace_bytes
+        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        self._machine.run_step(device, step, tensors, workspace)
 
     def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not _begin_in_chunks(q, k, v):

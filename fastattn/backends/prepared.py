@@ -27,11 +27,25 @@ def _allocator(wanted: Tensor, like: Tensor) -> Allocate:
     return lambda _: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-class Step(NamedTuple):
-    """A forward or backward pass: a method of a native description, and the memory that it needs besides."""
+NAMES = ("q", "k", "v", "out", "lse", "out_low", "dout", "dq", "dk", "dv")
+"""The tensors of a step, in the order in which the native modules take their addresses; forward has six of them."""
 
+
+class Step(NamedTuple):
+    """A forward or backward pass of a native description `call`: `method` runs it.
+
+    workspace_bytes: the memory that it needs besides its tensors.
+    """
+
+    operation: str
+    call: Any
     method: Callable[..., None]
     workspace_bytes: int
+
+
+def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where their values begin; 0 for what there is not."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 class PreparedCalls(ABC):
@@ -48,7 +62,7 @@ class PreparedCalls(ABC):
         self._forward = self._step("forward", native_inputs(problem, inputs) | named)
         lse = results.lse
         self._allocate_out = _allocator(results.out, inputs.q)
-        self._lse_like = torch.empty((), dtype=lse.dtype, device=lse.device).expand(lse.shape)  # takes no memory
+        self._lse_like = torch.empty((), dtype=lse.dtype, device=lse.device).expand(lse.shape)  # of one number
         self._allocate_lse = _allocator(lse, self._lse_like)
         self._keeps_low = results.out_low is not None
         self._allocate_grads: list[Allocate] = []  # made when they are first needed: growing caches never need them
@@ -56,26 +70,28 @@ class PreparedCalls(ABC):
 
     def _step(self, operation: str, tensors: Tensors) -> Step:
         call = described(self._call, self._problem, tensors)
-        return Step(call.attend if operation == "forward" else call.gradients, 0)
+        method = call.attend if operation == "forward" else call.gradients
+        return Step(operation, call, method, self._workspace_bytes(operation, call, tensors))
+
+    def _workspace_bytes(self, operation: str, call: Any, tensors: Tensors) -> int:
+        return 0
 
     @abstractmethod
-    def _run(self, step: Step, addresses: Sequence[int]) -> None:
-        """Runs a step on q, k, v, out, lse, out_low and, backward, dout, dq, dk, dv; 0 for what there is not."""
+    def _run(self, step: Step, tensors: Sequence[Tensor | None]) -> None:
+        """Runs a step on tensors in the order of NAMES; None for what there is not."""
 
     def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Prepared.infer`."""
         out = self._allocate_out(q)
         lse = self._allocate_lse(self._lse_like) if self.needs_lse else None
-        lse_address = 0 if lse is None else lse.data_ptr()
-        self._run(self._forward, (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse_address, 0))
+        self._run(self._forward, (q, k, v, out, lse, None))
         return out
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         """See `Prepared.forward`."""
         out, lse = self._allocate_out(q), self._allocate_lse(self._lse_like)
         low = self._allocate_out(q) if self._keeps_low else None
-        inputs, low_address = (q.data_ptr(), k.data_ptr(), v.data_ptr()), 0 if low is None else low.data_ptr()
-        self._run(self._forward, (*inputs, out.data_ptr(), lse.data_ptr(), low_address))
+        self._run(self._forward, (q, k, v, out, lse, low))
         return Results(out, lse, low)
 
     def backward(
@@ -95,5 +111,5 @@ class PreparedCalls(ABC):
             tensors = {"q": q, "k": k, "v": v, **by_name(results), "dout": dout}
             tensors |= {f"d{name}": grad for name, grad in zip("qkv", grads, strict=True) if grad is not None}
             self._gradients[key] = step = self._step("backward", tensors)
-        self._run(step, [0 if x is None else x.data_ptr() for x in (q, k, v, *results, dout, *grads)])
+        self._run(step, (q, k, v, *results, dout, *grads))
         return grads

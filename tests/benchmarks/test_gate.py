@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from benchmarks import rivals
+from benchmarks import gate, rivals
 from benchmarks.data import make_data
 from benchmarks.gate import expect, max_error
 
@@ -76,3 +76,19 @@ def test_limits_are_twice_eagers_error_and_a_floor() -> None:
     limit = expect(case, data)["out"].limit
     # The gate runs eager attention head by head, whose rounding may differ a little.
     assert limit == pytest.approx(2 * max_error(eager, exact) + 2e-2 * exact.abs().max().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_what_is_expected_does_not_depend_on_how_much_is_evaluated_at_once(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = tiny(causal=True, batch=2, heads=6, heads_kv=3, seqlen=8, mode=mode)
+    data = make_data(case, CPU)
+    found = []
+    for scores in (1, 2 * 2 * 8 * 8, 10**6):  # one key/value head, two, all three
+        monkeypatch.setattr(gate, "SCORES_AT_ONCE", scores)
+        found.append(expect(case, data))
+    for other in found[1:]:
+        for name, wanted in found[0].items():
+            assert torch.allclose(other[name].values, wanted.values, rtol=1e-12, atol=1e-12)
+            assert wanted.values.abs().amax(dim=(-2, -1)).min() > 0  # every head was evaluated
