@@ -190,7 +190,8 @@ def choose_gradient_of_keys(shape: Shape, architecture: Architecture) -> Config:
         small = width > 64 or shape.drops or shape.loads_scores
         config = Config(32 if small else 64, 64 if width <= 128 else 32, 8 if width > 128 else 4, 1)
     elif width <= 64 and (shape.drops or shape.loads_scores):
-        config = Config(32, 64, 4, 2)  # more would not fit into registers
+        # More would not fit into registers; accumulators in tensor memory come at the price of some.
+        config = Config(32, 32 if shape.loads_scores and architecture.capability // 10 == 10 else 64, 4, 2)
     elif hopper(architecture) and width <= 128 and not shape.loads_scores:
         config = Config(64 if width <= 64 else 32, 64, 4, 3)
     elif width <= 64:

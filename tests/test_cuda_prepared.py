@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.backends import cuda
+from fastattn.backends import cuda, empty_results
+from fastattn.problem import Inputs, Options, describe
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
@@ -118,3 +119,32 @@ def test_workspace_for_parts_of_the_keys(machine: Any, steps: list[str]) -> None
     check(machine, q, k, v, normal(machine, 1, 2, 3, 16), (False, False, False))
     assert steps == ["forward"]
     assert any("combine" in name or "merge" in name for name in machine.kernels), machine.kernels
+
+
+class Driverless(cuda.Gpu):
+    """Hands tensors on the CPU to the native module, as a GPU would hand over its own."""
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    def processor(self, device: torch.device) -> cuda.Processor:
+        return cuda.Processor(80, 16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and these addresses are not its own")
+def test_the_native_module_takes_what_it_is_handed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes as far as the driver, which is not there."""
+    monkeypatch.setattr(cuda, "_stream", lambda device: (0, 0))
+    q, k, v, dout = (torch.randn(1, 2, 5, 8, dtype=torch.float16) for _ in range(4))
+    inputs = Inputs(q, k, v)
+    problem = describe("dense", inputs, Options())
+    prepared = cuda.CudaBackend(Driverless()).prepare(problem, inputs)
+    assert prepared is not None
+    results = empty_results(problem, q, for_backward=True)
+    for run in (
+        lambda: prepared.infer(q, k, v),
+        lambda: prepared.forward(q, k, v),
+        lambda: prepared.backward(q, k, v, results, dout, (True, False, True)),
+    ):
+        with pytest.raises(RuntimeError, match="failed with cuda"):
+            run()
