@@ -94,6 +94,13 @@ class _CpuCalls(PreparedCalls):
     def _run(self, step: Step, tensors: Sequence[Tensor | None]) -> None:
         step.method(*addresses_of(tensors), torch.get_num_threads())
 
+    def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # What the base class does, in fewer steps: they count in the shortest call of all.
+        out = self._allocate_out(q)
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        self._forward.method(*addresses, 0, 0, torch.get_num_threads())
+        return out
+
 
 def instruction_set() -> str | None:
     """The instruction set that the kernels use here (see FASTATTN_CPU_ISA); None without the native module."""
