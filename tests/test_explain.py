@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -200,17 +201,35 @@ class PlannedTriton(ReferenceBackend):
         return None
 
 
+LARGE: dict[str, Any] = {"heads": 16, "heads_kv": 16, "seqlen_q": 8192, "seqlen_k": 8192, "head_dim": 64}
+
+
 @pytest.mark.skipif(cuda._cuda is None, reason="fastattn was built without nvcc")
 @pytest.mark.parametrize(
-    ("capability", "seqlen", "chosen"), [(90, 8192, "triton"), (90, 512, "cuda"), (80, 8192, "cuda")]
+    ("capability", "changes", "chosen"),
+    [
+        (90, {}, "triton"),
+        (80, {}, "cuda"),
+        (100, {}, "cuda"),
+        (90, {"seqlen_q": 512, "seqlen_k": 512}, "cuda"),
+        (90, {"seqlen_q": 1, "seqlen_k": 2**27}, "cuda"),
+        (90, {"heads_kv": 4}, "cuda"),
+        (90, {"head_dim": 256}, "cuda"),
+    ],
 )
 def test_large_calls_on_hopper_go_to_triton(
-    capability: int, seqlen: int, chosen: str, use_backends: Callable[..., None]
+    capability: int, changes: dict[str, int], chosen: str, use_backends: Callable[..., None]
 ) -> None:
     use_backends(cuda.CudaBackend(PlannedGpu(capability)), PlannedTriton(), ReferenceBackend())
+    size = LARGE | changes
     with FakeTensorMode():
-        q, k, v = (torch.empty(1, 16, seqlen, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-        report = fastattn.explain(q, k, v)
+        q, k = (
+            torch.empty(
+                1, size[f"heads{kv}"], size[f"seqlen_{x}"], size["head_dim"], dtype=torch.bfloat16, device="cuda"
+            )
+            for x, kv in (("q", ""), ("k", "_kv"))
+        )
+        report = fastattn.explain(q, k, k)
     assert report.backend == chosen
     passed_over = {"triton": "is faster for calls this large on this GPU.", "cuda": "comes first."}[chosen]
     other = {"triton": "cuda", "cuda": "triton"}[chosen]
