@@ -61,6 +61,7 @@ __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int i = 0; i < kVectors; ++i) acc[r][i] = V::set(0);
+#pragma GCC unroll 4
   for (int step = 0; step < k; ++step) {
     typename E::Operand right[kVectors];
 #pragma GCC unroll 2
