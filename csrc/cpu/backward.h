@@ -15,7 +15,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-inline int padded(int64_t dim, int width) { return int((dim + width - 1) / width * width); }
+constexpr int64_t padded(int64_t dim, int width) { return (dim + width - 1) / width * width; }
 
 // Panels whose rows go into dV and dK together. The products over one panel's few rows alone would spend a fifth of
 // their time on loading and storing what they add to.
@@ -30,13 +30,12 @@ struct Operands {
   static constexpr int kRow = kGroupPanels<E> * kPanelWords;
   Word* probs;        // [key][lane words of a group]: words along the lanes, for dV
   Word* dscores;      // [key][lane words of a group]: likewise, for dK
-  Word* dscores_key;  // [key word][lane]: words along the keys, for dQ
-  int64_t dscores_key_stride;
+  Word* dscores_key;  // [key word][lane] of one panel: words along the keys, for dQ
 
   // Those of one panel of the group, from a key on.
   Operands at(int key, int panel) const {
     const int64_t shift = key * int64_t(kRow) + panel * kPanelWords;
-    return {probs + shift, dscores + shift, E::kPerWord == 1 ? dscores + shift : dscores_key, dscores_key_stride};
+    return {probs + shift, dscores + shift, dscores_key};
   }
 };
 
@@ -47,10 +46,11 @@ struct BackwardScratch {
   using Word = typename E::Word;
   static constexpr int kLanes = Panel<V>::kLanes;
 
-  S *scores, *dprobs, *factors, *dk, *dv, *dbias;
+  S *scores, *dprobs, *factors, *dbias;
+  S *dk, *dv;                      // [columns of kLanes][key][kLanes], along dim
   S *lse, *delta;                  // [lane], lse in units of log2
   Word *q_columns, *dout_columns;  // [word of dim][lane]
-  Word *q_rows, *dout_rows;        // [lane words of a group][padded dim]
+  Word *q_rows, *dout_rows;        // [columns of kLanes][lane words of a group][kLanes], along dim
   Operands<E> operands;
   AddendScratch<V> addend;
   KeyBlock<E> block;      // k along head_dim, and v along head_dim_v
@@ -58,28 +58,25 @@ struct BackwardScratch {
   const Word* k_keys;     // k with words along the keys: [key word][head_dim]
   int64_t k_keys_stride;
   Word *k_keys_copy, *gapless, *half_word;
-  int dim, dim_v;  // padded to whole vectors
 
   BackwardScratch(const Params& p, Arena& arena) {
-    dim = padded(p.head_dim, V::kWidth);
-    dim_v = padded(p.head_dim_v, V::kWidth);
+    const int64_t dim = padded(p.head_dim, kLanes), dim_v = padded(p.head_dim_v, kLanes);
     const int words = words_of(int(p.head_dim), E::kPerWord), words_v = words_of(int(p.head_dim_v), E::kPerWord);
     scores = arena.take<S>(kBlockKeys * kLanes);
     dprobs = arena.take<S>(kBlockKeys * kLanes);
     factors = arena.take<S>(p.dropout_threshold ? kBlockKeys * kLanes : 0);
-    dk = arena.take<S>(int64_t(kBlockKeys) * dim);
-    dv = arena.take<S>(int64_t(kBlockKeys) * dim_v);
+    dk = arena.take<S>(kBlockKeys * dim);
+    dv = arena.take<S>(kBlockKeys * dim_v);
     dbias = arena.take<S>(p.dbias.data ? kBlockKeys * kLanes : 0);
     lse = arena.take<S>(kLanes);
     delta = arena.take<S>(kLanes);
     q_columns = arena.take<Word>(int64_t(words) * kLanes);
     dout_columns = arena.take<Word>(int64_t(words_v) * kLanes);
-    q_rows = arena.take<Word>(int64_t(Operands<E>::kRow) * dim);
-    dout_rows = arena.take<Word>(int64_t(Operands<E>::kRow) * dim_v);
+    q_rows = arena.take<Word>(Operands<E>::kRow * dim);
+    dout_rows = arena.take<Word>(Operands<E>::kRow * dim_v);
     operands.probs = arena.take<Word>(kBlockKeys * Operands<E>::kRow);
     operands.dscores = arena.take<Word>(kBlockKeys * Operands<E>::kRow);
-    operands.dscores_key = arena.take<Word>(E::kPerWord == 1 ? 0 : kBlockKeys / 2 * kLanes);
-    operands.dscores_key_stride = E::kPerWord == 1 ? Operands<E>::kRow : kLanes;
+    operands.dscores_key = arena.take<Word>(kBlockKeys / E::kPerWord * kLanes);
     addend.values = arena.take<S>(kBlockKeys * kLanes);
     addend.seen = arena.take<uint8_t>(kBlockKeys);
     k_copy = arena.take<Word>(int64_t(kBlockKeys) * words);
@@ -110,29 +107,28 @@ inline void load_backward_block(BackwardScratch<Pairs>& s, const bf16*, const Pa
 }
 #endif
 
-// Rows as [word of lanes][padded dim]: what the products over queries read.
+// Rows of a panel, at most kLanes numbers of each from column d on, as [word of lanes][kLanes]; zeros behind the last
+// that exists, up to whole vectors.
 template <class V, class T>
-void pack_rows(Single<V>, const T* const* rows, int lanes, int64_t stride, int dim, int padded_dim,
+void pack_rows(Single<V>, const T* const* rows, int lanes, int64_t stride, int d, int columns,
                typename V::Scalar* words) {
-  using S = typename V::Scalar;
-  for (int lane = 0; lane < lanes; ++lane) {
-    S* to = words + lane * int64_t(padded_dim);
-    int d = 0;
+  constexpr int kLanes = kLanesOf<V>;
+  for (int lane = 0; lane < lanes; ++lane, words += kLanes) {
+    int i = 0;
     if (rows[lane] != nullptr) {
-      copy_row<V>(rows[lane], stride, dim, to);
-      d = dim;
+      copy_row<V>(rows[lane] + d * stride, stride, columns, words);
+      i = columns;
     }
-    for (; d < padded_dim; ++d) to[d] = S(0);
+    for (; i < padded(columns, V::kWidth); ++i) words[i] = typename V::Scalar(0);
   }
 }
 
 #ifdef __AVX512BF16__
-inline void pack_rows(Pairs, const bf16* const* rows, int lanes, int64_t stride, int dim, int padded_dim,
-                      uint32_t* words) {
-  for (int lane = 0; lane < lanes; lane += 2) {
-    uint32_t* to = words + lane / 2 * int64_t(padded_dim);
-    interleave_rows(rows[lane], stride, rows[lane + 1], dim, to);
-    for (int d = dim; d < padded_dim; ++d) to[d] = 0;
+inline void pack_rows(Pairs, const bf16* const* rows, int lanes, int64_t stride, int d, int columns, uint32_t* words) {
+  auto from = [&](int lane) { return rows[lane] ? rows[lane] + d * stride : nullptr; };
+  for (int lane = 0; lane < lanes; lane += 2, words += kLanesOf<F32>) {
+    interleave_rows(from(lane), stride, from(lane + 1), columns, words);
+    for (int i = columns; i < padded(columns, F32::kWidth); ++i) words[i] = 0;
   }
 }
 #endif
@@ -162,9 +158,13 @@ void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Ve
   }
   Columns<E, T>::pack(q, lanes, p.q.stride_d, int(p.head_dim), s.q_columns, kLanes);
   Columns<E, T>::pack(dout, lanes, p.dout.stride_d, int(p.head_dim_v), s.dout_columns, kLanes);
-  const int64_t row = int64_t(place) * Operands<E>::kPanelWords;
-  pack_rows(E{}, q, lanes, p.q.stride_d, int(p.head_dim), s.dim, s.q_rows + row * s.dim);
-  pack_rows(E{}, dout, lanes, p.dout.stride_d, int(p.head_dim_v), s.dim_v, s.dout_rows + row * s.dim_v);
+  auto pack = [&](const T* const* rows, int64_t stride, int dim, typename E::Word* words) {
+    words += place * Operands<E>::kPanelWords * kLanes;
+    for (int d = 0; d < dim; d += kLanes, words += Operands<E>::kRow * kLanes)
+      pack_rows(E{}, rows, lanes, stride, d, int(smaller(kLanes, dim - d)), words);
+  };
+  pack(q, p.q.stride_d, int(p.head_dim), s.q_rows);
+  pack(dout, p.dout.stride_d, int(p.head_dim_v), s.dout_rows);
 }
 
 // What becomes of one vector of scores.
@@ -256,7 +256,9 @@ inline void make_operands_of(const ScoreTerms<typename E::Vector>& terms, int ke
     if (dbias != nullptr) (V::load(dbias + at) + g.dbias).store(dbias + at);
     store_lanes(E{}, g.prob, to.probs + n * kRow, lane);
     store_lanes(E{}, g.dscore, to.dscores + n * kRow, lane);
-    if constexpr (E::kPerWord == 2) {
+    if constexpr (E::kPerWord == 1) {
+      g.dscore.store(to.dscores_key + at);
+    } else {
       if (n % 2 == 1) store_pairs(before, g.dscore, to.dscores_key + n / 2 * kLanes + lane);
       if (n % 2 == 0 && n + 1 == keys) store_pairs(g.dscore, V::set(0), to.dscores_key + n / 2 * kLanes + lane);
       before = g.dscore;
@@ -280,16 +282,17 @@ void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, in
   }
 }
 
-// C[key][dim] gets words[key][lane word] * rows[lane word][dim], the products over queries.
+// C[key][dim] gets words[key][lane word] * rows[lane word][dim], the products over queries; rows and C in columns, see
+// BackwardScratch.
 template <class E, Update kUpdate>
 void gemm_over_lanes(int keys, int lanes, const typename E::Word* words, const typename E::Word* rows, int dim,
                      typename E::Scalar* c) {
   using V = typename E::Vector;
-  constexpr int kRow = Operands<E>::kRow;
-  int d = 0;
-  for (; d + 2 * V::kWidth <= dim; d += 2 * V::kWidth)
-    gemm<E, 2, kUpdate>(keys, lanes / E::kPerWord, words, kRow, 1, rows + d, dim, c + d, dim);
-  if (d < dim) gemm<E, 1, kUpdate>(keys, lanes / E::kPerWord, words, kRow, 1, rows + d, dim, c + d, dim);
+  constexpr int kRow = Operands<E>::kRow, kLanes = kLanesOf<V>;
+  for (int d = 0; d < dim; d += kLanes, rows += kRow * kLanes, c += kBlockKeys * kLanes) {
+    auto product = dim - d > V::kWidth ? gemm<E, 2, kUpdate> : gemm<E, 1, kUpdate>;
+    product(keys, lanes / E::kPerWord, words, kRow, 1, rows, c, nullptr);
+  }
 }
 
 // Scores and what follows from them, for keys n0 .. n0 + keys (row `at` of the block) and one panel. Returns false if
@@ -306,7 +309,7 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
   make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, s.block.k + at * s.block.k_stride, s.block.k_stride,
                            words_of(int(p.head_dim), E::kPerWord), s.q_columns, s.scores, nullptr);
   gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.block.v + at * s.block.v_stride,
-                                    s.block.v_stride, 1, s.dout_columns, kLanes, s.dprobs, kLanes);
+                                    s.block.v_stride, 1, s.dout_columns, s.dprobs);
   const S* factors = nullptr;
   if (p.dropout_threshold != 0) {
     make_dropout(p, panel, n0, keys, s.factors);
@@ -332,7 +335,7 @@ bool backward_step(const Params& p, const Sequence& seq, const Panel<typename E:
     k_stride = dim;
   }
   auto product = begins ? gemm_over_keys<E, kVectors, Update::kStore> : gemm_over_keys<E, kVectors, Update::kAdd>;
-  product(dim, keys, k, k_stride, operands.dscores_key, operands.dscores_key_stride, dq, s.half_word, nullptr);
+  product(dim, keys, k, k_stride, operands.dscores_key, dq, s.half_word, nullptr);
   return true;
 }
 
@@ -340,14 +343,13 @@ bool backward_step(const Params& p, const Sequence& seq, const Panel<typename E:
 template <class E, Update kUpdate>
 void make_key_grads(const Params& p, const BackwardScratch<E>& s, int first, int last, int place, int lanes) {
   if (first >= last) return;
+  constexpr int kLanes = kLanesOf<typename E::Vector>;
   const Operands<E> from = s.operands.at(first, place);
-  const int64_t row = int64_t(place) * Operands<E>::kPanelWords;
+  const int row = place * Operands<E>::kPanelWords * kLanes, key = first * kLanes;
   if (p.dv.data != nullptr)
-    gemm_over_lanes<E, kUpdate>(last - first, lanes, from.probs, s.dout_rows + row * s.dim_v, s.dim_v,
-                                s.dv + first * int64_t(s.dim_v));
+    gemm_over_lanes<E, kUpdate>(last - first, lanes, from.probs, s.dout_rows + row, int(p.head_dim_v), s.dv + key);
   if (p.dk.data != nullptr)
-    gemm_over_lanes<E, kUpdate>(last - first, lanes, from.dscores, s.q_rows + row * s.dim, s.dim,
-                                s.dk + first * int64_t(s.dim));
+    gemm_over_lanes<E, kUpdate>(last - first, lanes, from.dscores, s.q_rows + row, int(p.head_dim), s.dk + key);
 }
 
 template <class S>
@@ -394,8 +396,8 @@ void backward_group(const Params& p, const Sequence& seq, const BackwardJob& job
     return;
   }
   if (first_group) {
-    clear(s.dk, int64_t(keys) * s.dim);
-    clear(s.dv, int64_t(keys) * s.dim_v);
+    for (int d = 0; d < p.head_dim; d += kLanes) clear(s.dk + d * kBlockKeys, keys * kLanes);
+    for (int d = 0; d < p.head_dim_v; d += kLanes) clear(s.dv + d * kBlockKeys, keys * kLanes);
   }
   make_key_grads<E, Update::kAdd>(p, s, all_first, all_last, 0, all_lanes);
   for (int i = 0; i < panels; ++i) {  // keys that not all panels see
@@ -404,15 +406,19 @@ void backward_group(const Params& p, const Sequence& seq, const BackwardJob& job
   }
 }
 
+// grads: dk or dv of a block, times scale.
 template <class V, class T>
 void store_key_grads(const Params& p, const View& view, const Sequence& seq, const BackwardJob& job, int64_t n0,
-                     int keys, int dim, int ld, const typename V::Scalar* grads, typename V::Scalar scale) {
+                     int keys, int dim, const typename V::Scalar* grads, typename V::Scalar scale) {
   if (view.data == nullptr) return;
+  constexpr int kLanes = kLanesOf<V>;
   for (int n = 0; n < keys; ++n) {
     T* row = key_row<T>(p, view, seq, job.b, job.head_kv, n0 + n);
-    for (int d = 0; d < dim; d += V::kWidth)  // grads' rows are padded to whole vectors
-      store_some(V::load(grads + n * int64_t(ld) + d) * V::set(scale), int(smaller(V::kWidth, dim - d)),
-                 row + d * view.stride_d, view.stride_d);
+    for (int d = 0; d < dim; d += V::kWidth) {
+      const typename V::Scalar* from = grads + (d / kLanes * kBlockKeys + n) * kLanes + d % kLanes;
+      store_some(V::load(from) * V::set(scale), int(smaller(V::kWidth, dim - d)), row + d * view.stride_d,
+                 view.stride_d);
+    }
   }
 }
 
@@ -435,8 +441,8 @@ void backward_job(const Params& p, const BackwardJob& job, const BackwardSpace& 
     do {  // a group without rows gives zeros
       backward_group<E, T>(p, seq, job, space, s, n0, keys, i * kLanes, rows, dq + i * dq_size);
     } while ((i += kGroupPanels<E>) < panels);
-    store_key_grads<V, T>(p, p.dk, seq, job, n0, keys, int(p.head_dim), s.dim, s.dk, S(p.scale));
-    store_key_grads<V, T>(p, p.dv, seq, job, n0, keys, int(p.head_dim_v), s.dim_v, s.dv, S(1));
+    store_key_grads<V, T>(p, p.dk, seq, job, n0, keys, int(p.head_dim), s.dk, S(p.scale));
+    store_key_grads<V, T>(p, p.dv, seq, job, n0, keys, int(p.head_dim_v), s.dv, S(1));
   }
 }
 

@@ -88,14 +88,13 @@ inline KeyBlock<Pairs> load_block(Pairs, const bf16*, const Params& p, const Seq
 // it.
 template <class E, int kVectors, Update kUpdate>
 void gemm_over_keys(int dim, int keys, const typename E::Word* rows, int64_t stride, const typename E::Word* words,
-                    int64_t ldb, typename E::Scalar* c, typename E::Word* copy, typename E::Scalar* lanes = nullptr) {
-  constexpr int kLanes = Panel<typename E::Vector>::kLanes;
+                    typename E::Scalar* c, typename E::Word* copy, typename E::Scalar* lanes = nullptr) {
   const int whole = keys / E::kPerWord;
-  gemm<E, kVectors, kUpdate>(dim, whole, rows, 1, stride, words, ldb, c, kLanes, lanes);
+  gemm<E, kVectors, kUpdate>(dim, whole, rows, 1, stride, words, c, lanes);
   if constexpr (E::kPerWord == 2) {
     if (keys % 2 == 0) return;
     for (int d = 0; d < dim; ++d) copy[d] = rows[whole * stride + d] & 0xffffu;
-    gemm<E, kVectors, Update::kAdd>(dim, 1, copy, 1, dim, words + whole * ldb, ldb, c, kLanes);
+    gemm<E, kVectors, Update::kAdd>(dim, 1, copy, 1, dim, words + whole * kLanesOf<typename E::Vector>, c);
   }
 }
 

@@ -187,13 +187,13 @@ void make_scores(const Params& p, const Sequence& seq, const Panel<typename E::V
   constexpr int kLanes = Panel<V>::kLanes;
   if (plain && has_terms(p)) {
     make_terms(p, seq, panel, n0, keys, S(1 / p.scale), scores);
-    gemm<E, kVectors, Update::kAdd>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes);
+    gemm<E, kVectors, Update::kAdd>(keys, words, k, k_stride, 1, queries, scores);
   } else if (E::kPerWord == 1 && plain && plain_max != nullptr) {  // in one pass, which pairs are too quick to gain by
     for (int lane = 0; lane < kLanes; ++lane) plain_max[lane] = S(-__builtin_inf());
-    gemm<E, kVectors, Update::kStoreMax>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes, plain_max);
+    gemm<E, kVectors, Update::kStoreMax>(keys, words, k, k_stride, 1, queries, scores, plain_max);
     return;
   } else {
-    gemm<E, kVectors, Update::kStore>(keys, words, k, k_stride, 1, queries, kLanes, scores, kLanes);
+    gemm<E, kVectors, Update::kStore>(keys, words, k, k_stride, 1, queries, scores);
   }
   if (plain && plain_max != nullptr) maximum<V, kVectors>(scores, keys, plain_max);
 }
@@ -220,11 +220,10 @@ void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::
   }
   // Each block is summed from zero and then added: errors grow with the number of blocks, not of keys.
   if (state.begun) {
-    gemm_over_keys<E, kVectors, Update::kScaleAdd>(dim_v, keys, v, v_stride, scratch.probs, kLanes, acc,
-                                                   scratch.half_word, state.alpha);
+    gemm_over_keys<E, kVectors, Update::kScaleAdd>(dim_v, keys, v, v_stride, scratch.probs, acc, scratch.half_word,
+                                                   state.alpha);
   } else {
-    gemm_over_keys<E, kVectors, Update::kStore>(dim_v, keys, v, v_stride, scratch.probs, kLanes, acc,
-                                                scratch.half_word);
+    gemm_over_keys<E, kVectors, Update::kStore>(dim_v, keys, v, v_stride, scratch.probs, acc, scratch.half_word);
     state.begun = true;
   }
 }

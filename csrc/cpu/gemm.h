@@ -1,11 +1,12 @@
 // The one matrix product behind all five of attention's:
 //
-//   C[r][lane] = sum_k A[r * row_stride + k * k_stride] * B[k * ldb + lane]          r < rows, lane < kVectors * kWidth
+//   C[r][lane] = sum_k A[r * row_stride + k * k_stride] * B[k][lane]          r < rows, lane < kVectors * kWidth
 //
 // Every element of A is broadcast against kVectors vectors of B, so A may lie in any order, and neither K nor V is
 // packed in float32. With A = K, B = Q^T it gives S^T; with A = V^T, B = P^T it gives O^T; and so on (see forward.h and
-// backward.h). Cost: rows * k * kVectors fused multiply-adds, and per k one load for each row and each vector: with 8
-// rows and 2 vectors the multiply-adds bound it, not the loads.
+// backward.h). Rows of B and C are two vectors long and follow one another, as those of a wider matrix, often a power
+// of two apart, would drive one another out of the first-level cache. Cost: rows * k * kVectors fused multiply-adds,
+// and per k one load for each row and each vector: with 8 rows and 2 vectors the multiply-adds bound it, not the loads.
 //
 // Elements are words: one float or double, or two bfloat16 that a dot product instruction takes at once.
 #pragma once
@@ -16,6 +17,10 @@
 
 namespace fastattn {
 namespace FASTATTN_ISA {
+
+// Columns of B and C: the lanes of two vectors.
+template <class V>
+constexpr int kLanesOf = 2 * V::kWidth;
 
 // Words of one number each.
 template <class V>
@@ -52,8 +57,7 @@ enum class Update { kStore, kStoreMax, kAdd, kScaleAdd };
 // keeps them in memory, and writes and reads each once more, unless all loops over them are unrolled.
 template <class E, int kRows, int kVectors, Update kUpdate, bool kUnitRows>
 __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
-                                         const typename E::Word* b, int64_t ldb, typename E::Scalar* c, int64_t ldc,
-                                         typename E::Scalar* lanes) {
+                                         const typename E::Word* b, typename E::Scalar* c, typename E::Scalar* lanes) {
   using V = typename E::Vector;
   constexpr int kWidth = V::kWidth;
   V acc[kRows][kVectors];
@@ -73,7 +77,7 @@ __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64
       for (int i = 0; i < kVectors; ++i) acc[r][i] = E::multiply_add(left, right[i], acc[r][i]);
     }
     a += k_stride;
-    b += ldb;
+    b += kLanesOf<V>;
   }
 #pragma GCC unroll 2
   for (int i = 0; i < kVectors; ++i) {
@@ -81,7 +85,7 @@ __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64
     V lane = kPerLane ? V::load(lanes + i * kWidth) : V::set(1);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      typename E::Scalar* to = c + r * ldc + i * kWidth;
+      typename E::Scalar* to = c + r * kLanesOf<V> + i * kWidth;
       if (kUpdate == Update::kAdd) acc[r][i] = acc[r][i] + V::load(to);
       if (kUpdate == Update::kScaleAdd) acc[r][i] = fma(lane, V::load(to), acc[r][i]);
       if (kUpdate == Update::kStoreMax) lane = max(lane, acc[r][i]);
@@ -93,37 +97,37 @@ __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64
 
 template <class E, int kRows, int kVectors, Update kUpdate, bool kUnitRows>
 void gemm_rest(int rows, int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
-               const typename E::Word* b, int64_t ldb, typename E::Scalar* c, int64_t ldc, typename E::Scalar* lanes) {
+               const typename E::Word* b, typename E::Scalar* c, typename E::Scalar* lanes) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      gemm_tile<E, kRows, kVectors, kUpdate, kUnitRows>(k, a, row_stride, k_stride, b, ldb, c, ldc, lanes);
+      gemm_tile<E, kRows, kVectors, kUpdate, kUnitRows>(k, a, row_stride, k_stride, b, c, lanes);
     } else {
-      gemm_rest<E, kRows - 1, kVectors, kUpdate, kUnitRows>(rows, k, a, row_stride, k_stride, b, ldb, c, ldc, lanes);
+      gemm_rest<E, kRows - 1, kVectors, kUpdate, kUnitRows>(rows, k, a, row_stride, k_stride, b, c, lanes);
     }
   }
 }
 
 template <class E, int kVectors, Update kUpdate, bool kUnitRows>
 void gemm_rows(int rows, int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
-               const typename E::Word* b, int64_t ldb, typename E::Scalar* c, int64_t ldc, typename E::Scalar* lanes) {
+               const typename E::Word* b, typename E::Scalar* c, typename E::Scalar* lanes) {
   constexpr int kTile = E::Vector::kTileRows;
   int r = 0;
   for (; r + kTile <= rows; r += kTile) {
-    gemm_tile<E, kTile, kVectors, kUpdate, kUnitRows>(k, a + r * row_stride, row_stride, k_stride, b, ldb, c + r * ldc,
-                                                      ldc, lanes);
+    gemm_tile<E, kTile, kVectors, kUpdate, kUnitRows>(k, a + r * row_stride, row_stride, k_stride, b,
+                                                      c + r * kLanesOf<typename E::Vector>, lanes);
   }
-  gemm_rest<E, kTile - 1, kVectors, kUpdate, kUnitRows>(rows - r, k, a + r * row_stride, row_stride, k_stride, b, ldb,
-                                                        c + r * ldc, ldc, lanes);
+  gemm_rest<E, kTile - 1, kVectors, kUpdate, kUnitRows>(rows - r, k, a + r * row_stride, row_stride, k_stride, b,
+                                                        c + r * kLanesOf<typename E::Vector>, lanes);
 }
 
 // k counts words. lanes: see Update.
 template <class E, int kVectors, Update kUpdate>
 void gemm(int rows, int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride, const typename E::Word* b,
-          int64_t ldb, typename E::Scalar* c, int64_t ldc, typename E::Scalar* lanes = nullptr) {
+          typename E::Scalar* c, typename E::Scalar* lanes = nullptr) {
   if (row_stride == 1) {
-    gemm_rows<E, kVectors, kUpdate, true>(rows, k, a, 1, k_stride, b, ldb, c, ldc, lanes);
+    gemm_rows<E, kVectors, kUpdate, true>(rows, k, a, 1, k_stride, b, c, lanes);
   } else {
-    gemm_rows<E, kVectors, kUpdate, false>(rows, k, a, row_stride, k_stride, b, ldb, c, ldc, lanes);
+    gemm_rows<E, kVectors, kUpdate, false>(rows, k, a, row_stride, k_stride, b, c, lanes);
   }
 }
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../params.h"
-#include "simd/simd.h"
+#include "gemm.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -15,7 +15,7 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class V>
 struct Panel {
-  static constexpr int kLanes = 2 * V::kWidth;
+  static constexpr int kLanes = kLanesOf<V>;
   int count;    // rows; the lanes behind them see nothing and are never written
   int vectors;  // 1 or 2: vectors that hold them
   int64_t b;

@@ -205,7 +205,7 @@ void check_gemm() {
             for (int i = 0; i < k; ++i)
               expected[r * kLanes + l] += a[r * row_stride + i * k_stride] * b[i * kLanes + l];
           }
-        gemm<E, 2, Update::kScaleAdd>(rows, k, a, row_stride, k_stride, b, kLanes, c, kLanes, alpha);
+        gemm<E, 2, Update::kScaleAdd>(rows, k, a, row_stride, k_stride, b, c, alpha);
         for (int i = 0; i < rows * kLanes; ++i) EXPECT(c[i] == expected[i]);  // small integers: exact
       }
     }
