@@ -53,11 +53,11 @@ struct BackwardScratch {
   Word *q_rows, *dout_rows;        // [columns of kLanes][lane words of a group][kLanes], along dim
   Operands<E> operands;
   AddendScratch<V> addend;
-  KeyBlock<E> block;      // k along head_dim, and v along head_dim_v
-  Word *k_copy, *v_copy;  // where block points if the caller's memory does not lie right
-  const Word* k_keys;     // k with words along the keys: [key word][head_dim]
-  int64_t k_keys_stride;
-  Word *k_keys_copy, *gapless, *half_word;
+  const Word *k, *v;  // of a block, along head_dim and head_dim_v
+  int64_t k_stride, v_stride;
+  ColumnTiles<E> k_keys;  // k with words along the keys
+  Word *k_copy, *v_copy, *k_keys_copy;
+  Word *gapless, *half_word;
 
   BackwardScratch(const Params& p, Arena& arena) {
     const int64_t dim = padded(p.head_dim, kLanes), dim_v = padded(p.head_dim_v, kLanes);
@@ -81,29 +81,27 @@ struct BackwardScratch {
     addend.seen = arena.take<uint8_t>(kBlockKeys);
     k_copy = arena.take<Word>(int64_t(kBlockKeys) * words);
     v_copy = arena.take<Word>(int64_t(kBlockKeys) * words_v);
-    k_keys_copy = arena.take<Word>(E::kPerWord == 1 ? 0 : int64_t(kBlockKeys / 2) * p.head_dim);
+    k_keys_copy = arena.take<Word>(tiles_size<E>(p.head_dim));
     gapless = arena.take<Word>(int64_t(kBlockKeys) * p.head_dim);
     half_word = arena.take<Word>(p.head_dim);
   }
 };
 
+// panels: how many will read the block.
 template <class V, class T>
 void load_backward_block(BackwardScratch<Single<V>>& s, const T*, const Params& p, const Sequence& seq, int64_t b,
-                         int64_t head_kv, int64_t n0, int keys) {
-  s.block = load_block(Single<V>{}, static_cast<const T*>(nullptr), p, seq, b, head_kv, n0, keys,
-                       BlockScratch<Single<V>>{s.k_copy, s.v_copy});
-  s.k_keys = s.block.k;
-  s.k_keys_stride = s.block.k_stride;
+                         int64_t head_kv, int64_t n0, int keys, int64_t panels) {
+  load_rows<V, T>(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_copy, s.k, s.k_stride);
+  load_rows<V, T>(p, p.v, int(p.head_dim_v), seq, b, head_kv, n0, keys, s.v_copy, s.v, s.v_stride);
+  s.k_keys = columns_of<Single<V>>(s.k, s.k_stride, keys, int(p.head_dim), panels, s.k_keys_copy);
 }
 
 #ifdef __AVX512BF16__
 inline void load_backward_block(BackwardScratch<Pairs>& s, const bf16*, const Params& p, const Sequence& seq, int64_t b,
-                                int64_t head_kv, int64_t n0, int keys) {
-  load_pair_rows(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_copy, s.block.k, s.block.k_stride);
-  load_pair_rows(p, p.v, int(p.head_dim_v), seq, b, head_kv, n0, keys, s.v_copy, s.block.v, s.block.v_stride);
-  interleave_keys(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_keys_copy);
-  s.k_keys = s.k_keys_copy;
-  s.k_keys_stride = p.head_dim;
+                                int64_t head_kv, int64_t n0, int keys, int64_t) {
+  load_pair_rows(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_copy, s.k, s.k_stride);
+  load_pair_rows(p, p.v, int(p.head_dim_v), seq, b, head_kv, n0, keys, s.v_copy, s.v, s.v_stride);
+  s.k_keys = interleave_keys(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_keys_copy);
 }
 #endif
 
@@ -291,7 +289,7 @@ void gemm_over_lanes(int keys, int lanes, const typename E::Word* words, const t
   constexpr int kRow = Operands<E>::kRow, kLanes = kLanesOf<V>;
   for (int d = 0; d < dim; d += kLanes, rows += kRow * kLanes, c += kBlockKeys * kLanes) {
     auto product = dim - d > V::kWidth ? gemm<E, 2, kUpdate> : gemm<E, 1, kUpdate>;
-    product(keys, lanes / E::kPerWord, words, kRow, 1, rows, c, nullptr);
+    product(keys, lanes / E::kPerWord, words, kRow, rows, c, nullptr);
   }
 }
 
@@ -302,14 +300,13 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
                      BackwardScratch<E>& s, int at, int64_t n0, int keys, typename E::Scalar* dbias,
                      const Operands<E>& to, bool& gaps) {
   using S = typename E::Scalar;
-  constexpr int kLanes = Panel<typename E::Vector>::kLanes;
   const bool plain = can_be_plain(p) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return false;
-  make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, s.block.k + at * s.block.k_stride, s.block.k_stride,
+  make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, s.k + at * s.k_stride, s.k_stride,
                            words_of(int(p.head_dim), E::kPerWord), s.q_columns, s.scores, nullptr);
-  gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.block.v + at * s.block.v_stride,
-                                    s.block.v_stride, 1, s.dout_columns, s.dprobs);
+  gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.v + at * s.v_stride, s.v_stride,
+                                    s.dout_columns, s.dprobs);
   const S* factors = nullptr;
   if (p.dropout_threshold != 0) {
     make_dropout(p, panel, n0, keys, s.factors);
@@ -328,14 +325,10 @@ bool backward_step(const Params& p, const Sequence& seq, const Panel<typename E:
   bool gaps = false;
   if (!backward_scores<E, kVectors>(p, seq, panel, s, at, n0, keys, nullptr, operands, gaps)) return false;
   if (p.dq.data == nullptr) return true;
-  const typename E::Word* k = s.k_keys + at / E::kPerWord * s.k_keys_stride;
-  int64_t k_stride = s.k_keys_stride;
-  if (gaps) {
-    k = without_gaps<E>(k, k_stride, keys, dim, s.addend.seen, s.gapless);
-    k_stride = dim;
-  }
+  ColumnTiles<E> k = s.k_keys.from(at / E::kPerWord);
+  if (gaps) k = without_gaps<E>(k, keys, dim, s.addend.seen, s.gapless);
   auto product = begins ? gemm_over_keys<E, kVectors, Update::kStore> : gemm_over_keys<E, kVectors, Update::kAdd>;
-  product(dim, keys, k, k_stride, operands.dscores_key, dq, s.half_word, nullptr);
+  product(dim, keys, k, operands.dscores_key, dq, s.half_word, nullptr);
   return true;
 }
 
@@ -436,7 +429,7 @@ void backward_job(const Params& p, const BackwardJob& job, const BackwardSpace& 
   if (p.dq.data != nullptr && job.keys.first >= job.keys.last) clear(dq, panels * dq_size);
   for (int64_t n0 = job.keys.first; n0 < job.keys.last; n0 += kBlockKeys) {
     const int keys = int(smaller(kBlockKeys, job.keys.last - n0));
-    load_backward_block(s, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, keys);
+    load_backward_block(s, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, keys, panels);
     int64_t i = 0;
     do {  // a group without rows gives zeros
       backward_group<E, T>(p, seq, job, space, s, n0, keys, i * kLanes, rows, dq + i * dq_size);

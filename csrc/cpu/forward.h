@@ -51,7 +51,7 @@ struct ForwardScratch {
     queries = arena.take<Word>(queries_size * kMaxPanels);
     acc = arena.take<S>(acc_size * kMaxPanels);
     block.k = arena.take<Word>(int64_t(kBlockKeys) * words);
-    block.v = arena.take<Word>(int64_t(kBlockKeys) * dim_v);
+    block.v = arena.take<Word>(tiles_size<E>(dim_v));
     factors = arena.take<S>(p.dropout_threshold ? kBlockKeys * kLanes : 0);
     addend.values = arena.take<S>(kBlockKeys * kLanes);
     addend.seen = arena.take<uint8_t>(kBlockKeys);
@@ -187,13 +187,13 @@ void make_scores(const Params& p, const Sequence& seq, const Panel<typename E::V
   constexpr int kLanes = Panel<V>::kLanes;
   if (plain && has_terms(p)) {
     make_terms(p, seq, panel, n0, keys, S(1 / p.scale), scores);
-    gemm<E, kVectors, Update::kAdd>(keys, words, k, k_stride, 1, queries, scores);
+    gemm<E, kVectors, Update::kAdd>(keys, words, k, k_stride, queries, scores);
   } else if (E::kPerWord == 1 && plain && plain_max != nullptr) {  // in one pass, which pairs are too quick to gain by
     for (int lane = 0; lane < kLanes; ++lane) plain_max[lane] = S(-__builtin_inf());
-    gemm<E, kVectors, Update::kStoreMax>(keys, words, k, k_stride, 1, queries, scores, plain_max);
+    gemm<E, kVectors, Update::kStoreMax>(keys, words, k, k_stride, queries, scores, plain_max);
     return;
   } else {
-    gemm<E, kVectors, Update::kStore>(keys, words, k, k_stride, 1, queries, scores);
+    gemm<E, kVectors, Update::kStore>(keys, words, k, k_stride, queries, scores);
   }
   if (plain && plain_max != nullptr) maximum<V, kVectors>(scores, keys, plain_max);
 }
@@ -212,18 +212,13 @@ void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::
                            queries, scratch.scores, plain_max);
   softmax_step<E, kVectors>(p, panel, n0, keys, plain ? plain_max : nullptr, scratch.scores, scratch.addend.values,
                             scratch.factors, scratch.probs, state);
-  const typename E::Word* v = block.v + at / E::kPerWord * block.v_stride;
-  int64_t v_stride = block.v_stride;
-  if (gaps) {
-    v = without_gaps<E>(v, v_stride, keys, dim_v, scratch.addend.seen, scratch.gapless);
-    v_stride = dim_v;
-  }
+  ColumnTiles<E> v = block.v.from(at / E::kPerWord);
+  if (gaps) v = without_gaps<E>(v, keys, dim_v, scratch.addend.seen, scratch.gapless);
   // Each block is summed from zero and then added: errors grow with the number of blocks, not of keys.
   if (state.begun) {
-    gemm_over_keys<E, kVectors, Update::kScaleAdd>(dim_v, keys, v, v_stride, scratch.probs, acc, scratch.half_word,
-                                                   state.alpha);
+    gemm_over_keys<E, kVectors, Update::kScaleAdd>(dim_v, keys, v, scratch.probs, acc, scratch.half_word, state.alpha);
   } else {
-    gemm_over_keys<E, kVectors, Update::kStore>(dim_v, keys, v, v_stride, scratch.probs, acc, scratch.half_word);
+    gemm_over_keys<E, kVectors, Update::kStore>(dim_v, keys, v, scratch.probs, acc, scratch.half_word);
     state.begun = true;
   }
 }
@@ -386,8 +381,8 @@ void forward_job(const Params& p, const ForwardJob& job, const Parts& parts, voi
   if (keys.first < keys.last) keys.first = keys.first / E::kPerWord * E::kPerWord;
   for (int64_t n0 = keys.first; n0 < keys.last;) {
     const int64_t n1 = smaller(keys.last, (n0 / kBlockKeys + 1) * kBlockKeys);
-    const KeyBlock<E> block =
-        load_block(E{}, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, int(n1 - n0), scratch.block);
+    const KeyBlock<E> block = load_block(E{}, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0,
+                                         int(n1 - n0), count, scratch.block);
     for (int i = 0; i < count; ++i) {
       if (panels[i].any.first < n1 && n0 < panels[i].any.last)
         forward_block<E>(p, seq, panels[i], block, n0, n1, scratch.queries + i * scratch.queries_size,

@@ -1,12 +1,13 @@
 // The one matrix product behind all five of attention's:
 //
-//   C[r][lane] = sum_k A[r * row_stride + k * k_stride] * B[k][lane]          r < rows, lane < kVectors * kWidth
+//   C[r][lane] = sum_k A(r, k) * B[k][lane]          r < rows, lane < kVectors * kWidth
 //
-// Every element of A is broadcast against kVectors vectors of B, so A may lie in any order, and neither K nor V is
-// packed in float32. With A = K, B = Q^T it gives S^T; with A = V^T, B = P^T it gives O^T; and so on (see forward.h and
-// backward.h). Rows of B and C are two vectors long and follow one another, as those of a wider matrix, often a power
-// of two apart, would drive one another out of the first-level cache. Cost: rows * k * kVectors fused multiply-adds,
-// and per k one load for each row and each vector: with 8 rows and 2 vectors the multiply-adds bound it, not the loads.
+// Every element of A is broadcast against kVectors vectors of B, so A may be K or V as they are: words along k are
+// neighbours (gemm), or those along r (gemm_columns). With A = K, B = Q^T it gives S^T; with A = V^T, B = P^T it gives
+// O^T; and so on (see forward.h and backward.h). Rows of B and C are two vectors long and follow one another, as those
+// of a wider matrix, often a power of two apart, would drive one another out of the first-level cache. Cost: rows * k *
+// kVectors fused multiply-adds, and per k one load for each row and each vector: with 8 rows and 2 vectors the
+// multiply-adds bound it, not the loads.
 //
 // Elements are words: one float or double, or two bfloat16 that a dot product instruction takes at once.
 #pragma once
@@ -53,11 +54,28 @@ struct Pairs {
 // C += product; or C = lanes[lane] * C + product.
 enum class Update { kStore, kStoreMax, kAdd, kScaleAdd };
 
-// A tile of kRows rows, kept in registers. Out of line: inlined into its callers, GCC spills the accumulators. It also
-// keeps them in memory, and writes and reads each once more, unless all loops over them are unrolled.
-template <class E, int kRows, int kVectors, Update kUpdate, bool kUnitRows>
-__attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
-                                         const typename E::Word* b, typename E::Scalar* c, typename E::Scalar* lanes) {
+// Words of A, word (r, k) at data[r / kTileRows * tile_stride + r % kTileRows + k * stride]. Where rows are as wide as
+// A a tile touches a cache line for each k, and lines a power of two apart drive one another out of the first-level
+// cache; a copy in which a tile's words follow one another does not.
+template <class E>
+struct ColumnTiles {
+  static constexpr int kRows = E::Vector::kTileRows;
+  const typename E::Word* data;
+  int64_t stride, tile_stride;
+  static ColumnTiles of_rows(const typename E::Word* rows, int64_t stride) { return {rows, stride, kRows}; }
+  ColumnTiles from(int64_t k) const { return {data + k * stride, stride, tile_stride}; }
+  const typename E::Word* at(int64_t r, int64_t k) const {
+    return data + r / kRows * tile_stride + r % kRows + k * stride;
+  }
+};
+
+// A tile of kRows rows, kept in registers; stride: from one k to the next (kColumns), or from row to row. Out of line:
+// inlined into its callers, GCC spills the accumulators. It also keeps them in memory, and writes and reads each once
+// more, unless all loops over them are unrolled. Four steps at a time: a processor that shares its front end with
+// another thread takes 24 instructions for 12 multiply-adds no faster than these are done.
+template <class E, int kRows, int kVectors, Update kUpdate, bool kColumns>
+__attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64_t stride, const typename E::Word* b,
+                                         typename E::Scalar* c, typename E::Scalar* lanes) {
   using V = typename E::Vector;
   constexpr int kWidth = V::kWidth;
   V acc[kRows][kVectors];
@@ -72,11 +90,11 @@ __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64
     for (int i = 0; i < kVectors; ++i) right[i] = E::load(b + i * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const typename E::Operand left = E::broadcast(a + (kUnitRows ? r : r * row_stride));
+      const typename E::Operand left = E::broadcast(a + (kColumns ? r : r * stride));
 #pragma GCC unroll 2
       for (int i = 0; i < kVectors; ++i) acc[r][i] = E::multiply_add(left, right[i], acc[r][i]);
     }
-    a += k_stride;
+    a += kColumns ? stride : 1;
     b += kLanesOf<V>;
   }
 #pragma GCC unroll 2
@@ -95,40 +113,38 @@ __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64
   }
 }
 
-template <class E, int kRows, int kVectors, Update kUpdate, bool kUnitRows>
-void gemm_rest(int rows, int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
-               const typename E::Word* b, typename E::Scalar* c, typename E::Scalar* lanes) {
+template <class E, int kRows, int kVectors, Update kUpdate, bool kColumns>
+void gemm_rest(int rows, int k, const typename E::Word* a, int64_t stride, const typename E::Word* b,
+               typename E::Scalar* c, typename E::Scalar* lanes) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      gemm_tile<E, kRows, kVectors, kUpdate, kUnitRows>(k, a, row_stride, k_stride, b, c, lanes);
+      gemm_tile<E, kRows, kVectors, kUpdate, kColumns>(k, a, stride, b, c, lanes);
     } else {
-      gemm_rest<E, kRows - 1, kVectors, kUpdate, kUnitRows>(rows, k, a, row_stride, k_stride, b, c, lanes);
+      gemm_rest<E, kRows - 1, kVectors, kUpdate, kColumns>(rows, k, a, stride, b, c, lanes);
     }
   }
 }
 
-template <class E, int kVectors, Update kUpdate, bool kUnitRows>
-void gemm_rows(int rows, int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride,
-               const typename E::Word* b, typename E::Scalar* c, typename E::Scalar* lanes) {
-  constexpr int kTile = E::Vector::kTileRows;
-  int r = 0;
-  for (; r + kTile <= rows; r += kTile) {
-    gemm_tile<E, kTile, kVectors, kUpdate, kUnitRows>(k, a + r * row_stride, row_stride, k_stride, b,
-                                                      c + r * kLanesOf<typename E::Vector>, lanes);
-  }
-  gemm_rest<E, kTile - 1, kVectors, kUpdate, kUnitRows>(rows - r, k, a + r * row_stride, row_stride, k_stride, b,
-                                                        c + r * kLanesOf<typename E::Vector>, lanes);
+template <class E, int kVectors, Update kUpdate, bool kColumns>
+void gemm_tiles(int rows, int k, const typename E::Word* a, int64_t stride, int64_t tile_stride,
+                const typename E::Word* b, typename E::Scalar* c, typename E::Scalar* lanes) {
+  constexpr int kTile = E::Vector::kTileRows, kSize = kTile * kLanesOf<typename E::Vector>;
+  for (; rows >= kTile; rows -= kTile, a += tile_stride, c += kSize)
+    gemm_tile<E, kTile, kVectors, kUpdate, kColumns>(k, a, stride, b, c, lanes);
+  gemm_rest<E, kTile - 1, kVectors, kUpdate, kColumns>(rows, k, a, stride, b, c, lanes);
 }
 
-// k counts words. lanes: see Update.
+// A(r, k) = a[r * row_stride + k]. k counts words. lanes: see Update.
 template <class E, int kVectors, Update kUpdate>
-void gemm(int rows, int k, const typename E::Word* a, int64_t row_stride, int64_t k_stride, const typename E::Word* b,
+void gemm(int rows, int k, const typename E::Word* a, int64_t row_stride, const typename E::Word* b,
           typename E::Scalar* c, typename E::Scalar* lanes = nullptr) {
-  if (row_stride == 1) {
-    gemm_rows<E, kVectors, kUpdate, true>(rows, k, a, 1, k_stride, b, c, lanes);
-  } else {
-    gemm_rows<E, kVectors, kUpdate, false>(rows, k, a, row_stride, k_stride, b, c, lanes);
-  }
+  gemm_tiles<E, kVectors, kUpdate, false>(rows, k, a, row_stride, E::Vector::kTileRows * row_stride, b, c, lanes);
+}
+
+template <class E, int kVectors, Update kUpdate>
+void gemm_columns(int rows, int k, const ColumnTiles<E>& a, const typename E::Word* b, typename E::Scalar* c,
+                  typename E::Scalar* lanes = nullptr) {
+  gemm_tiles<E, kVectors, kUpdate, true>(rows, k, a.data, a.stride, a.tile_stride, b, c, lanes);
 }
 
 }  // namespace FASTATTN_ISA

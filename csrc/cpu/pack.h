@@ -149,8 +149,7 @@ struct Columns<Pairs, bf16> {
   }
 };
 
-// Rows r and r + 1 interleaved: word i = (even[i], odd[i]); a null row gives zeros. dim is rounded up to whole vectors
-// in `words`, which holds that many.
+// Rows r and r + 1 interleaved: word i = (even[i], odd[i]); a null row gives zeros.
 inline void interleave_rows(const bf16* even, int64_t stride, const bf16* odd, int dim, uint32_t* words) {
   int d = 0;
   if (stride == 1) {

@@ -192,20 +192,24 @@ void check_gemm() {
   };
   for (int rows = 1; rows <= kMost; ++rows) {
     for (const int k : {0, 1, 7, 40}) {
-      for (const bool unit_rows : {false, true}) {
+      for (const bool columns : {false, true}) {
         fill(a, kMost * 40);
         fill(b, 40 * kLanes);
         fill(c, kMost * kLanes);
         fill(alpha, kLanes);
-        const int64_t row_stride = unit_rows ? 1 : 40, k_stride = unit_rows ? kMost : 1;
+        const ColumnTiles<E> tiles = ColumnTiles<E>::of_rows(a, kMost);
         S expected[kMost * kLanes];
         for (int r = 0; r < rows; ++r)
           for (int l = 0; l < kLanes; ++l) {
             expected[r * kLanes + l] = alpha[l] * c[r * kLanes + l];
             for (int i = 0; i < k; ++i)
-              expected[r * kLanes + l] += a[r * row_stride + i * k_stride] * b[i * kLanes + l];
+              expected[r * kLanes + l] += (columns ? *tiles.at(r, i) : a[r * 40 + i]) * b[i * kLanes + l];
           }
-        gemm<E, 2, Update::kScaleAdd>(rows, k, a, row_stride, k_stride, b, c, alpha);
+        if (columns) {
+          gemm_columns<E, 2, Update::kScaleAdd>(rows, k, tiles, b, c, alpha);
+        } else {
+          gemm<E, 2, Update::kScaleAdd>(rows, k, a, 40, b, c, alpha);
+        }
         for (int i = 0; i < rows * kLanes; ++i) EXPECT(c[i] == expected[i]);  // small integers: exact
       }
     }
