@@ -11,9 +11,9 @@ OLDEST_TRITON := build/triton-3.6.0
 KERNEL_TESTS := $(addprefix tests/test_,forward.py backward.py varlen.py kv_cache.py nonfinite.py dropout.py strides.py)
 NATIVE := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cpu/simd csrc/cuda csrc/cuda/ptx csrc/cuda/sm75 csrc/cuda/sm80,\
             $(addprefix $(folder)/*,.h .cpp .cu)))
-CPP    := $(NATIVE) $(wildcard tests/native/*.cpp)
+CPP    := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/emulated/*.h)
 
-.PHONY: demo test bench bench-gpu lint format sanitize clean
+.PHONY: demo test bench bench-gpu lint format sanitize emulate clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.demo
@@ -45,6 +45,10 @@ format: $(STAMP)
 
 sanitize: $(STAMP)
 	$(BIN)/python -m tests.native.build sanitize
+
+# Needs the headers of SIMDe: apt install libsimde-dev.
+emulate: $(STAMP)
+	$(BIN)/python -m tests.native.emulate
 
 $(STAMP): requirements-dev.txt pyproject.toml setup.py native_build.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,9 @@
 // With fewer rows than lanes the products of forward.h would compute mostly padding, and would copy K and V that are
 // not float32. Here each key's row is read once, as it lies (any page size, any dtype), dotted with all queries, and
 // each value's row is added to all outputs. Cost per key and row: (head_dim + head_dim_v) / kWidth / kPerWord
-// multiply-adds and 1 / kWidth of a transpose; bytes: each key and value once. Reading them bounds it.
+// multiply-adds and 1 / kWidth of a transpose; bytes: each key and value once. Reading them bounds it, so they are read
+// in the order in which they lie, one or two rows at a time: with eight side by side, or a part of each row at a time,
+// a core reads two thirds as fast from memory.
 #pragma once
 
 #include "forward.h"
@@ -13,6 +15,10 @@ namespace FASTATTN_ISA {
 
 template <class V>
 constexpr int kFewRows = V::kWidth < 8 ? V::kWidth : 8;
+
+// Keys of one step. Values are asked for while its keys are read, and the next keys while its values are: so far ahead,
+// and no further, memory keeps up.
+constexpr int kFewKeys = 64;
 
 // Whether a job's sequence has few rows; not whether the job has, which depends on how the rows are shared out.
 template <class V>
@@ -27,12 +33,12 @@ struct FewRowsScratch {
   using Word = typename E::Word;
   static constexpr int kWidth = E::Vector::kWidth, kNumbers = kWidth * E::kPerWord;
   Word* queries;  // [row][words of dim, padded to whole vectors]
-  S* acc;         // [row][dim_v padded to whole words of vectors]
+  S *acc, *sums;  // [row][dim_v padded to whole words of vectors]: outputs, and what a step adds to them
   S *scores, *factors;
   Word* probs;
   const T **k, **v, **next_k;  // rows of the block's keys, and of the keys of the block after it
-  T* rest;                     // [key][kNumbers]: the last features of values, where they are not whole vectors,
-  const T** v_rest;            // and where each key's begin
+  T* rest;                     // [key][kNumbers]: the last features of values, where they are not whole vectors
+  T* zeros;                    // the values of no key
   AddendScratch<typename E::Vector> addend;
   int query_words, dim_v;  // padded
 
@@ -42,17 +48,18 @@ struct FewRowsScratch {
     dim_v = int((p.head_dim_v + kNumbers - 1) / kNumbers * kNumbers);
     queries = arena.take<Word>(int64_t(kRows) * query_words);
     acc = arena.take<S>(int64_t(kRows) * dim_v);
-    scores = arena.take<S>(kBlockKeys * kLanes);
-    probs = E::kPerWord == 1 ? reinterpret_cast<Word*>(scores) : arena.take<Word>(kBlockKeys / 2 * kLanes);
-    factors = arena.take<S>(p.dropout_threshold ? kBlockKeys * kLanes : 0);
-    k = arena.take<const T*>(kBlockKeys);
-    v = arena.take<const T*>(kBlockKeys);
-    next_k = arena.take<const T*>(kBlockKeys);
+    sums = arena.take<S>(int64_t(kRows) * dim_v);
+    scores = arena.take<S>(kFewKeys * kLanes);
+    probs = E::kPerWord == 1 ? reinterpret_cast<Word*>(scores) : arena.take<Word>(kFewKeys / 2 * kLanes);
+    factors = arena.take<S>(p.dropout_threshold ? kFewKeys * kLanes : 0);
+    k = arena.take<const T*>(kFewKeys);
+    v = arena.take<const T*>(kFewKeys);
+    next_k = arena.take<const T*>(kFewKeys);
     const bool whole = p.head_dim_v % kNumbers == 0;
-    rest = arena.take<T>(whole ? 0 : kBlockKeys * kNumbers);
-    v_rest = arena.take<const T*>(whole ? 0 : kBlockKeys);
-    addend.values = arena.take<S>(kBlockKeys * kLanes);
-    addend.seen = arena.take<uint8_t>(kBlockKeys);
+    rest = arena.take<T>(whole ? 0 : kFewKeys * kNumbers);
+    zeros = arena.take<T>(dim_v);
+    addend.values = arena.take<S>(kFewKeys * kLanes);
+    addend.seen = arena.take<uint8_t>(kFewKeys);
   }
 };
 
@@ -99,15 +106,20 @@ void few_scores_tile(const typename E::Word* queries, int ld, int dim, const T* 
   V acc[V::kWidth];  // in registers, as all loops over it are unrolled
 #pragma GCC unroll 16
   for (int i = 0; i < V::kWidth; ++i) acc[i] = V::set(0);
-  for (int d = 0; d < dim; d += kNumbers) {
-    typename E::Operand q[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) q[r] = E::load(queries + r * ld + d / E::kPerWord);
+  constexpr int kTogether = kKeys < 2 ? 1 : 2;
 #pragma GCC unroll 16
-    for (int n = 0; n < kKeys; ++n) {
-      const typename E::Operand key = RowOperands<E, T>::key(kWhole || d < whole ? k[n < keys ? n : 0] + d : rest[n]);
+  for (int n = 0; n < kKeys; n += kTogether) {
+    for (int d = 0; d < dim; d += kNumbers) {
+      typename E::Operand q[kRows];
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) acc[n * kRows + r] = E::multiply_add(key, q[r], acc[n * kRows + r]);
+      for (int r = 0; r < kRows; ++r) q[r] = E::load(queries + r * ld + d / E::kPerWord);
+#pragma GCC unroll 2
+      for (int i = n; i < n + kTogether; ++i) {
+        const T* row = kWhole || d < whole ? k[i < keys ? i : 0] + d : rest[i];
+        const typename E::Operand key = RowOperands<E, T>::key(row);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) acc[i * kRows + r] = E::multiply_add(key, q[r], acc[i * kRows + r]);
+      }
     }
   }
   typename V::Scalar sums[V::kWidth];
@@ -133,61 +145,67 @@ void few_scores(const typename E::Word* queries, int ld, int dim, const T* const
   }
 }
 
-// acc[row][..] = alpha[row] * acc + sum over keys of probs[key word][row] * v[key][..], for kRows rows and kVectors
-// vectors of features. seen: null, or 0 for keys that no row sees and whose memory may hold NaN.
-template <class E, class T, int kRows, int kVectors>
-void few_outputs_tile(const typename E::Word* probs, const T* const* v, int d, const uint8_t* seen, int keys,
-                      const typename E::Scalar* alpha, typename E::Scalar* acc, int ld, const T* const* ahead,
-                      int ahead_keys, int ahead_from, int ahead_dim) {
+// sums[row][d] (+)= the sum over four keys of probs[key word][row] * v[key][d], for kRows rows and `dim` features:
+// whole words of vectors.
+template <class E, class T, int kRows, bool kBegins>
+void few_outputs_tile(const typename E::Word* probs, const T* const (&v)[4], int dim, typename E::Scalar* sums,
+                      int ld) {
   using V = typename E::Vector;
-  static const T kZeros[kVectors * V::kWidth] = {};
-  V sum[kRows][kVectors];  // likewise; of 16 some do not fit AVX2's registers, which fewer at a time did not gain by
+  constexpr int kVectors = E::kPerWord, kWords = 4 / E::kPerWord;
+  typename E::Operand prob[kWords][kRows];
 #pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
+  for (int w = 0; w < kWords; ++w)
 #pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) sum[r][i] = V::set(0);
-  for (int n = 0; n < keys; n += E::kPerWord) {
-    for (int i = n; i < n + E::kPerWord && i < ahead_keys; ++i) prefetch_row(ahead[i] + ahead_from, ahead_dim);
-    if (E::kPerWord == 1 && seen != nullptr && !seen[n]) continue;
-    const T* rows[2] = {kZeros, kZeros};
-    for (int i = 0; i < E::kPerWord; ++i)
-      if (n + i < keys && (seen == nullptr || seen[n + i])) rows[i] = v[n + i] + d;
-    typename E::Operand value[kVectors];
-    RowOperands<E, T>::values(rows[0], rows[1], value);
+    for (int r = 0; r < kRows; ++r) prob[w][r] = E::broadcast(probs + w * Panel<V>::kLanes + r);
+  for (int d = 0; d < dim; d += kVectors * V::kWidth) {
+    typename E::Operand value[kWords][kVectors];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const typename E::Operand prob = E::broadcast(probs + n / E::kPerWord * Panel<V>::kLanes + r);
+    for (int w = 0; w < kWords; ++w)
+      RowOperands<E, T>::values(v[w * E::kPerWord] + d, v[w * E::kPerWord + E::kPerWord - 1] + d, value[w]);
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) sum[r][i] = E::multiply_add(prob, value[i], sum[r][i]);
-    }
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int i = 0; i < kVectors; ++i) {
+        typename V::Scalar* to = sums + r * ld + d + i * V::kWidth;
+        V sum = kBegins ? V::set(0) : V::load(to);
+#pragma GCC unroll 4
+        for (int w = 0; w < kWords; ++w) sum = E::multiply_add(prob[w][r], value[w][i], sum);
+        sum.store(to);
+      }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) {
-      typename V::Scalar* to = acc + r * ld + i * V::kWidth;
-      fma(V::set(alpha[r]), V::load(to), sum[r][i]).store(to);
-    }
 }
 
-// The outputs of rows r .. r + kRows. next_keys: of the block after this one, whose rows are asked for meanwhile,
-// evenly: what is asked for at once the processor may drop.
+// The outputs of rows r .. r + kRows. seen: null, or 0 for keys that no row sees and whose memory may hold NaN.
+// next_keys: of the step after this one, whose rows are asked for meanwhile, evenly: what is asked for at once the
+// processor may drop.
 template <class E, class T, int kRows>
 void few_outputs(const FewRowsScratch<E, T>& s, int r, const uint8_t* seen, int keys, int dim_v,
                  const typename E::Scalar* alpha, int dim, int next_keys) {
-  constexpr int kWidth = E::Vector::kWidth, kLarge = kWidth >= 8 ? 4 : 2;
-  int asked = 0;
-  auto tile = [&](auto vectors, const T* const* rows, int first, int d) {
-    constexpr int kTile = decltype(vectors)::value;
-    const int until = int(smaller(dim_v, d + kTile * kWidth) * dim / dim_v);
-    few_outputs_tile<E, T, kRows, kTile>(s.probs + r, rows, first, seen, keys, alpha + r, s.acc + r * s.dim_v + d,
-                                         s.dim_v, s.next_k, next_keys, asked, until - asked);
-    asked = until;
-  };
-  int d = 0;
-  for (; d + kLarge * kWidth <= dim_v; d += kLarge * kWidth) tile(Constant<kLarge>{}, s.v, d, d);
-  for (; d + E::kPerWord * kWidth <= dim_v; d += E::kPerWord * kWidth) tile(Constant<E::kPerWord>{}, s.v, d, d);
-  if (d < dim_v) tile(Constant<E::kPerWord>{}, s.v_rest, 0, d);
+  using V = typename E::Vector;
+  constexpr int kTile = kRows == 4 && V::kWidth < 16 ? 2 : kRows;  // AVX2 has no registers for four
+  const int whole = dim_v / s.kNumbers * s.kNumbers;
+  for (int n = 0; n < keys; n += 4) {
+    const T *v[4], *rest[4];
+    for (int i = 0; i < 4; ++i) {
+      if (n + i < next_keys) prefetch_row(s.next_k[n + i], dim);
+      const bool there = n + i < keys && (seen == nullptr || seen[n + i]);
+      v[i] = there ? s.v[n + i] : s.zeros;
+      rest[i] = there ? s.rest + (n + i) * s.kNumbers : s.zeros;
+    }
+    for (int i = r; i < r + kRows; i += kTile) {
+      const typename E::Word* probs = s.probs + n / E::kPerWord * Panel<V>::kLanes + i;
+      typename E::Scalar* sums = s.sums + i * s.dim_v;
+      auto product = n == 0 ? few_outputs_tile<E, T, kTile, true> : few_outputs_tile<E, T, kTile, false>;
+      product(probs, v, whole, sums, s.dim_v);
+      if (whole < dim_v) product(probs, rest, s.kNumbers, sums + whole, s.dim_v);
+    }
+  }
+  for (int i = r; i < r + kRows; ++i) {
+    for (int d = 0; d < s.dim_v; d += V::kWidth) {
+      typename V::Scalar* to = s.acc + i * s.dim_v + d;
+      fma(V::set(alpha[i]), V::load(to), V::load(s.sums + i * s.dim_v + d)).store(to);
+    }
+  }
 }
 
 // Calls f(count, first) for pieces of 4, 2 and 1 rows; count is a constant.
@@ -220,9 +238,12 @@ void few_rows_block(const Params& p, const Sequence& seq, const Panel<typename E
                      state);
   const int whole = dim_v / s.kNumbers * s.kNumbers;
   for (int n = 0; n < keys && whole < dim_v; ++n) {
-    s.v_rest[n] = s.rest + n * s.kNumbers;
     const bool seen = !gaps || s.addend.seen[n];
     copy_part(s.v[n] + whole, seen ? dim_v - whole : 0, s.kNumbers, s.rest + n * s.kNumbers);
+  }
+  for (int n = keys; n % 4 != 0; ++n) {  // outputs take four keys at a time
+    if (n % E::kPerWord != 0) continue;  // the other half of a word has been made zero
+    for (int r = 0; r < panel.count; ++r) s.probs[n / E::kPerWord * Panel<V>::kLanes + r] = 0;
   }
   for_row_pieces<V>(panel.count, [&](auto rows, int r) {
     few_outputs<E, T, decltype(rows)::value>(s, r, gaps ? s.addend.seen : nullptr, keys, dim_v, state.alpha, dim,
@@ -243,20 +264,21 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
   reset(state);
   for (int i = 0; i < panel.count * s.query_words; ++i) s.queries[i] = 0;
   for (int i = 0; i < panel.count * s.dim_v; ++i) s.acc[i] = S(0);
+  for (int i = 0; i < s.dim_v; ++i) s.zeros[i] = T{};
   for (int r = 0; r < panel.count; ++r) {
     if (panel.keys[r].first < panel.keys[r].last)
       RowOperands<E, T>::query(row_of<const T>(p.q, seq, job.b, panel.head[r], panel.query[r]), p.q.stride_d,
                                int(p.head_dim), s.queries + r * s.query_words);
   }
   auto find_keys = [&](int64_t n0, const T** rows) {
-    const int keys = int(larger(0, smaller(kBlockKeys, panel.any.last - n0)));
+    const int keys = int(larger(0, smaller(kFewKeys, panel.any.last - n0)));
     for (int n = 0; n < keys; ++n) rows[n] = key_row<const T>(p, p.k, seq, job.b, job.head_kv, n0 + n);
     return keys;
   };
   int keys = find_keys(panel.any.first, s.k);
-  for (int64_t n0 = panel.any.first; n0 < panel.any.last; n0 += kBlockKeys) {
+  for (int64_t n0 = panel.any.first; n0 < panel.any.last; n0 += kFewKeys) {
     for (int n = 0; n < keys; ++n) s.v[n] = key_row<const T>(p, p.v, seq, job.b, job.head_kv, n0 + n);
-    const int next_keys = find_keys(n0 + kBlockKeys, s.next_k);
+    const int next_keys = find_keys(n0 + kFewKeys, s.next_k);
     few_rows_block(p, seq, panel, n0, keys, next_keys, state, s);
     const T** used = s.k;
     s.k = s.next_k;

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,20 +31,24 @@ def run_simd_check(instruction_set: str, folder: Path) -> str:
     return subprocess.run([str(program)], capture_output=True, text=True, check=False).stdout
 
 
-def run_core_check(flags: Sequence[str], folder: Path) -> int:
-    """Compiles the core and core_check.cpp with additional flags and runs it; returns its exit status."""
-    main = Object(str(HERE.relative_to(ROOT) / "core_check.cpp"), compiler(), COMMON)
-    objects = {**core_objects(), "main": main}
+def compile_all(objects: Mapping[str, Object], flags: Sequence[str], folder: Path) -> list[str]:
+    """Compiles with additional flags; returns the object files."""
 
     def compile_one(item: tuple[str, Object]) -> str:
         name, (source, program, own) = item
         output = str(folder / f"{name}.o")
-        command = [program, *own, "-O1", "-g", "-w", *flags, f"-I{ROOT / 'csrc'}", "-c", str(ROOT / source)]
+        command = [program, *own, "-w", *flags, f"-I{ROOT / 'csrc'}", "-c", str(ROOT / source)]
         subprocess.run([*command, "-o", output], check=True)
         return output
 
     with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(compile_one, objects.items()))
+        return list(pool.map(compile_one, objects.items()))
+
+
+def run_core_check(flags: Sequence[str], folder: Path) -> int:
+    """Compiles the core and core_check.cpp with additional flags and runs it; returns its exit status."""
+    main = Object(str(HERE.relative_to(ROOT) / "core_check.cpp"), compiler(), COMMON)
+    outputs = compile_all({**core_objects(), "main": main}, ["-O1", "-g", *flags], folder)
     program = str(folder / "core_check")
     subprocess.run([compiler(), *flags, *outputs, "-o", program, *libraries()], check=True)
     return subprocess.run([program], check=False).returncode

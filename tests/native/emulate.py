@@ -1,0 +1,71 @@
+"""The CPU kernels for AVX-512 where the processor has none: right or wrong, never fast.
+
+`python -m tests.native.emulate` (what `make emulate` does) compiles them with functions in place of AVX-512's
+instructions (emulated/immintrin.h) and runs the tests of what they compute. It needs AVX2 and the headers of SIMDe
+(libsimde-dev of Debian and Ubuntu).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from native_build import ROOT, Object, compiler, cpu_module, kernel_flags
+
+from ..test_instruction_sets import TESTS
+from .build import HERE, compile_all
+
+FOLDER = ROOT / "build" / "emulated"
+INSTRUCTION_SETS = {"avx512": [], "avx512bf16": ["-DEMULATED_BF16"]}
+
+
+def emulated_flags(instruction_set: str) -> list[str]:
+    """`kernel_flags` without the instructions that are emulated."""
+    flags = [flag for flag in kernel_flags(instruction_set) if not flag.startswith("-mavx512")]
+    return [*flags, "-mavx2", f"-I{HERE / 'emulated'}", *INSTRUCTION_SETS[instruction_set]]
+
+
+def build_module(folder: Path) -> None:
+    """Compiles the module fastattn._cpu into a folder."""
+    objects, link, libraries = cpu_module()
+    for name in INSTRUCTION_SETS:
+        objects[f"kernels_{name}"] = Object("csrc/cpu/kernels.cpp", compiler(), [*emulated_flags(name), "-O2"])
+    source, program, flags = objects["core"]
+    objects["core"] = Object(source, program, [*flags, "-D__builtin_cpu_supports(name)=1"])
+    outputs = compile_all(objects, [], FOLDER)
+    module = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([*link, *outputs, "-o", str(module), *libraries], check=True)
+
+
+def link_to(source: Path, folder: Path) -> None:
+    """Links to all of a folder but hidden files, what is built, and the module that takes another's place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.name.startswith((".", "_cpu.c")) or path.name in ("build", "fastattn"):
+            continue
+        link = folder / path.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+
+
+def main() -> int:
+    """Returns the exit status of the first tests that fail."""
+    link_to(ROOT, FOLDER)
+    link_to(ROOT / "fastattn", FOLDER / "fastattn")
+    build_module(FOLDER / "fastattn")
+    for name, flags in INSTRUCTION_SETS.items():
+        print(f"== {name}", flush=True)
+        files = [f"tests/test_{test}.py" for test in TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "-k", "cpu", *files]
+        environment = {**os.environ, "FASTATTN_CPU_ISA": name, "PYTHONPATH": str(FOLDER)}
+        status = subprocess.run(command, cwd=FOLDER, env=environment, check=False).returncode
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
