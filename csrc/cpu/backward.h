@@ -309,7 +309,7 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
                                     s.dout_columns, s.dprobs);
   const S* factors = nullptr;
   if (p.dropout_threshold != 0) {
-    make_dropout(p, panel, n0, keys, s.factors);
+    make_dropout(p, panel, n0, keys, S(p.dropout_scale), s.factors);
     factors = s.factors;
   }
   make_operands(p, s, kVectors, keys, plain ? nullptr : s.addend.values, factors, dbias, to);

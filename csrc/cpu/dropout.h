@@ -23,12 +23,12 @@ void philox(uint32_t (&c)[4][kLanes], uint64_t seed) {
   }
 }
 
-// factors[n][lane] = 0 or 1 / (1 - p), for keys n0 .. n0 + keys.
+// factors[n][lane] = 0 or `kept`, for keys n0 .. n0 + keys.
 template <class V>
-void make_dropout(const Params& p, const Panel<V>& panel, int64_t n0, int keys, typename V::Scalar* factors) {
+void make_dropout(const Params& p, const Panel<V>& panel, int64_t n0, int keys, typename V::Scalar kept,
+                  typename V::Scalar* factors) {
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
-  const S kept = S(p.dropout_scale);
   for (int64_t quad = n0 / 4; quad * 4 < n0 + keys; ++quad) {
     uint32_t words[4][kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {

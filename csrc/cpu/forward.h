@@ -159,7 +159,8 @@ void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64
   using V = typename E::Vector;
   using S = typename E::Scalar;
   const V scale = V::set(plain_max != nullptr ? S(p.scale * kLog2E) : S(1)), lowest = V::set(S(-__builtin_inf()));
-  if (p.dropout_threshold != 0) make_dropout(p, panel, n0, keys, factors);
+  // 1 / (1 - p) comes last: words of half precision round nothing more for it.
+  if (p.dropout_threshold != 0) make_dropout(p, panel, n0, keys, S(1), factors);
   for (int lane = 0; lane < kVectors * V::kWidth; lane += V::kWidth) {
     const V highest = plain_max != nullptr ? V::load(plain_max + lane) * scale
                                            : finish_scores<V>(p, scores + lane, addend + lane, keys);
@@ -268,6 +269,7 @@ template <class V>
 void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& job, const OnlineSoftmax<V>& state,
                     typename V::Scalar* inverse, typename V::Scalar* lse) {
   using S = typename V::Scalar;
+  const S kept = p.dropout_threshold != 0 ? S(p.dropout_scale) : S(1);
   const bool lse_wanted = p.lse.data != nullptr || job.part >= 0;
   for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
     S row_max = state.row_max[lane], row_sum = state.row_sum[lane], factor = S(1);
@@ -277,7 +279,7 @@ void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& jo
       const S sink = static_cast<const S*>(p.sinks.data)[panel.head[lane] * p.sinks.stride_h] * S(kLog2E);
       add_sink(sink, row_max, row_sum, factor);
     }
-    inverse[lane] = empty ? S(0) : factor / row_sum;
+    inverse[lane] = empty ? S(0) : factor / row_sum * kept;
     if (lse_wanted) lse[lane] = empty ? S(-__builtin_inf()) : row_max + log2_of(row_sum);
   }
 }

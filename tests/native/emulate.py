@@ -56,7 +56,7 @@ def main() -> int:
     link_to(ROOT, FOLDER)
     link_to(ROOT / "fastattn", FOLDER / "fastattn")
     build_module(FOLDER / "fastattn")
-    for name, flags in INSTRUCTION_SETS.items():
+    for name in INSTRUCTION_SETS:
         print(f"== {name}", flush=True)
         files = [f"tests/test_{test}.py" for test in TESTS]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "-k", "cpu", *files]

@@ -48,8 +48,7 @@ struct Halves {
 // One rounding, as the instruction has; SIMDe's has two.
 inline simde__m512 fma(simde__m512 a, simde__m512 b, simde__m512 c) {
   const auto x = as<Halves<__m256>>(a), y = as<Halves<__m256>>(b), z = as<Halves<__m256>>(c);
-  return as<simde__m512>(
-      Halves<__m256>{_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)});
+  return as<simde__m512>(Halves<__m256>{_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)});
 }
 inline simde__m512d fma(simde__m512d a, simde__m512d b, simde__m512d c) {
   const auto x = as<Halves<__m256d>>(a), y = as<Halves<__m256d>>(b), z = as<Halves<__m256d>>(c);
@@ -102,8 +101,7 @@ inline simde__m512i bfloat16s_of(simde__m512 high, simde__m512 low) {
 template <int kLanes, class V>
 V shuffle_lanes(V a, V b) {
   const auto x = as<Lanes<__m128i, 4>>(a), y = as<Lanes<__m128i, 4>>(b);
-  return as<V>(Lanes<__m128i, 4>{
-      {x.x[kLanes & 3], x.x[kLanes >> 2 & 3], y.x[kLanes >> 4 & 3], y.x[kLanes >> 6 & 3]}});
+  return as<V>(Lanes<__m128i, 4>{{x.x[kLanes & 3], x.x[kLanes >> 2 & 3], y.x[kLanes >> 4 & 3], y.x[kLanes >> 6 & 3]}});
 }
 template <int kOrder>
 simde__m512 shuffle(simde__m512 a, simde__m512 b) {
