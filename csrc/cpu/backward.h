@@ -87,7 +87,7 @@ struct BackwardScratch {
   }
 };
 
-// panels: how many will read the block.
+// panels: how many will read k_keys.
 template <class V, class T>
 void load_backward_block(BackwardScratch<Single<V>>& s, const T*, const Params& p, const Sequence& seq, int64_t b,
                          int64_t head_kv, int64_t n0, int keys, int64_t panels) {
@@ -389,8 +389,8 @@ void backward_group(const Params& p, const Sequence& seq, const BackwardJob& job
     return;
   }
   if (first_group) {
-    for (int d = 0; d < p.head_dim; d += kLanes) clear(s.dk + d * kBlockKeys, keys * kLanes);
-    for (int d = 0; d < p.head_dim_v; d += kLanes) clear(s.dv + d * kBlockKeys, keys * kLanes);
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) clear(s.dk + d * kBlockKeys, keys * kLanes);
+    for (int64_t d = 0; d < p.head_dim_v; d += kLanes) clear(s.dv + d * kBlockKeys, keys * kLanes);
   }
   make_key_grads<E, Update::kAdd>(p, s, all_first, all_last, 0, all_lanes);
   for (int i = 0; i < panels; ++i) {  // keys that not all panels see
@@ -399,7 +399,7 @@ void backward_group(const Params& p, const Sequence& seq, const BackwardJob& job
   }
 }
 
-// grads: dk or dv of a block, times scale.
+// Stores scale * grads, which are dk or dv of a block.
 template <class V, class T>
 void store_key_grads(const Params& p, const View& view, const Sequence& seq, const BackwardJob& job, int64_t n0,
                      int keys, int dim, const typename V::Scalar* grads, typename V::Scalar scale) {
@@ -408,7 +408,7 @@ void store_key_grads(const Params& p, const View& view, const Sequence& seq, con
   for (int n = 0; n < keys; ++n) {
     T* row = key_row<T>(p, view, seq, job.b, job.head_kv, n0 + n);
     for (int d = 0; d < dim; d += V::kWidth) {
-      const typename V::Scalar* from = grads + (d / kLanes * kBlockKeys + n) * kLanes + d % kLanes;
+      const typename V::Scalar* from = grads + (int64_t(d / kLanes) * kBlockKeys + n) * kLanes + d % kLanes;
       store_some(V::load(from) * V::set(scale), int(smaller(V::kWidth, dim - d)), row + d * view.stride_d,
                  view.stride_d);
     }
@@ -429,7 +429,8 @@ void backward_job(const Params& p, const BackwardJob& job, const BackwardSpace& 
   if (p.dq.data != nullptr && job.keys.first >= job.keys.last) clear(dq, panels * dq_size);
   for (int64_t n0 = job.keys.first; n0 < job.keys.last; n0 += kBlockKeys) {
     const int keys = int(smaller(kBlockKeys, job.keys.last - n0));
-    load_backward_block(s, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, keys, panels);
+    load_backward_block(s, static_cast<const T*>(nullptr), p, seq, job.b, job.head_kv, n0, keys,
+                        p.dq.data != nullptr ? panels : 0);
     int64_t i = 0;
     do {  // a group without rows gives zeros
       backward_group<E, T>(p, seq, job, space, s, n0, keys, i * kLanes, rows, dq + i * dq_size);

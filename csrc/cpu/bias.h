@@ -43,8 +43,7 @@ void dbias_job(const Params& p, const BiasJob& job, const BackwardSpace& space, 
     for (int64_t head = job.h; head < h_end; ++head) {
       for (int64_t n0 = job.first_key; n0 < last_key; n0 += kBlockKeys) {
         const int keys = int(smaller(kBlockKeys, last_key - n0));
-        load_backward_block(s, static_cast<const T*>(nullptr), p, seq, b, head / (p.heads_q / p.heads_kv), n0, keys,
-                            (last_row - job.first_row + kLanes - 1) / kLanes);
+        load_backward_block(s, static_cast<const T*>(nullptr), p, seq, b, head / (p.heads_q / p.heads_kv), n0, keys, 0);
         for (int64_t row = job.first_row; row < last_row; row += kLanes) {
           Panel<V> panel;
           set_panel(panel, p, seq, b, {head, 1}, row, last_row - row, {n0, n0 + keys});

@@ -4,8 +4,8 @@
 // not float32. Here each key's row is read once, as it lies (any page size, any dtype), dotted with all queries, and
 // each value's row is added to all outputs. Cost per key and row: (head_dim + head_dim_v) / kWidth / kPerWord
 // multiply-adds and 1 / kWidth of a transpose; bytes: each key and value once. Reading them bounds it, so they are read
-// in the order in which they lie, one or two rows at a time: with eight side by side, or a part of each row at a time,
-// a core reads two thirds as fast from memory.
+// in the order in which they lie, whole rows, few side by side: with eight, or a part of each row at a time, a core
+// reads two thirds as fast from memory.
 #pragma once
 
 #include "forward.h"
@@ -36,7 +36,7 @@ struct FewRowsScratch {
   S *acc, *sums;  // [row][dim_v padded to whole words of vectors]: outputs, and what a step adds to them
   S *scores, *factors;
   Word* probs;
-  const T **k, **v, **next_k;  // rows of the block's keys, and of the keys of the block after it
+  const T **k, **v, **next_k;  // rows of the step's keys, and of the keys of the step after it
   T* rest;                     // [key][kNumbers]: the last features of values, where they are not whole vectors
   T* zeros;                    // the values of no key
   AddendScratch<typename E::Vector> addend;
@@ -182,7 +182,7 @@ template <class E, class T, int kRows>
 void few_outputs(const FewRowsScratch<E, T>& s, int r, const uint8_t* seen, int keys, int dim_v,
                  const typename E::Scalar* alpha, int dim, int next_keys) {
   using V = typename E::Vector;
-  constexpr int kTile = kRows == 4 && V::kWidth < 16 ? 2 : kRows;  // AVX2 has no registers for four
+  constexpr int kTile = kRows == 4 && V::kWidth < 16 ? 2 : kRows;  // more need 32 registers
   const int whole = dim_v / s.kNumbers * s.kNumbers;
   for (int n = 0; n < keys; n += 4) {
     const T *v[4], *rest[4];
@@ -220,8 +220,8 @@ void for_row_pieces(int rows, F f) {
 }
 
 template <class E, class T>
-void few_rows_block(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
-                    int next_keys, OnlineSoftmax<typename E::Vector>& state, FewRowsScratch<E, T>& s) {
+void few_rows_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
+                   int next_keys, OnlineSoftmax<typename E::Vector>& state, FewRowsScratch<E, T>& s) {
   using V = typename E::Vector;
   const int dim = int(p.head_dim), dim_v = int(p.head_dim_v);
   const bool plain =
@@ -279,7 +279,7 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
   for (int64_t n0 = panel.any.first; n0 < panel.any.last; n0 += kFewKeys) {
     for (int n = 0; n < keys; ++n) s.v[n] = key_row<const T>(p, p.v, seq, job.b, job.head_kv, n0 + n);
     const int next_keys = find_keys(n0 + kFewKeys, s.next_k);
-    few_rows_block(p, seq, panel, n0, keys, next_keys, state, s);
+    few_rows_step(p, seq, panel, n0, keys, next_keys, state, s);
     const T** used = s.k;
     s.k = s.next_k;
     s.next_k = used;

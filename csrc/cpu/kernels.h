@@ -66,7 +66,7 @@ struct Kernels {
   int64_t (*multiply_adds)(DType, int64_t steps);  // see peak.h
 };
 
-constexpr int kBlockKeys = 256;  // keys of one step
+constexpr int kBlockKeys = 256;  // keys of a block, the most of one step
 constexpr int kMaxParts = 32;    // of a call's keys, for calls with few rows
 
 }  // namespace fastattn

@@ -23,10 +23,10 @@ SANITIZERS = {
 }
 
 
-def run_simd_check(instruction_set: str, folder: Path) -> str:
-    """Compiles simd_check.cpp for an instruction set and runs it; returns what it printed."""
+def run_simd_check(instruction_set: str, folder: Path, flags: Sequence[str] = ()) -> str:
+    """Compiles simd_check.cpp for an instruction set, with its flags or others, and runs it; returns its output."""
     program = folder / f"simd_check_{instruction_set}"
-    command = [compiler(), *kernel_flags(instruction_set), "-O1", "-w", f"-I{ROOT / 'csrc'}"]
+    command = [compiler(), *(flags or kernel_flags(instruction_set)), "-O1", "-w", f"-I{ROOT / 'csrc'}"]
     subprocess.run([*command, str(HERE / "simd_check.cpp"), "-o", str(program)], check=True)
     return subprocess.run([str(program)], capture_output=True, text=True, check=False).stdout
 

@@ -184,29 +184,31 @@ void check_tests() {
 template <class E>
 void check_gemm() {
   using S = typename E::Scalar;
-  constexpr int kLanes = 2 * E::Vector::kWidth, kMost = 29;
-  S a[kMost * 40], b[40 * kLanes], c[kMost * kLanes], alpha[kLanes];
+  using Tiles = ColumnTiles<E>;
+  constexpr int kLanes = kLanesOf<typename E::Vector>, kMost = 29, kSize = 2000;
+  S a[kSize], b[40 * kLanes], c[kMost * kLanes], alpha[kLanes];
   std::mt19937 random(3);
   auto fill = [&](S* x, int n) {
     for (int i = 0; i < n; ++i) x[i] = S(int(random() % 17) - 8);
   };
+  // A as rows (no columns), and as columns that lie in rows of a matrix or in tiles of their own.
+  const Tiles in_rows = Tiles::of_rows(a, kMost), in_tiles = {a, Tiles::kRows, 40 * Tiles::kRows + 5};
   for (int rows = 1; rows <= kMost; ++rows) {
     for (const int k : {0, 1, 7, 40}) {
-      for (const bool columns : {false, true}) {
-        fill(a, kMost * 40);
+      for (const Tiles* columns : {static_cast<const Tiles*>(nullptr), &in_rows, &in_tiles}) {
+        fill(a, kSize);
         fill(b, 40 * kLanes);
         fill(c, kMost * kLanes);
         fill(alpha, kLanes);
-        const ColumnTiles<E> tiles = ColumnTiles<E>::of_rows(a, kMost);
         S expected[kMost * kLanes];
         for (int r = 0; r < rows; ++r)
           for (int l = 0; l < kLanes; ++l) {
             expected[r * kLanes + l] = alpha[l] * c[r * kLanes + l];
             for (int i = 0; i < k; ++i)
-              expected[r * kLanes + l] += (columns ? *tiles.at(r, i) : a[r * 40 + i]) * b[i * kLanes + l];
+              expected[r * kLanes + l] += (columns ? *columns->at(r, i) : a[r * 40 + i]) * b[i * kLanes + l];
           }
         if (columns) {
-          gemm_columns<E, 2, Update::kScaleAdd>(rows, k, tiles, b, c, alpha);
+          gemm_columns<E, 2, Update::kScaleAdd>(rows, k, *columns, b, c, alpha);
         } else {
           gemm<E, 2, Update::kScaleAdd>(rows, k, a, 40, b, c, alpha);
         }
