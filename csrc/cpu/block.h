@@ -24,7 +24,8 @@ struct BlockScratch {
 
 // From tile to tile in copies of a block; a cache line more than a tile has, as all are written side by side.
 template <class E>
-constexpr int64_t kTileStride = kBlockKeys * ColumnTiles<E>::kRows + 64 / int64_t(sizeof(typename E::Word));
+constexpr int64_t kTileStride =
+    kBlockKeys / E::kPerWord * ColumnTiles<E>::kRows + 64 / int64_t(sizeof(typename E::Word));
 
 template <class E>
 int64_t tiles_size(int64_t dim) {

@@ -4,8 +4,8 @@
 // not float32. Here each key's row is read once, as it lies (any page size, any dtype), dotted with all queries, and
 // each value's row is added to all outputs. Cost per key and row: (head_dim + head_dim_v) / kWidth / kPerWord
 // multiply-adds and 1 / kWidth of a transpose; bytes: each key and value once. Reading them bounds it, so they are read
-// in the order in which they lie, whole rows, few side by side: with eight, or a part of each row at a time, a core
-// reads two thirds as fast from memory.
+// in the order in which they lie, whole rows, few side by side: with eight, or a part of each row at a time, a Zen 3
+// core read two thirds as fast from memory.
 #pragma once
 
 #include "forward.h"

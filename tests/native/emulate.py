@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from fastattn import _cpu
 from native_build import ROOT, X86, Object, compiler, cpu_module, kernel_flags
 
 from ..test_instruction_sets import TESTS
@@ -55,8 +56,6 @@ def why_not() -> str | None:
     """What is missing here."""
     if not X86:
         return "the kernels for AVX-512 are for x86-64"
-    from fastattn import _cpu
-
     if "avx2" not in _cpu.instruction_sets():
         return "it needs a processor with AVX2, FMA and F16C"
     source = "#include <simde/x86/avx512.h>\n#include <simde/x86/avx512/dpbf16.h>\n"
