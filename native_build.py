@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -fno-math-errno and -fno-trapping-math change no result: NaN, inf and signed zero keep their meaning. Products are
-# fused with sums only where the code says fma: see exponential() in forward.h. GCC 12 warns of uninitialised values
+# fused with sums only where the code says fma: see log_sum() in csrc/cpu/lse.h. GCC 12 warns of uninitialised values
 # inside its own AVX-512 header, and its vectoriser reads past the end of arrays with gaps, so it stays off where the
 # code does not use vector types of its own.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]

@@ -22,7 +22,7 @@ inline constexpr std::pair<const char*, View Params::*> kTensors[] = {
     {"q", &Params::q},           {"k", &Params::k},         {"v", &Params::v},
     {"mask", &Params::mask},     {"bias", &Params::bias},   {"alibi_slopes", &Params::alibi},
     {"sinks", &Params::sinks},   {"k_new", &Params::k_new}, {"v_new", &Params::v_new},
-    {"out", &Params::out},       {"lse", &Params::lse},     {"out_low", &Params::out_low},
+    {"out", &Params::out},       {"lse", &Params::lse},     {"residual", &Params::residual},
     {"dout", &Params::dout},     {"dlse", &Params::dlse},   {"dq", &Params::dq},
     {"dk", &Params::dk},         {"dv", &Params::dv},       {"dbias", &Params::dbias},
     {"dsinks", &Params::dsinks},
@@ -97,14 +97,14 @@ class Description {
   }
 
   // The same for calls without other tensors, in the shortest way. 0 stands for a result not wanted.
-  Params attending(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low) const {
+  Params attending(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t residual) const {
     Params p = p_;
     p.q.data = reinterpret_cast<void*>(q);
     p.k.data = reinterpret_cast<void*>(k);
     p.v.data = reinterpret_cast<void*>(v);
     p.out.data = reinterpret_cast<void*>(out);
     p.lse.data = reinterpret_cast<void*>(lse);
-    p.out_low.data = reinterpret_cast<void*>(out_low);
+    p.residual.data = reinterpret_cast<void*>(residual);
     return p;
   }
   static Params with_gradients(Params p, uintptr_t dout, uintptr_t dq, uintptr_t dk, uintptr_t dv) {

@@ -21,13 +21,13 @@ class Call : public Description {
   }
 
   // forward and backward of calls without other tensors.
-  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low,
+  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t residual,
               int threads) const {
-    run(fastattn::forward, attending(q, k, v, out, lse, out_low), threads);
+    run(fastattn::forward, attending(q, k, v, out, lse, residual), threads);
   }
-  void gradients(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low, uintptr_t dout,
-                 uintptr_t dq, uintptr_t dk, uintptr_t dv, int threads) const {
-    run(fastattn::backward, with_gradients(attending(q, k, v, out, lse, out_low), dout, dq, dk, dv), threads);
+  void gradients(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t residual,
+                 uintptr_t dout, uintptr_t dq, uintptr_t dk, uintptr_t dv, int threads) const {
+    run(fastattn::backward, with_gradients(attending(q, k, v, out, lse, residual), dout, dq, dk, dv), threads);
   }
 
  private:

@@ -54,16 +54,16 @@ class Call : public Description {
   }
 
   // forward and backward of calls without other tensors.
-  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low,
+  void attend(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t residual,
               uintptr_t workspace, int capability, int multiprocessors, int device, uintptr_t stream) const {
     launch(
-        planned(Operation::kForward, attending(q, k, v, out, lse, out_low), {capability, multiprocessors}, workspace),
+        planned(Operation::kForward, attending(q, k, v, out, lse, residual), {capability, multiprocessors}, workspace),
         device, stream);
   }
-  void gradients(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t out_low, uintptr_t dout,
-                 uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t workspace, int capability, int multiprocessors,
-                 int device, uintptr_t stream) const {
-    const Params p = with_gradients(attending(q, k, v, out, lse, out_low), dout, dq, dk, dv);
+  void gradients(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t residual,
+                 uintptr_t dout, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t workspace, int capability,
+                 int multiprocessors, int device, uintptr_t stream) const {
+    const Params p = with_gradients(attending(q, k, v, out, lse, residual), dout, dq, dk, dv);
     launch(planned(Operation::kBackward, p, {capability, multiprocessors}, workspace), device, stream);
   }
 

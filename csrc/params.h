@@ -24,7 +24,7 @@ struct View {
 };
 
 // Keeps what rounding takes from small numbers above the smallest that float16 has; it stays below half of the number.
-constexpr float kLowScale = 256.0f;
+constexpr float kResidualScale = 256.0f;
 
 struct Params {
   DType dtype = DType::kFloat32;
@@ -32,12 +32,12 @@ struct Params {
   int64_t seqlen_q = 0, seqlen_k = 0;  // per sequence; varlen: totals; cache: capacity
   int64_t head_dim = 0, head_dim_v = 0;
 
-  View q;        // (batch, heads_q, seqlen_q, head_dim)
-  View k;        // (batch, heads_kv, seqlen_k, head_dim); paged: (num_pages, heads_kv, page_size, head_dim)
-  View v;        // (batch, heads_kv, seqlen_k, head_dim_v); paged: likewise
-  View out;      // (batch, heads_q, seqlen_q, head_dim_v)
-  View lse;      // (batch, heads_q, seqlen_q), the accumulator's dtype; null if not wanted
-  View out_low;  // like out: what rounding took from out times kLowScale, for delta; null if not wanted, or not there
+  View q;         // (batch, heads_q, seqlen_q, head_dim)
+  View k;         // (batch, heads_kv, seqlen_k, head_dim); paged: (num_pages, heads_kv, page_size, head_dim)
+  View v;         // (batch, heads_kv, seqlen_k, head_dim_v); paged: likewise
+  View out;       // (batch, heads_q, seqlen_q, head_dim_v)
+  View lse;       // (batch, heads_q, seqlen_q), the accumulator's dtype; null if not wanted
+  View residual;  // for the backward pass, see out_residual and lse_residual; null if not wanted
 
   View mask;  // uint8 (batch, heads_q, seqlen_q, seqlen_k), 1 = attend
   View bias;  // (batch, heads_q, seqlen_q, seqlen_k), dtype bias_dtype
@@ -78,8 +78,19 @@ struct Params {
   View dsinks;  // (heads_q,), the accumulator's dtype
 };
 
+// In half precision, like out: what rounding took from out, times kResidualScale. For delta. Either residual is inf in
+// rows that saw no key; that of the CUDA kernels is not.
+FASTATTN_HOST_DEVICE inline View out_residual(const Params& p) {
+  return p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16 ? p.residual : View{};
+}
+// In float32 and float64, like lse: what rounding took from lse, of which large scores leave too few digits after the
+// point.
+FASTATTN_HOST_DEVICE inline View lse_residual(const Params& p) {
+  return p.dtype == DType::kFloat32 || p.dtype == DType::kFloat64 ? p.residual : View{};
+}
+
 // One sequence of a call, dense or varlen: where its rows begin and how many there are. A varlen call has one more than
-// its batch: the rows of q behind the last sequence, which see nothing.
+// its batch: the rows of q behind the last sequence, which see nothing and have no sink.
 struct Sequence {
   int64_t q_begin, q_length;  // rows of q and out, from the start of the batch entry
   int64_t k_begin, k_length;  // keys that exist; the rest is never read

@@ -17,7 +17,7 @@ class Call:
         strides: dict[str, tuple[int, int, int, int]],
         dbias_size: tuple[int, ...],
     ) -> None: ...
-    def attend(self, q: int, k: int, v: int, out: int, lse: int, out_low: int, threads: int) -> None: ...
+    def attend(self, q: int, k: int, v: int, out: int, lse: int, residual: int, threads: int) -> None: ...
     def gradients(
         self,
         q: int,
@@ -25,7 +25,7 @@ class Call:
         v: int,
         out: int,
         lse: int,
-        out_low: int,
+        residual: int,
         dout: int,
         dq: int,
         dk: int,

@@ -23,7 +23,7 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
 _N_ARGS = len(ops.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
 _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
-_BACKWARD_LEADING = 5  # dout, dlse, out, lse, out_low come before the arguments of the forward
+_BACKWARD_LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -168,7 +168,7 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
 
 
 class Attention(torch.autograd.Function):
-    """forward(*arguments of the operator `forward`) -> (out, lse, out_low)."""
+    """forward(*arguments of the operator `forward`) -> (out, lse, residual)."""
 
     vmap = staticmethod(_vmap_forward)
 

@@ -18,7 +18,7 @@ from .problem import Inputs
 Run = Callable[..., tuple[Tensor, ...]]
 Result = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
-_LEADING = 5  # dout, dlse, out, lse, out_low come before the arguments of the forward
+_LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward
 
 
 def forward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:

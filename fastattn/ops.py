@@ -39,11 +39,11 @@ _N_OPTIONS = 7
 # An empty tensor stands for a result that there is not.
 torch.library.define(
     "fastattn::forward",
-    f"({_TENSORS}, {_OPTIONS}, str? backend, bool for_backward) -> (Tensor out, Tensor lse, Tensor out_low)",
+    f"({_TENSORS}, {_OPTIONS}, str? backend, bool for_backward) -> (Tensor out, Tensor lse, Tensor residual)",
 )
 torch.library.define(
     "fastattn::backward",
-    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor out_low, {_TENSORS}, {_OPTIONS}, str? backend, "
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor residual, {_TENSORS}, {_OPTIONS}, str? backend, "
     "bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
 )
 torch.library.define(
@@ -96,19 +96,19 @@ def _plan(kind: str, inputs: Inputs, options: Options, backend: str | None) -> t
 
 
 def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes (out, lse, out_low); arguments as in the schema."""
+    """Computes (out, lse, residual); arguments as in the schema."""
     inputs, options, name = split_arguments(args)
     problem, backend = _plan(_kind(inputs), inputs, options, name)
     return filled(backend.forward(problem, inputs, args[-1]))
 
 
 def run_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, out_low: Tensor, *args: Any
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, residual: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     """Computes the gradients of q, k, v, bias and sinks."""
     inputs, options, name = split_arguments(args)
     problem, backend = _plan(_kind(inputs), inputs, options, name)
-    results = Results(out, lse, None if is_none(out_low) else out_low)
+    results = Results(out, lse, None if is_none(residual) else residual)
     check_results(problem, inputs, *results)
     grads = backend.backward(problem, inputs, results, dout, dlse, Needs(*args[-1]))
     return tuple([dout.new_empty(0) if grad is None else grad for grad in grads])
@@ -169,7 +169,7 @@ def _fake_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("fastattn::backward")
 def _fake_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, out_low: Tensor, *args: Any
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, residual: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     inputs, _, _ = split_arguments(args)
     return tuple(

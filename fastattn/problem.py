@@ -532,16 +532,15 @@ def check_values(problem: Problem, inputs: Inputs) -> None:
         _check_lengths("kv_lengths", inputs.kv_lengths.tolist(), [problem.seqlen_k] * problem.batch, "seqlen_k")
 
 
-def check_results(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, out_low: Tensor | None) -> None:
+def check_results(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, residual: Tensor | None) -> None:
     """The results of a forward pass as its backward gets them back: hooks on saved tensors may have changed them."""
     rows = (problem.heads_q, problem.seqlen_q)
     lse_shape = rows if problem.kind == "varlen" else (problem.batch, *rows)
-    out_shape = (*inputs.q.shape[:-1], problem.head_dim_v)
-    wanted = {
-        "out": (out, out_shape, problem.dtype),
+    wanted: dict[str, tuple[Tensor | None, Any, torch.dtype]] = {
+        "out": (out, (*inputs.q.shape[:-1], problem.head_dim_v), problem.dtype),
         "lse": (lse, lse_shape, problem.accumulator),
-        "out_low": (out_low, out_shape, problem.dtype),
     }
+    wanted["residual"] = (residual, *wanted["out" if problem.dtype != problem.accumulator else "lse"][1:])
     for name, (x, shape, dtype) in wanted.items():
         if x is None:
             continue

@@ -48,6 +48,7 @@ class _Softmax(NamedTuple):
     probs: Tensor  # (batch, heads_q, seqlen_q, seqlen_k), before dropout
     dropout: Tensor | float  # what dropout multiplies them with: 0 or 1 / (1 - p)
     lse: Tensor  # (batch, heads_q, seqlen_q)
+    empty: Tensor  # bool, likewise: rows that see no key
 
 
 def softmax_attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -88,18 +89,18 @@ def _softmax(problem: Problem, inputs: Inputs, batches: range) -> _Softmax:
         scores = scores + inputs.bias.to(scores.dtype)
     scores = scores.masked_fill(~visible, -torch.inf)
     sinks = None if inputs.sinks is None else inputs.sinks.to(scores.dtype)[:, None]
-    probs, lse = _normalise(scores, sinks)
+    probs, lse, empty = _normalise(scores, sinks)
 
     dropout: Tensor | float = 1.0
     if problem.dropout_p > 0.0 and inputs.seed is not None:
         size = (problem.heads_q, *scores.shape[-2:])
         keep = dropout_keep(inputs.seed, problem.dropout_threshold, batches, *size, device=problem.device)
         dropout = keep.to(scores.dtype) / (1.0 - problem.dropout_p)
-    return _Softmax(q, k, v, visible, softcap_slope, probs, dropout, lse)
+    return _Softmax(q, k, v, visible, softcap_slope, probs, dropout, lse, empty)
 
 
-def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(probs, lse) of the scores; a row whose scores are all -inf gives 0 and -inf."""
+def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(probs, lse, empty) of the scores; `empty` rows, whose scores are all -inf, give 0, and the sink or -inf."""
     # Any finite shift gives the same result. The maximum keeps exp from overflowing; 0 stands in where no score is
     # finite, so that -inf - (-inf) = NaN never arises.
     shape = scores.shape
@@ -112,8 +113,10 @@ def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     row_sum = weights.sum(dim=-1)
     if sinks is not None:
         row_sum = row_sum + torch.exp(sinks - row_max)
-    row_sum = row_sum.masked_fill(empty, 1.0)
-    return weights / row_sum[..., None], (row_max + torch.log(row_sum)).masked_fill(empty, -torch.inf)
+    nothing = row_sum == 0.0
+    row_sum = row_sum.masked_fill(nothing, 1.0)
+    probs = (weights / row_sum[..., None]).masked_fill(empty[..., None], 0.0)  # a sink may be NaN
+    return probs, (row_max + torch.log(row_sum)).masked_fill(nothing, -torch.inf), empty
 
 
 def _visibility(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -163,19 +166,18 @@ def _dense_backward(
     problem: Problem, inputs: Inputs, batches: range, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     s = _softmax(problem, inputs, batches)
-    empty = s.lse == -torch.inf
-    dout = dout.to(problem.accumulator).masked_fill(empty[..., None], 0.0)
+    dout = dout.to(problem.accumulator).masked_fill(s.empty[..., None], 0.0)
     dprobs = ((dout @ s.v.transpose(-2, -1)) * s.dropout).masked_fill(~s.visible, 0.0)
     delta = (s.probs * dprobs).sum(dim=-1)
     if dlse is not None:  # d lse / d scores = probs, so it takes part as a shift of delta
-        delta = delta - dlse.to(delta.dtype).masked_fill(empty, 0.0)
+        delta = delta - dlse.to(delta.dtype).masked_fill(s.lse == -torch.inf, 0.0)
     dscores = s.probs * (dprobs - delta[..., None])
 
     dbias = dsinks = None
     if inputs.bias is not None:
         dbias = dscores.sum_to_size(inputs.bias.shape)
     if inputs.sinks is not None:
-        sink_probs = torch.exp(inputs.sinks.to(delta.dtype)[:, None] - s.lse).masked_fill(empty, 0.0)
+        sink_probs = torch.exp(inputs.sinks.to(delta.dtype)[:, None] - s.lse).masked_fill(s.lse == -torch.inf, 0.0)
         dsinks = -(sink_probs * delta).sum(dim=(0, 2))
     draw = problem.scale * dscores * s.softcap_slope
     dk = draw.transpose(-2, -1) @ s.q
@@ -192,7 +194,7 @@ def _sum_groups(x: Tensor, problem: Problem) -> Tensor:
 
 
 def _varlen(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Each sequence by itself; tokens behind the last sequence see nothing."""
+    """Each sequence by itself; tokens behind the last sequence see nothing and have no sink."""
     ends_q, ends_k = _ends(inputs)
     outs, lses = [], []
     for b in range(problem.batch):

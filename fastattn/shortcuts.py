@@ -109,7 +109,7 @@ class PreparedAttention(torch.autograd.Function):
         results = kind.prepared.forward(q, k, v)
         ctx.kind = kind
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *(results[:2] if results.out_low is None else results))
+        ctx.save_for_backward(q, k, v, *results)
         return results.out
 
     @staticmethod

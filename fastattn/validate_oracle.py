@@ -38,14 +38,16 @@ def _attend(s: _Sequence) -> tuple[Tensor, Tensor]:
     get = s.options.get
     scores = _scores(s)
     hidden = (scores == -torch.inf).all(dim=-1)
-    logits = scores.masked_fill(hidden[..., None], 0.0)  # softmax of nothing but -inf is NaN
-    if get("sinks") is not None:
-        logits = torch.cat([logits, s.options["sinks"][:, None, None].expand(*logits.shape[:2], 1)], dim=-1)
+    if get("sinks") is None:
+        logits = scores.masked_fill(hidden[..., None], 0.0)  # softmax of nothing but -inf is NaN
+    else:
+        logits = torch.cat([scores, s.options["sinks"][:, None, None].expand(*scores.shape[:2], 1)], dim=-1)
     probs = torch.softmax(logits, dim=-1)[..., : scores.shape[-1]].masked_fill(hidden[..., None], 0.0)
     if get("dropout_p"):
         keep = dropout_keep(s.options["seed"], s.options["dropout_p"], s.number, scores.shape).to(s.q.device)
         probs = probs * keep / (1.0 - s.options["dropout_p"])
-    lse = torch.logsumexp(logits, dim=-1).masked_fill(hidden, -torch.inf)
+    lse = torch.logsumexp(logits, dim=-1)
+    lse = lse if get("sinks") is not None else lse.masked_fill(hidden, -torch.inf)
     return probs @ _for_each_query_head(s.v, s.q), lse
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 VARYING = [
     *("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "batch", "seqlen_q", "seqlen_k", "seqlen_new"),
     *("seed_low", "seed_high", "threshold"),
-    *("lse", "dlse", "row_lse", "delta", "partial_lse", "rows", "heads_q", "splits", "stride_out", "stride_lse"),
+    *("lse", "lse_residual", "dlse", "row_lse", "delta", "partial_lse", "partial_residual"),
+    *("rows", "heads_q", "splits", "stride_out", "stride_lse"),
     *("batches", "heads_out", "tiles_m", "tiles_n"),
 ]
 """Arguments of any kernel that it is not compiled anew for."""
@@ -125,8 +126,10 @@ class Variant:
     PARTS: int  # how many times that
     HEAD_DIM: int
     HEAD_DIM_V: int
+    FLOAT32: bool  # of inputs: large scores lose no digits, see softmax.update and backward.statistics
     PRECISION: str  # of products of float32: "ieee" or "tf32x3"
     PLAIN: bool  # scores are the products times a positive scale
+    LATE: bool  # scores are scaled when they become exponents, not before; all plain ones are
     RELATIVE: bool  # see scores.tanh
     PERMUTED: bool  # see tiles.key_order
     PASS: int  # see tiles.load_block

@@ -22,29 +22,36 @@ from .sequences import (
     tile_of,
     visible_keys,
 )
-from .tiles import LOW_SCALE, any_nan, key_order, load_block, load_rows, offset_of, row_array, store_rows
+from .softmax import split_lse
+from .tiles import RESIDUAL_SCALE, any_nan, key_order, load_block, load_rows, offset_of, row_array, store_rows
 
 
 @triton.jit(do_not_specialize=VARYING)
 def statistics(
     out,
-    out_low,
+    out_residual,
     dout,
     lse,
+    lse_residual,
     dlse,
     row_lse,
     delta,
     rows,
     heads_q,
     seqlen_q,
+    scale,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DIM: tl.constexpr,
+    LATE: tl.constexpr,
+    FLOAT32: tl.constexpr,
 ):
-    """Per row: lse in units of log2 (+inf if it sees nothing, so that its probabilities are 0), and delta.
+    """Per row: lse in units of log2 (+inf if it saw nothing, so that its probabilities are 0), and delta.
 
-    delta = rowsum(dout * (out + out_low / LOW_SCALE)) - dlse; out_low may be None. All numbers per row are
-    contiguous, (batch, heads_q, seqlen_q). Reads its inputs once.
+    delta = rowsum(dout * (out + out_residual / RESIDUAL_SCALE)) - dlse. out_residual and lse_residual may be None;
+    either is inf in rows that saw nothing but a sink. All numbers per row are contiguous, (batch, heads_q, seqlen_q).
+    FLOAT32: row_lse is the sum of two numbers, (2, batch, heads_q, seqlen_q), as lse + lse_residual is; if LATE in
+    units of products, which are scaled after it is subtracted. Reads its inputs once.
     """
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = offs_r < rows
@@ -55,17 +62,43 @@ def statistics(
     tile_o = load_rows(out, b, head, offs_m, ok, BLOCK_D, DIM)
     tile_do = load_rows(dout, b, head, offs_m, ok, BLOCK_D, DIM)
     sums = tl.sum(tile_o.to(tl.float32) * tile_do.to(tl.float32), 1)
-    if out_low is not None:
-        # In a sum of its own: these products are exact in float32. Others may be fused into the sum, which then differs
-        # between the threads that share a row.
-        tile_low = load_rows(out_low, b, head, offs_m, ok, BLOCK_D, DIM)
-        sums += tl.sum(tile_low.to(tl.float32) * tile_do.to(tl.float32), 1) / LOW_SCALE
-    if dlse is not None:
-        sums -= tl.load(dlse + offs_r).to(tl.float32)
     given = tl.load(lse + offs_r)
     nothing = given == -float("inf")
-    tl.store(row_lse + offs_r, tl.where(nothing, float("inf"), given * LOG2E), mask=ok)
+    if out_residual is not None:
+        # In a sum of its own: these products are exact in float32. Others may be fused into the sum, which then differs
+        # between the threads that share a row.
+        tile_low = load_rows(out_residual, b, head, offs_m, ok, BLOCK_D, DIM).to(tl.float32)
+        nothing = nothing | (tl.max(tile_low, 1) == float("inf"))
+        sums += tl.sum(tile_low * tile_do.to(tl.float32), 1) / RESIDUAL_SCALE
+    low = tl.zeros((BLOCK_M,), tl.float32)
+    if lse_residual is not None:
+        low = tl.load(lse_residual + offs_r)
+        nothing = nothing | (low == float("inf"))
+    if dlse is not None:
+        sums -= tl.load(dlse + offs_r).to(tl.float32)
     tl.store(delta + offs_r, tl.where(nothing, 0.0, sums), mask=ok)
+    if FLOAT32:
+        exact = (given.to(tl.float64) + low) * LOG2E
+        if LATE:
+            exact /= scale * LOG2E
+        exponent, low = split_lse(tl.where(nothing, float("inf"), exact))
+        tl.store(row_lse + rows.to(tl.int64) + offs_r, low, mask=ok)
+    else:
+        exponent = tl.where(nothing, float("inf"), given * LOG2E)
+    tl.store(row_lse + offs_r, exponent, mask=ok)
+
+
+@triton.jit
+def exponents(row_lse, heads, sequences, VARIANT: tl.constexpr):
+    """(Array of row_lse, Array of what is to be added to it); the latter means something if FLOAT32."""
+    high = row_array(row_lse, heads, sequences)
+    low = high
+    if VARIANT.FLOAT32:
+        rows = sequences.seqlen_q.to(tl.int64) * heads.heads_q
+        if sequences.cu_seqlens_q is None:
+            rows *= sequences.batch
+        low = row_array(row_lse + rows, heads, sequences)
+    return high, low
 
 
 @triton.jit
@@ -73,6 +106,7 @@ def gradient_of_scores(
     products,
     dprobs,
     row_lse,
+    row_low,
     delta,
     scores,
     dropout,
@@ -89,14 +123,22 @@ def gradient_of_scores(
 ):
     """(probs after dropout, gradient after the softcap, gradient before it) of a tile of scores, either way round.
 
-    The two gradients differ by the softcap's derivative: the former belongs to the bias, the latter to the products.
+    row_low: what is to be added to row_lse if FLOAT32. The two gradients differ by the softcap's derivative: the former
+    belongs to the bias, the latter to the products.
     """
     capped = products
-    if VARIANT.PLAIN:
-        s = products * (scores.scale * LOG2E)
-    else:
+    s = products
+    if not VARIANT.PLAIN:
         s, capped = transform(products, scores, b, head, i, j, offset, visible, MASKED, VARIANT)
-    probs = tl.exp2(s - row_lse)
+    if VARIANT.FLOAT32:
+        exponent = s - row_lse - row_low
+        if VARIANT.LATE:
+            exponent *= scores.scale * LOG2E
+    elif VARIANT.LATE:
+        exponent = s * (scores.scale * LOG2E) - row_lse
+    else:
+        exponent = s - row_lse
+    probs = tl.exp2(exponent)
     if scores.mask is not None:
         visible = seen(scores, b, head, i, j, visible, MASKED)
     if MASKED or scores.mask is not None:
@@ -126,6 +168,7 @@ def _query_step(
     tile,
     tile_do,
     row_lse,
+    row_low,
     delta,
     k,
     v,
@@ -153,6 +196,7 @@ def _query_step(
         products,
         dprobs,
         row_lse,
+        row_low,
         delta,
         scores,
         dropout,
@@ -180,6 +224,7 @@ def _over_keys(
     tile,
     tile_do,
     row_lse,
+    row_low,
     delta,
     k,
     v,
@@ -196,12 +241,16 @@ def _over_keys(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for index in tl.range(0, (tile.cut - tile.whole) // BLOCK_N):
         n = tile.whole + index * BLOCK_N
-        acc = _query_step(acc, tile, tile_do, row_lse, delta, k, v, n, scores, window, dropout, False, CAREFUL, VARIANT)
+        acc = _query_step(
+            acc, tile, tile_do, row_lse, row_low, delta, k, v, n, scores, window, dropout, False, CAREFUL, VARIANT
+        )
     begin = tile.low // BLOCK_N * BLOCK_N
     end = (tile.high + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     for index in tl.range(0, (tile.whole - begin + end - tile.cut) // BLOCK_N):
         n = masked_block(index, begin, tile.whole, tile.cut, BLOCK_N)
-        acc = _query_step(acc, tile, tile_do, row_lse, delta, k, v, n, scores, window, dropout, True, CAREFUL, VARIANT)
+        acc = _query_step(
+            acc, tile, tile_do, row_lse, row_low, delta, k, v, n, scores, window, dropout, True, CAREFUL, VARIANT
+        )
     return acc
 
 
@@ -246,16 +295,20 @@ def gradient_of_queries(
         return
     tile = query_tile(q, k, v, heads, sequences, window, scores, None, m_index, head, b, VARIANT)
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
-    rows = offset_of(row_array(row_lse, heads, sequences), b, head, tile.tokens)
-    tile_lse = tl.load(row_lse + rows, mask=tile.rows_ok, other=float("inf"))
+    lse_rows, low_rows = exponents(row_lse, heads, sequences, VARIANT)
+    rows = offset_of(lse_rows, b, head, tile.tokens)
+    tile_lse = tl.load(lse_rows.data + rows, mask=tile.rows_ok, other=float("inf"))
+    tile_low = tl.load(low_rows.data + rows, mask=tile.rows_ok, other=0.0)[:, None] if VARIANT.FLOAT32 else 0.0
     tile_delta = tl.load(delta + rows, mask=tile.rows_ok, other=0.0)[:, None]
     # The gradient of a row that sees nothing may be NaN.
     tile_do = load_rows(dout, b, head, tile.tokens, tile_lse != float("inf"), WIDTH_V, VARIANT.HEAD_DIM_V)
     tile_lse = tile_lse[:, None]
-    acc = _over_keys(tile, tile_do, tile_lse, tile_delta, k, v, scores, window, dropout, False, VARIANT)
+    acc = _over_keys(tile, tile_do, tile_lse, tile_low, tile_delta, k, v, scores, window, dropout, False, VARIANT)
     if scores.mask is not None:
         if any_nan(acc):
-            acc = _over_keys(tile, tile_do, tile_lse, tile_delta, k, v, scores, window, dropout, True, VARIANT)
+            acc = _over_keys(
+                tile, tile_do, tile_lse, tile_low, tile_delta, k, v, scores, window, dropout, True, VARIANT
+            )
     store_rows(dq, b, head, tile.tokens, tile.rows_ok, acc * scores.scale, 0, BLOCK_D, VARIANT.HEAD_DIM)
 
 
@@ -303,13 +356,16 @@ def _key_step(
     offs_m = m + rows
     ok = (offs_m >= tile.low) & (offs_m < tile.high)
     start = tile.start_q + m
-    rows_lse = row_lse.data + offset_of(row_lse, tile.batch, head, start) + rows
+    rows_lse = row_lse[0].data + offset_of(row_lse[0], tile.batch, head, start) + rows
+    rows_low = row_lse[1].data + offset_of(row_lse[1], tile.batch, head, start) + rows
     rows_delta = delta.data + offset_of(delta, tile.batch, head, start) + rows
     if MASKED:
         tile_lse = tl.load(rows_lse, mask=ok, other=float("inf"))
+        tile_low = tl.load(rows_low, mask=ok, other=0.0)[None, :] if VARIANT.FLOAT32 else 0.0
         tile_delta = tl.load(rows_delta, mask=ok, other=0.0)
     else:
         tile_lse = tl.load(rows_lse)
+        tile_low = tl.load(rows_low)[None, :] if VARIANT.FLOAT32 else 0.0
         tile_delta = tl.load(rows_delta)
     if CAREFUL:
         ok = ok & (tile_lse != float("inf"))
@@ -330,6 +386,7 @@ def _key_step(
         products,
         dprobs,
         tile_lse[None, :],
+        tile_low,
         tile_delta[None, :],
         scores,
         dropout,
@@ -460,7 +517,7 @@ def gradient_of_keys(
         cut=cut,
         offset=offset,
     )
-    lse_rows = row_array(row_lse, heads, sequences)
+    lse_rows = exponents(row_lse, heads, sequences, VARIANT)
     delta_rows = row_array(delta, heads, sequences)
     acc_k, acc_v = _over_queries(
         tile, q, dout, lse_rows, delta_rows, head_kv, heads, scores, window, dropout, False, VARIANT

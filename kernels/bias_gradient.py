@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from .arguments import VARYING, Dropout, Scores, Sequences
-from .backward import gradient_of_scores
+from .backward import exponents, gradient_of_scores
 from .sequences import diagonal_offset, key_blocks, keys_of, queries_of, visible_keys
-from .tiles import key_order, load_rows, offset_of, row_array
+from .tiles import key_order, load_rows, offset_of
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -67,7 +67,7 @@ def gradient_of_bias(
     b_out = pid // tiles_n // tiles_m // heads_out
     cols = key_order(BLOCK_N, VARIANT.PERMUTED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    rows_of_heads = row_array(row_lse, heads, sequences)
+    lse_rows, low_rows = exponents(row_lse, heads, sequences, VARIANT)
     b_count = batch if ALL_BATCHES else batches * 0 + 1
     head_count = heads.heads_q if ALL_HEADS else batches * 0 + 1
     for b_index in tl.range(0, b_count):
@@ -97,12 +97,14 @@ def gradient_of_bias(
                 head_kv = head // heads.group
                 tokens = start_q + i
                 tile_q = load_rows(q, b, head, tokens, rows_ok, BLOCK_D, VARIANT.HEAD_DIM)
-                tile_lse = tl.load(row_lse + offset_of(rows_of_heads, b, head, tokens))
+                at = offset_of(lse_rows, b, head, tokens)
+                tile_lse = tl.load(lse_rows.data + at)
+                tile_low = tl.load(low_rows.data + at)[:, None] if VARIANT.FLOAT32 else 0.0
                 # The gradient of a row that sees nothing may be NaN.
                 sees = rows_ok & (tile_lse != float("inf"))
                 tile_do = load_rows(dout, b, head, tokens, sees, WIDTH_V, VARIANT.HEAD_DIM_V)
                 tile_lse = tile_lse[:, None]
-                tile_delta = tl.load(delta + offset_of(rows_of_heads, b, head, tokens))[:, None]
+                tile_delta = tl.load(delta + at)[:, None]
                 for n in tl.range(n_begin, n_end, BLOCK_N):
                     offs_n = n + cols
                     ok = (offs_n >= low) & (offs_n < high)
@@ -116,6 +118,7 @@ def gradient_of_bias(
                         products,
                         dprobs,
                         tile_lse,
+                        tile_low,
                         tile_delta,
                         scores,
                         dropout,

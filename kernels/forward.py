@@ -13,8 +13,8 @@ from .arguments import VARYING, Array, Dropout, Scores, Sequences
 from .query_tile import load_keys, place, query_tile, rows_per_query, visible_to
 from .scores import kept, seen, transform
 from .sequences import masked_block, queries_of
-from .softmax import add_sink, finish, merge, start, update
-from .tiles import any_nan, key_order, load_tile, low_part, offset_of, row_array, store_rows
+from .softmax import finish, merge, split_lse, start, update
+from .tiles import any_nan, key_order, load_tile, offset_of, rounded_off, row_array, store_rows
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _step(
     if MASKED or scores.mask is not None:
         s = tl.where(visible, s, -float("inf"))
 
-    row_max, row_sum, acc, probs = update(row_max, row_sum, acc, s, tile.factor, PARTS, VARIANT.LAZY, VARIANT.SUMS)
+    row_max, row_sum, acc, probs = update(row_max, row_sum, acc, s, tile.factor, PARTS, VARIANT)
     if dropout.threshold is not None:
         probs = tl.where(kept(dropout, tile.offs_m, tile.row, n, BLOCK_N), probs, 0.0)
     total = ()
@@ -139,7 +139,8 @@ def forward(
     v_map,
     out,
     lse,
-    out_low,
+    out_residual,
+    lse_residual,
     heads,
     cu_seqlens_q,
     cu_seqlens_k,
@@ -170,8 +171,8 @@ def forward(
 
     k_map, v_map: tensor descriptors of k and v, through which the copy engines of Hopper and its successors load whole
     blocks, or None. With `splits`, their number, out and lse are float32 and hold the result over the split's keys
-    alone, without the sinks; those of the next split are stride_out and stride_lse further on. out_low: what rounding
-    took from out, or None.
+    alone, without the sinks; those of the next split are stride_out and stride_lse further on. out_residual,
+    lse_residual: what rounding took from these, or None; inf in rows that see nothing but a sink.
     """
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
@@ -208,34 +209,48 @@ def forward(
             acc, row_max, row_sum = _attend(
                 tile, k, v, k_map, v_map, begin, end, whole, cut, scores, window, dropout, paging, True, VARIANT
             )
-    row_lse, normalizer = finish(row_max, row_sum, tile.factor)
-    lse_rows = lse + offset_of(row_array(lse, heads, sequences), b, tile.heads, tile.tokens)
+    TYPE: tl.constexpr = tl.float32 if lse_residual is None else tl.float64
+    row_lse, normalizer = finish(row_max, row_sum, tile.factor, TYPE)
+    saw_nothing = row_lse == -float("inf")
+    lse_rows = offset_of(row_array(lse, heads, sequences), b, tile.heads, tile.tokens)
     out_data = out.data
     if splits is not None:
         lse_rows += split.to(tl.int64) * stride_lse
         out_data += split.to(tl.int64) * stride_out
     elif sinks is not None:
-        row_lse, share = add_sink(row_lse, tl.load(sinks + tile.heads).to(tl.float32))
-        normalizer *= share
+        # Rows behind the last sequence belong to none, and have no sink.
+        sink = tl.load(sinks + tile.heads, mask=b < batch, other=-float("inf")).to(TYPE)
+        row_lse, share, _ = merge(row_lse, sink)
+        normalizer = tl.where(saw_nothing, 0.0, normalizer * share)  # also of a sink that is NaN
     if dropout_scale is not None:
         normalizer *= dropout_scale
-    tl.store(lse_rows, row_lse, mask=tile.rows_ok)
+    row_lse, row_residual = split_lse(row_lse)
+    tl.store(lse + lse_rows, row_lse, mask=tile.rows_ok)
+    if lse_residual is not None:
+        row_residual = tl.where(saw_nothing, float("inf"), row_residual)
+        tl.store(lse_residual + lse_rows, row_residual, mask=tile.rows_ok)
     to = Array(out_data, out.batch, out.head, out.row, out.column)
     for part in tl.static_range(PARTS):
         result = acc[part] * normalizer[:, None]
         store_rows(to, b, tile.heads, tile.tokens, tile.rows_ok, result, part * PART, PART, VARIANT.HEAD_DIM_V)
-        if out_low is not None:
-            low = low_part(result, out.data.dtype.element_ty)
-            store_rows(out_low, b, tile.heads, tile.tokens, tile.rows_ok, low, part * PART, PART, VARIANT.HEAD_DIM_V)
+        if out_residual is not None:
+            low = rounded_off(result, out.data.dtype.element_ty)
+            if sinks is not None:
+                low = tl.where(saw_nothing[:, None], float("inf"), low)
+            store_rows(
+                out_residual, b, tile.heads, tile.tokens, tile.rows_ok, low, part * PART, PART, VARIANT.HEAD_DIM_V
+            )
 
 
 @triton.jit(do_not_specialize=VARYING)
 def combine(
     partial_out,
     partial_lse,
+    partial_residual,
     out,
     lse,
-    out_low,
+    out_residual,
+    lse_residual,
     sinks,
     rows,
     splits,
@@ -249,26 +264,35 @@ def combine(
 ):
     """Merges the splits, always in the same order. Reads and writes each number once: memory bounds it.
 
-    partial_out: (splits, batch, heads_q, seqlen_q, DIM), partial_lse: (splits, batch, heads_q, seqlen_q), float32; lse
-    is contiguous as well.
+    partial_out: (splits, batch, heads_q, seqlen_q, DIM), partial_lse and, with lse_residual, partial_residual: (splits,
+    batch, heads_q, seqlen_q), float32; lse and lse_residual are contiguous as well.
     """
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = offs_r < rows
     offs_m = offs_r % seqlen_q
     head = offs_r // seqlen_q % heads_q
     b = offs_r // seqlen_q // heads_q
-    total = tl.zeros((BLOCK_M,), tl.float32) - float("inf")
+    TYPE: tl.constexpr = tl.float32 if lse_residual is None else tl.float64
+    total = tl.zeros((BLOCK_M,), TYPE) - float("inf")
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for split in range(splits):
-        part_lse = tl.load(partial_lse + split * stride_lse + offs_r, mask=ok, other=-float("inf"))
+        part_lse = tl.load(partial_lse + split * stride_lse + offs_r, mask=ok, other=-float("inf")).to(TYPE)
+        if lse_residual is not None:
+            part_lse += tl.load(partial_residual + split * stride_lse + offs_r, mask=ok, other=0.0)
         part = load_tile(partial_out + split * stride_out, offs_r.to(tl.int64) * DIM, 1, ok, True, 0, BLOCK_D, DIM)
         total, old, new = merge(total, part_lse)
         acc = acc * old[:, None] + part * new[:, None]
+    saw_nothing = total == -float("inf")
     if sinks is not None:
-        total, share = add_sink(total, tl.load(sinks + head).to(tl.float32))
-        acc = acc * share[:, None]
+        total, share, _ = merge(total, tl.load(sinks + head).to(TYPE))
+        acc = tl.where(saw_nothing[:, None], 0.0, acc * share[:, None])
     store_rows(out, b, head, offs_m, ok, acc, 0, BLOCK_D, DIM)
-    if out_low is not None:
-        low = low_part(acc, out.data.dtype.element_ty)
-        store_rows(out_low, b, head, offs_m, ok, low, 0, BLOCK_D, DIM)
+    if out_residual is not None:
+        low = rounded_off(acc, out.data.dtype.element_ty)
+        if sinks is not None:
+            low = tl.where(saw_nothing[:, None], float("inf"), low)
+        store_rows(out_residual, b, head, offs_m, ok, low, 0, BLOCK_D, DIM)
+    total, residual = split_lse(total)
     tl.store(lse + offs_r, total, mask=ok)
+    if lse_residual is not None:
+        tl.store(lse_residual + offs_r, tl.where(saw_nothing, float("inf"), residual), mask=ok)

@@ -110,7 +110,7 @@ def query_tile(q, k, v, heads, sequences, window, scores, rotation, m_index, hea
         whole=whole,
         cut=cut,
         offset=offset,
-        factor=scores.scale * LOG2E if VARIANT.PLAIN else scores.scale * 0.0 + 1.0,
+        factor=scores.scale * LOG2E if VARIANT.LATE else scores.scale * 0.0 + 1.0,
     )
 
 

@@ -1,7 +1,8 @@
 """From products of queries and keys to scores in units of log2, masks and dropout: shared by forward and backward.
 
 Plain scores stay products; their scale is folded into the exponent. What has a softcap, ALiBi, a bias or a scale that
-is not positive is transformed first. Index arguments i (queries) and j (keys) are columns and rows, either way round.
+is not positive is transformed first; in float32, ALiBi and bias may be divided by the scale instead. Index arguments i
+(queries) and j (keys) are columns and rows, either way round.
 """
 
 import triton
@@ -32,7 +33,7 @@ def at(x, batch, head, i, j):
 
 @triton.jit
 def transform(products, scores, batch, head, i, j, offset, visible, MASKED: tl.constexpr, VARIANT: tl.constexpr):
-    """(scores in units of log2, tanh of the softcap if there is one).
+    """(scores in units of log2, or of products if LATE; tanh of the softcap if there is one).
 
     `visible` says which elements of the bias may be read, if MASKED.
     """
@@ -40,10 +41,13 @@ def transform(products, scores, batch, head, i, j, offset, visible, MASKED: tl.c
     if scores.softcap is not None:
         capped = tanh(products * (scores.scale / scores.softcap), VARIANT.RELATIVE)
         s = capped * (scores.softcap * LOG2E)
+    elif VARIANT.LATE:
+        s = products
     else:
         s = products * (scores.scale * LOG2E)
+    unit = 1.0 / scores.scale if VARIANT.LATE else LOG2E
     if scores.slopes is not None:
-        slope = tl.load(scores.slopes.data + offset_of(scores.slopes, batch, head, batch * 0)).to(tl.float32) * LOG2E
+        slope = tl.load(scores.slopes.data + offset_of(scores.slopes, batch, head, batch * 0)).to(tl.float32) * unit
         s -= slope * tl.abs(i + offset - j).to(tl.float32)
     if scores.bias is not None:
         pointers = at(scores.bias, batch, head, i, j)
@@ -51,7 +55,7 @@ def transform(products, scores, batch, head, i, j, offset, visible, MASKED: tl.c
             bias = tl.load(pointers, mask=visible, other=0.0)
         else:
             bias = tl.load(pointers)
-        s += bias.to(tl.float32) * LOG2E
+        s += bias.to(tl.float32) * unit
     return s, capped
 
 

@@ -35,19 +35,24 @@ def _rescaled(row_max, row_sum, acc, new_max, factor, PARTS: tl.constexpr):
 
 
 @triton.jit
-def update(row_max, row_sum, acc, scores, factor, PARTS: tl.constexpr, LAZY: tl.constexpr, SUMS: tl.constexpr):
+def update(row_max, row_sum, acc, scores, factor, PARTS: tl.constexpr, VARIANT: tl.constexpr):
     """(row_max, row_sum, acc, probs) with a block of scores; acc still lacks the block's values.
 
-    LAZY: the maximum stays as it is until some row's grew to more than 2^LAZIEST times it, as any number will do that
-    keeps exponentials in range. Most blocks then need no multiplication of acc.
+    VARIANT.LAZY: the maximum stays as it is until some row's grew to more than 2^LAZIEST times it, as any number will
+    do that keeps exponentials in range. Most blocks then need no multiplication of acc. In float32 scores are
+    subtracted before they are scaled: rounded products of large ones would lose the digits in which they differ.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    if LAZY:
+    SUMS: tl.constexpr = VARIANT.SUMS
+    if VARIANT.LAZY:
         if tl.max((new_max - row_max) * factor, 0) > LAZIEST:
             row_max, row_sum, acc = _rescaled(row_max, row_sum, acc, new_max, factor, PARTS)
     else:
         row_max, row_sum, acc = _rescaled(row_max, row_sum, acc, new_max, factor, PARTS)
-    probs = tl.exp2(scores * factor - (row_max * factor)[:, None])
+    if VARIANT.FLOAT32:
+        probs = tl.exp2((scores - row_max[:, None]) * factor)
+    else:
+        probs = tl.exp2(scores * factor - (row_max * factor)[:, None])
     if SUMS == 1:
         sums = tl.sum(probs, 1)[:, None]
     else:
@@ -56,29 +61,35 @@ def update(row_max, row_sum, acc, scores, factor, PARTS: tl.constexpr, LAZY: tl.
 
 
 @triton.jit
-def finish(row_max, row_sum, factor):
-    """(lse, what the accumulated values are multiplied with); lse in natural units, as callers get it."""
+def finish(row_max, row_sum, factor, TYPE: tl.constexpr):
+    """(lse, what the accumulated values are multiplied with); lse in natural units, as callers get it.
+
+    TYPE: of lse. In tl.float64 it has the digits of which `split_lse` keeps the rest.
+    """
     total = tl.sum(row_sum, 1)
     nothing = total == 0.0
-    lse = tl.where(nothing, -float("inf"), row_max * factor * LN2 + tl.log(total))
+    lse = tl.where(nothing, -float("inf"), row_max.to(TYPE) * factor * LN2 + tl.log(total))
     return lse, tl.where(nothing, 0.0, 1.0 / total)
 
 
 @triton.jit
+def split_lse(lse):
+    """(lse in float32, what rounding took from it); probabilities are recomputed from both."""
+    high = lse.to(tl.float32)
+    low = (lse - high.to(lse.dtype)).to(tl.float32)
+    return high, tl.where(tl.abs(high) < float("inf"), low, 0.0)
+
+
+@triton.jit
 def merge(first, second):
-    """(lse of both, share of the first, share of the second) for two sets of keys; shares of nothing are 0."""
+    """(lse of both, share of the first, share of the second) for two sets of keys; shares of nothing are 0.
+
+    A sink is a set of one score, which has no value.
+    """
     high = tl.maximum(first, second)
     high = tl.where(high == -float("inf"), 0.0, high)
-    weights = tl.exp2((first - high) * LOG2E), tl.exp2((second - high) * LOG2E)
+    weights = tl.exp2((first - high).to(tl.float32) * LOG2E), tl.exp2((second - high).to(tl.float32) * LOG2E)
     total = weights[0] + weights[1]
     nothing = total == 0.0
     lse = tl.where(nothing, -float("inf"), high + tl.log(total))
     return lse, tl.where(nothing, 0.0, weights[0] / total), tl.where(nothing, 0.0, weights[1] / total)
-
-
-@triton.jit
-def add_sink(lse, sink):
-    """(lse with one more score that has no value, share of what it was before); nothing seen stays nothing."""
-    with_sink, share, _ = merge(lse, sink)
-    nothing = lse == -float("inf")
-    return tl.where(nothing, lse, with_sink), tl.where(nothing, 0.0, share)

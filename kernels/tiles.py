@@ -9,8 +9,8 @@ import triton.language as tl
 
 from .arguments import Array
 
-LOW_SCALE = tl.constexpr(256.0)
-"""Keeps what rounding takes from small numbers above the smallest that float16 has (kLowScale in csrc/params.h)."""
+RESIDUAL_SCALE = tl.constexpr(256.0)
+"""Keeps what rounding takes from small numbers above the smallest of float16 (kResidualScale in csrc/params.h)."""
 
 
 @triton.jit
@@ -92,9 +92,9 @@ def row_array(data, heads, sequences):
 
 
 @triton.jit
-def low_part(x, DTYPE: tl.constexpr):
-    """What rounding to a type takes from x, times LOW_SCALE; 0 where that gives no finite number."""
-    low = (x - x.to(DTYPE).to(tl.float32)) * LOW_SCALE
+def rounded_off(x, DTYPE: tl.constexpr):
+    """What rounding to a type takes from x, times RESIDUAL_SCALE; 0 where that gives no finite number."""
+    low = (x - x.to(DTYPE).to(tl.float32)) * RESIDUAL_SCALE
     return tl.where(tl.abs(low) < float("inf"), low, 0.0)
 
 

@@ -64,7 +64,8 @@ def dense(
     empty = (~visible).all(dim=-1).expand(batch, heads_q, seqlen_q)
     scores = scores.masked_fill(empty[..., None], 0.0)
     probs = torch.softmax(scores, dim=-1)[..., :seqlen_k].masked_fill(empty[..., None], 0.0)
-    lse = torch.logsumexp(scores, dim=-1).masked_fill(empty, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    lse = lse.masked_fill(empty, -torch.inf) if sinks is None else torch.where(empty, sinks.to(q.dtype)[:, None], lse)
     if dropout_p > 0.0:
         rows = range(first_batch * heads_q, (first_batch + batch) * heads_q)
         keep = np.empty((len(rows), seqlen_q, seqlen_k))

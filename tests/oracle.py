@@ -141,8 +141,6 @@ def dense(
                 keys = np.array(key_range(i, offset, length, causal, window), dtype=np.int64)
                 if all_mask is not None:
                     keys = keys[all_mask[b, h, i, keys]]
-                if len(keys) == 0:
-                    continue
                 scores = scale * (k[b, g, keys] @ q[b, h, i])
                 slope = np.ones_like(scores)
                 if softcap is not None:
@@ -153,7 +151,12 @@ def dense(
                     scores = scores - m * np.abs(i + offset - keys)
                 if all_bias is not None:
                     scores = scores + all_bias[b, h, i, keys]
-                if np.all(scores == -np.inf):
+                dlse_i = 0.0 if dlse is None else dlse[b, h, i]
+                if np.all(scores == -np.inf):  # no key, or none that counts: the sink is all there is
+                    if sinks is not None:
+                        lse[b, h, i] = sinks[h]
+                        grads["sinks"][h] += dlse_i
+                        terms["sinks"] = max(terms["sinks"], abs(dlse_i))
                     continue
                 top = np.max(scores) if sinks is None else max(np.max(scores), sinks[h])
                 weight = np.exp(scores - top)
@@ -168,7 +171,6 @@ def dense(
                     continue
 
                 dprobs = (v[b, g, keys] @ dout[b, h, i]) * kept
-                dlse_i = 0.0 if dlse is None else dlse[b, h, i]
                 dscores = probs * (dprobs - probs @ dprobs + dlse_i)
                 raw = scale * slope * dscores
                 grads["q"][b, h, i] = raw @ k[b, g, keys]

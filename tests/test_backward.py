@@ -112,14 +112,17 @@ def test_subsets_of_gradients(case: Case, wanted: str, backend: str, device: str
             assert leaf.grad is None
 
 
-def test_rows_that_see_nothing_stop_every_gradient(backend: str, device: str) -> None:
-    """Even a cotangent that is NaN, as lse = -inf easily makes upstream, goes no further."""
-    call = build(Case("hidden", mask="qk", hidden_rows=(4, 9), sinks=True, bias="qk"), torch.float32, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_see_nothing_stop_every_gradient(sinks: bool, dtype: torch.dtype, backend: str, device: str) -> None:
+    """Even a cotangent that is NaN, as lse = -inf easily makes upstream, goes no further; but lse may be a sink."""
+    call = build(Case("hidden", mask="qk", hidden_rows=(4, 9), sinks=sinks, bias="qk"), dtype, device)
     leaves = call.requires_grad()
     out, lse = call.run(return_lse=True, backend=backend)
     hidden = torch.zeros(37, dtype=torch.bool, device=device).index_fill(0, torch.tensor([4, 9], device=device), True)
     clean = torch.randn_like(out), torch.randn_like(lse)
-    dirty = clean[0].masked_fill(hidden[:, None], torch.nan), clean[1].masked_fill(hidden, torch.nan)
+    spoiled_lse = clean[1] if sinks else clean[1].masked_fill(hidden, torch.nan)
+    dirty = clean[0].masked_fill(hidden[:, None], torch.nan), spoiled_lse
     want = torch.autograd.grad((out, lse), list(leaves.values()), clean, retain_graph=True)
     found = torch.autograd.grad((out, lse), list(leaves.values()), dirty)
     for name, a, b in zip(leaves, found, want, strict=True):

@@ -139,7 +139,8 @@ def test_rows_of_infinite_bias_see_nothing(sinks: bool, backend: str, device: st
     found = results(call, backend)
     assert found[0][:, :, 3].abs().max() == 0
     assert found[0][1, 0, 5].abs().max() == 0
-    assert (found[1][:, :, 3] == -torch.inf).all()
+    lse = found[1][:, :, 3]
+    torch.testing.assert_close(lse, call.options["sinks"].expand_as(lse) if sinks else torch.full_like(lse, -torch.inf))
     assert all(x.isfinite().all() for x in (found[0], *found[2:]))
     dbias = found[5]
     assert dbias[:, :, 3].abs().max() == 0
@@ -147,13 +148,15 @@ def test_rows_of_infinite_bias_see_nothing(sinks: bool, backend: str, device: st
     assert found[2][:, :, 3].abs().max() == 0
 
 
-def test_rows_of_infinite_bias_stop_every_gradient(backend: str, device: str) -> None:
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_of_infinite_bias_stop_every_gradient(sinks: bool, backend: str, device: str) -> None:
     """Even one that is NaN, as lse = -inf easily makes upstream."""
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 9, 8, device=device))
     bias = torch.zeros(9, 9, device=device)
     bias[0] = bias[4] = -torch.inf
     bias.requires_grad_()
-    out = fastattn.attention(q, k, v, bias=bias, backend=backend)
+    sink = torch.randn(2, device=device) if sinks else None
+    out = fastattn.attention(q, k, v, bias=bias, sinks=sink, backend=backend)
     clean = torch.randn_like(out)
     dirty = clean.clone()
     dirty[:, :, [0, 4]] = torch.nan
@@ -163,12 +166,25 @@ def test_rows_of_infinite_bias_stop_every_gradient(backend: str, device: str) ->
         torch.testing.assert_close(a, b)
 
 
-def test_sinks_that_are_nan_leave_empty_rows_alone(backend: str, device: str) -> None:
+def test_sinks_that_are_nan_leave_the_out_of_empty_rows_alone(backend: str, device: str) -> None:
     q, k = torch.randn(1, 1, 4, 8, device=device), torch.randn(1, 1, 2, 8, device=device)
     sinks = torch.full((1,), torch.nan, device=device)
     out, lse = fastattn.attention(q, k, k, causal=True, sinks=sinks, return_lse=True, backend=backend)
-    assert (lse[0, 0, :2] == -torch.inf).all()
+    assert lse.isnan().all()
+    assert (out[0, 0, :2] == 0).all()
     assert out[0, 0, 2:].isnan().all()
+
+
+def test_a_sink_of_minus_infinity_is_none(backend: str, device: str) -> None:
+    q, k = torch.randn(1, 1, 4, 8, device=device), torch.randn(1, 1, 2, 8, device=device)
+    sinks = torch.full((1,), -torch.inf, device=device, requires_grad=True)
+    out, lse = fastattn.attention(q, k, k, causal=True, sinks=sinks, return_lse=True, backend=backend)
+    without = fastattn.attention(q, k, k, causal=True, return_lse=True, backend=backend)
+    torch.testing.assert_close((out, lse), without)
+    assert (lse[0, 0, :2] == -torch.inf).all()
+    (lse[0, 0, 2:].sum() + out.sum()).backward()
+    assert sinks.grad is not None
+    assert (sinks.grad == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------- unseen: never read

@@ -1,13 +1,11 @@
 // What is added to a block of scores, and what is hidden from it: ALiBi, bias, mask, window and lengths in one array.
 #pragma once
 
+#include "lse.h"
 #include "pack.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
-
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 
 template <class V>
 struct AddendScratch {
@@ -68,7 +66,7 @@ void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, i
   }
 }
 
-// -unit * slope * |i + offset - j|, or 0.
+// -unit * slope * |i + offset - j|.
 template <class V>
 void make_alibi(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, int lanes,
                 typename V::Scalar unit, typename V::Scalar* a) {
@@ -77,19 +75,12 @@ void make_alibi(const Params& p, const Sequence& seq, const Panel<V>& panel, int
   S distance[kLanes], slope[kLanes];
   for (int lane = 0; lane < lanes; ++lane) {
     distance[lane] = S(panel.query[lane] + seq.offset - n0);
-    slope[lane] = S(0);
-    if (p.alibi.data != nullptr) {
-      const int64_t at = panel.b * p.alibi.stride_b + panel.head[lane] * p.alibi.stride_h;
-      slope[lane] = static_cast<const S*>(p.alibi.data)[at] * -unit;
-    }
+    const int64_t at = panel.b * p.alibi.stride_b + panel.head[lane] * p.alibi.stride_h;
+    slope[lane] = static_cast<const S*>(p.alibi.data)[at] * -unit;
   }
   for (int lane = 0; lane < lanes; lane += V::kWidth) {
     const V d = V::load(distance + lane), m = V::load(slope + lane);
-    for (int n = 0; n < keys; ++n) {
-      V x = V::set(S(0));
-      if (p.alibi.data != nullptr) x = m * abs(d - V::set(S(n)));
-      x.store(a + n * kLanes + lane);
-    }
+    for (int n = 0; n < keys; ++n) (m * abs(d - V::set(S(n)))).store(a + n * kLanes + lane);
   }
 }
 
@@ -128,13 +119,13 @@ void hide_unseen(const Panel<V>& panel, int64_t n0, int keys, int lanes, typenam
   }
 }
 
-// ALiBi and bias for keys n0 .. n0 + keys, times unit.
+// ALiBi and bias for keys n0 .. n0 + keys, times unit; there must be one of them.
 template <class V>
 void make_terms(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys,
                 typename V::Scalar unit, typename V::Scalar* a) {
   const int lanes = panel.vectors * V::kWidth;
   const bool first = p.alibi.data == nullptr;
-  if (!first || p.bias.data == nullptr) make_alibi(p, seq, panel, n0, keys, lanes, unit, a);
+  if (!first) make_alibi(p, seq, panel, n0, keys, lanes, unit, a);
   if (p.bias.data == nullptr) return;
   int64_t at[Panel<V>::kLanes];
   const bool same = row_offsets(panel, p.bias, n0, at);
@@ -153,13 +144,23 @@ void make_terms(const Params& p, const Sequence& seq, const Panel<V>& panel, int
 
 inline bool has_terms(const Params& p) { return p.bias.data != nullptr || p.alibi.data != nullptr; }
 
-// Whether a step that hides nothing is plain: its scores only have to be scaled, as ALiBi and bias, divided by the
-// scale, are where the products of q and k begin. Scales of head_dims up to 1024: a smaller one would cost a large bias
-// its range.
-inline bool can_be_plain(const Params& p) {
-  const bool divisible = p.scale >= 1.0 / 32;
-  return p.mask.data == nullptr && p.softcap == 0 && (divisible || !has_terms(p));
+// Whether ALiBi and bias, divided by the scale, are where the products of q and k begin. In all steps of a call, so
+// that forward and backward pass round a score alike. Scales of head_dims up to 1024: a smaller one would cost a large
+// bias its range.
+inline bool folds_terms(const Params& p) { return has_terms(p) && p.softcap == 0 && p.scale >= 1.0 / 32; }
+
+// Whether scores stay products of q and k, until they are exponents. `folded`: with ALiBi and bias in them.
+inline bool stay_products(const Params& p, bool folded) {
+  return p.softcap == 0 && p.scale > 1e-18 && (folded || !has_terms(p));
 }
+
+template <class S>
+inline Unit<S> unit_of(const Params& p, bool folded) {
+  return stay_products(p, folded) ? unit_of_products<S>(p.scale) : unit_of_log2<S>();
+}
+
+// Whether a step that hides nothing is plain: nothing has to be done to its scores.
+inline bool can_be_plain(const Params& p, bool folded) { return p.mask.data == nullptr && stay_products(p, folded); }
 
 // -inf where the mask is False. seen[key] says whether any row of the panel sees the key.
 template <class V>
@@ -188,14 +189,19 @@ void hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, A
   }
 }
 
-// Fills a.values for keys n0 .. n0 + keys, in units of log2: -inf where hidden. Returns whether any pair is visible,
-// and in `gaps` whether some key is seen by no row.
+// Fills a.values for keys n0 .. n0 + keys, in units of log2: -inf where hidden, else ALiBi and bias, or 0 if the scores
+// have these already (`folded`). Returns whether any pair is visible, and in `gaps` whether some key is seen by no row.
 template <class V>
-bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, AddendScratch<V> a,
-                 bool& gaps) {
-  make_terms(p, seq, panel, n0, keys, typename V::Scalar(kLog2E), a.values);
-  // Hiding comes last: what a hidden pair was given, NaN perhaps, must not show.
+bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, bool folded,
+                 AddendScratch<V> a, bool& gaps) {
   const int lanes = panel.vectors * V::kWidth;
+  if (has_terms(p) && !folded) {
+    make_terms(p, seq, panel, n0, keys, typename V::Scalar(kLog2E), a.values);
+  } else {
+    for (int n = 0; n < keys; ++n)
+      for (int lane = 0; lane < lanes; lane += V::kWidth) V::set(0).store(a.values + n * Panel<V>::kLanes + lane);
+  }
+  // Hiding comes last: what a hidden pair was given, NaN perhaps, must not show.
   if (panel.count < lanes || !(panel.all.first <= n0 && n0 + keys <= panel.all.last))
     hide_unseen(panel, n0, keys, lanes, a.values);
   if (p.mask.data == nullptr) {

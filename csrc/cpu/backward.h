@@ -48,7 +48,7 @@ struct BackwardScratch {
 
   S *scores, *dprobs, *factors, *dbias;
   S *dk, *dv;                      // [columns of kLanes][key][kLanes], along dim
-  S *lse, *delta;                  // [lane], lse in units of log2
+  S *lse, *lse_low, *delta;        // [lane], lse in the unit of scores, as the sum of two numbers
   Word *q_columns, *dout_columns;  // [word of dim][lane]
   Word *q_rows, *dout_rows;        // [columns of kLanes][lane words of a group][kLanes], along dim
   Operands<E> operands;
@@ -69,6 +69,7 @@ struct BackwardScratch {
     dv = arena.take<S>(kBlockKeys * dim_v);
     dbias = arena.take<S>(p.dbias.data ? kBlockKeys * kLanes : 0);
     lse = arena.take<S>(kLanes);
+    lse_low = arena.take<S>(kLanes);
     delta = arena.take<S>(kLanes);
     q_columns = arena.take<Word>(int64_t(words) * kLanes);
     dout_columns = arena.take<Word>(int64_t(words_v) * kLanes);
@@ -131,8 +132,28 @@ inline void pack_rows(Pairs, const bf16* const* rows, int lanes, int64_t stride,
 }
 #endif
 
+// lse of a query.
+template <class S>
+Twofold<S> load_lse(const Params& p, const Sequence& seq, int64_t b, int64_t head, int64_t query) {
+  const View residual = lse_residual(p);
+  Twofold<S> lse{*row_of<const S>(p.lse, seq, b, head, query), S(0)};
+  if (residual.data != nullptr) lse.low = *row_of<const S>(residual, seq, b, head, query);
+  if (lse.low == S(__builtin_inf())) lse.low = S(0);
+  return lse;
+}
+
+// Whether a query saw no key: by lse, or with a sink by the residual. Its gradients are 0, whatever dout holds.
+template <class S, class T>
+bool saw_nothing(const Params& p, const Sequence& seq, int64_t b, int64_t head, int64_t query) {
+  if (*row_of<const S>(p.lse, seq, b, head, query) == S(-__builtin_inf())) return true;
+  if (p.residual.data == nullptr) return false;
+  const S inf = S(__builtin_inf());
+  if (lse_residual(p).data != nullptr) return *row_of<const S>(p.residual, seq, b, head, query) == inf;
+  return p.head_dim_v > 0 && S(to_float(*row_of<const T>(p.residual, seq, b, head, query))) == inf;
+}
+
 // Brings the queries, output gradients, lse and delta of a group's panel into scratch. Rows that saw nothing take no
-// part.
+// part, nor do rows that see none of the block's keys.
 template <class E, class T>
 void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int place,
                 const BackwardSpace& space, BackwardScratch<E>& s) {
@@ -140,18 +161,20 @@ void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Ve
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   const int lanes = panel.vectors * V::kWidth;
+  const Unit<S> unit = unit_of<S>(p, folds_terms(p));
   const T *q[kLanes], *dout[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     q[lane] = dout[lane] = nullptr;
     s.lse[lane] = S(__builtin_inf());  // all probabilities become 0
-    s.delta[lane] = S(0);
-    if (lane >= panel.count) continue;
+    s.lse_low[lane] = s.delta[lane] = S(0);
+    if (lane >= panel.count || panel.keys[lane].first >= panel.keys[lane].last) continue;
     const int64_t head = panel.head[lane], query = panel.query[lane];
-    const S lse = *row_of<const S>(p.lse, seq, panel.b, head, query);
-    if (lse == S(-__builtin_inf())) continue;
+    if (saw_nothing<S, T>(p, seq, panel.b, head, query)) continue;
     q[lane] = row_of<const T>(p.q, seq, panel.b, head, query);
     dout[lane] = row_of<const T>(p.dout, seq, panel.b, head, query);
-    s.lse[lane] = lse * S(kLog2E);
+    const Twofold<S> lse = over(load_lse<S>(p, seq, panel.b, head, query), unit.natural);
+    s.lse[lane] = lse.high;
+    s.lse_low[lane] = lse.low;
     s.delta[lane] = *row_of<const S>(space.delta, seq, panel.b, head, query);
   }
   Columns<E, T>::pack(q, lanes, p.q.stride_d, int(p.head_dim), s.q_columns, kLanes);
@@ -176,40 +199,46 @@ struct ScoreGrad {
 // What is the same for all scores of a lane.
 template <class V>
 struct ScoreTerms {
-  V scale, minus_lse, delta;
+  V lse, lse_low, delta;
+  V exponent;       // what makes scores exponents of 2
+  V factor;         // what makes products scores, to which the addend is added
   V into_cap, cap;  // scale / softcap, and softcap in units of log2
   bool capped;
 
-  ScoreTerms(const Params& p, const typename V::Scalar* lse, const typename V::Scalar* delta_row)
-      : scale(number(p.scale * kLog2E)),
-        minus_lse(number(0) - V::load(lse)),
-        delta(V::load(delta_row)),
+  template <class Scratch>
+  ScoreTerms(const Params& p, const Scratch& s, int lane)
+      : lse(V::load(s.lse + lane)),
+        lse_low(V::load(s.lse_low + lane)),
+        delta(V::load(s.delta + lane)),
+        exponent(number(unit_of<typename V::Scalar>(p, folds_terms(p)).exponent)),
+        factor(number(stay_products(p, folds_terms(p)) ? 1 : p.scale * kLog2E)),
         into_cap(number(p.softcap > 0 ? p.scale / p.softcap : 0)),
         cap(number(p.softcap * kLog2E)),
         capped(p.softcap > 0) {}
   static V number(double x) { return V::set(typename V::Scalar(x)); }
 };
 
-// addend: null in a plain step. factor: of dropout, or null.
+// addend: null in a plain step. factor: of dropout, or null. Scores are rounded as in the forward pass, so that they
+// cancel against lse: no product and sum is fused that was not there.
 template <class V>
 inline ScoreGrad<V> score_grad(const ScoreTerms<V>& terms, const typename V::Scalar* score,
                                const typename V::Scalar* dprob, const typename V::Scalar* addend,
                                const typename V::Scalar* factor) {
   using S = typename V::Scalar;
   const V zero = V::set(S(0)), one = V::set(S(1)), raw = V::load(score);
-  V x = fma(raw, terms.scale, terms.minus_lse), slope = one;
+  V x = raw, slope = one;
   if (addend != nullptr) {
     const V a = V::load(addend);
     if (terms.capped) {
       const V capped = tanh(raw * terms.into_cap);
-      x = fma(capped, terms.cap, a + terms.minus_lse);
+      x = fma(capped, terms.cap, a);
       slope = one - capped * capped;
     } else {
-      x = x + a;
+      x = raw * terms.factor + a;
     }
   }
   ScoreGrad<V> g;
-  const V prob = exp2(x);
+  const V prob = exp2(((x - terms.lse) - terms.lse_low) * terms.exponent);
   V dp = V::load(dprob);
   g.prob = prob;
   if (factor != nullptr) {
@@ -270,7 +299,7 @@ void make_operands(const Params& p, const BackwardScratch<E>& s, int vectors, in
                    const Operands<E>& to) {
   using V = typename E::Vector;
   for (int lane = 0; lane < vectors * V::kWidth; lane += V::kWidth) {
-    const ScoreTerms<V> terms(p, s.lse + lane, s.delta + lane);
+    const ScoreTerms<V> terms(p, s, lane);
     const typename E::Scalar *scores = s.scores, *dprobs = s.dprobs;
     if (addend == nullptr && factors == nullptr && dbias == nullptr) {
       make_operands_of<E>(terms, keys, scores, dprobs, nullptr, nullptr, nullptr, lane, to);
@@ -300,10 +329,10 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
                      BackwardScratch<E>& s, int at, int64_t n0, int keys, typename E::Scalar* dbias,
                      const Operands<E>& to, bool& gaps) {
   using S = typename E::Scalar;
-  const bool plain = can_be_plain(p) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
+  const bool plain = can_be_plain(p, folds_terms(p)) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   gaps = false;
-  if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return false;
-  make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, s.k + at * s.k_stride, s.k_stride,
+  if (!plain && !make_addend(p, seq, panel, n0, keys, folds_terms(p), s.addend, gaps)) return false;
+  make_scores<E, kVectors>(p, seq, panel, n0, keys, s.k + at * s.k_stride, s.k_stride,
                            words_of(int(p.head_dim), E::kPerWord), s.q_columns, s.scores, nullptr);
   gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.v + at * s.v_stride, s.v_stride,
                                     s.dout_columns, s.dprobs);
@@ -447,43 +476,40 @@ size_t backward_scratch(const Params& p) {
   return arena.used();
 }
 
-// a * b, summed up in lanes; the same whatever the strides.
-template <class V, class T>
-V row_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int dim) {
-  using S = typename V::Scalar;
-  auto part = [&](const T* row, int64_t stride, int d) {
-    if (stride == 1) return load_some<V>(row + d, dim - d);
-    S values[V::kWidth] = {};
-    for (int i = 0; i < V::kWidth && d + i < dim; ++i) values[i] = S(to_float(row[(d + i) * stride]));
-    return V::load(values);
-  };
-  V sums = V::set(S(0));
-  for (int d = 0; d < dim; d += V::kWidth) sums = fma(part(a, stride_a, d), part(b, stride_b, d), sums);
-  return sums;
-}
-
 // delta = rowsum(dout * out) - dlse of one head of a sequence; out with what rounding took from it, see Results in
-// fastattn/backends/__init__.py.
+// fastattn/backends/__init__.py. Summed up in the order of the products dout * v, against which it cancels exactly
+// where a row sees but one key. -dlse for queries that saw nothing, whose dout may hold anything.
 template <class V, class T>
 void delta_job(const Params& p, const BackwardSpace& space, int64_t b, int64_t head) {
   using S = typename V::Scalar;
+  constexpr int kLanes = kLanesOf<V>, kColumns = 16;
   const Sequence seq = sequence_of(p, b);
+  const View residual = out_residual(p);
   for (int64_t i = 0; i < seq.q_length; i += V::kWidth) {
     const int rows = int(smaller(V::kWidth, seq.q_length - i));
-    V products[V::kWidth];
-    for (int r = 0; r < V::kWidth; ++r) {
-      products[r] = V::set(S(0));
-      if (r >= rows) continue;
-      const T* dout = row_of<const T>(p.dout, seq, b, head, i + r);
-      auto with_dout = [&](const View& view) {
-        return row_product<V>(row_of<const T>(view, seq, b, head, i + r), view.stride_d, dout, p.dout.stride_d,
-                              int(p.head_dim_v));
+    bool sees[V::kWidth] = {};
+    for (int r = 0; r < rows; ++r) sees[r] = !saw_nothing<S, T>(p, seq, b, head, i + r);
+    // [column][row] from column d on.
+    auto load = [&](const View& view, int d, int columns, S* to) {
+      const T* from[V::kWidth];
+      for (int r = 0; r < V::kWidth; ++r)
+        from[r] = sees[r] ? row_of<const T>(view, seq, b, head, i + r) + d * view.stride_d : nullptr;
+      Columns<Single<V>, T>::pack(from, V::kWidth, view.stride_d, columns, to, kLanes);
+    };
+    V total = V::set(S(0)), rest = V::set(S(0));
+    for (int d = 0; d < int(p.head_dim_v); d += kColumns) {
+      const int columns = int(smaller(kColumns, p.head_dim_v - d));
+      S dout[kColumns * kLanes], out[kColumns * kLanes];
+      load(p.dout, d, columns, dout);
+      auto add = [&](const View& view, V& sum) {
+        load(view, d, columns, out);
+        for (int c = 0; c < columns; ++c) sum = fma(V::load(out + c * kLanes), V::load(dout + c * kLanes), sum);
       };
-      products[r] = with_dout(p.out);
-      if (p.out_low.data != nullptr) products[r] = fma(with_dout(p.out_low), V::set(S(1) / S(kLowScale)), products[r]);
+      add(p.out, total);
+      if (residual.data != nullptr) add(residual, rest);
     }
     S totals[V::kWidth];
-    sum_of_lanes(products).store(totals);
+    fma(rest, V::set(S(1) / S(kResidualScale)), total).store(totals);
     for (int r = 0; r < rows; ++r) {
       if (p.dlse.data != nullptr) totals[r] -= *row_of<const S>(p.dlse, seq, b, head, i + r);
       *row_of<S>(space.delta, seq, b, head, i + r) = totals[r];
@@ -528,9 +554,10 @@ void dsinks_job(const Params& p, const BackwardSpace& space, int64_t head) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence seq = sequence_of(p, b);
     for (int64_t i = 0; i < seq.q_length; ++i) {
-      const S lse = *row_of<const S>(p.lse, seq, b, head, i);
-      if (lse == S(-__builtin_inf())) continue;
-      sum -= __builtin_exp(double(sink) - double(lse)) * double(*row_of<const S>(space.delta, seq, b, head, i));
+      const Twofold<S> lse = load_lse<S>(p, seq, b, head, i);
+      if (lse.high == S(-__builtin_inf())) continue;
+      const double share = __builtin_exp((double(sink) - double(lse.high)) - double(lse.low));
+      sum -= share * double(*row_of<const S>(space.delta, seq, b, head, i));
     }
   }
   static_cast<S*>(p.dsinks.data)[head * p.dsinks.stride_h] = S(sum);

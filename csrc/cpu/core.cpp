@@ -49,7 +49,6 @@ constexpr int64_t kWorkPerThread = 250'000;
 constexpr int64_t kWantedJobs = 64;
 // So many that no thread waits long for the last one; fewer, larger ones read and convert K and V less often.
 constexpr int64_t kForwardJobsPerThread = 8;
-constexpr int64_t kMaxPanelsPerJob = 8;
 constexpr int64_t kMinKeysPerPart = 512;
 // Each part of the keys has an addend of dq of its own: this bounds their memory.
 constexpr int64_t kMaxDqParts = 4;
@@ -199,14 +198,15 @@ void forward(const Params& p, int threads) {
   const size_t each = (k.forward_scratch(p) + 4095) / 4096 * 4096;
   const size_t scalar = p.dtype == DType::kFloat64 ? 8 : 4;
   const size_t out_bytes = size_t(plan.parts * plan.rows_total * p.head_dim_v) * scalar;
-  const size_t lse_bytes = size_t(plan.parts * plan.rows_total) * scalar;
-  const Scratch scratch(each * size_t(threads) + out_bytes + lse_bytes);
+  const size_t row_bytes = size_t(plan.parts * plan.rows_total) * scalar;
+  const Scratch scratch(each * size_t(threads) + out_bytes + 2 * row_bytes);
   char* memory = scratch.data();
   Parts parts;
   parts.count = plan.parts;
   parts.rows_total = plan.rows_total;
   parts.out = memory + each * size_t(threads);
-  parts.lse = memory + each * size_t(threads) + out_bytes;
+  parts.row_max = memory + each * size_t(threads) + out_bytes;
+  parts.row_sum = memory + each * size_t(threads) + out_bytes + row_bytes;
   parallel_for(int64_t(plan.jobs.size()), threads, [&](int64_t i, int thread) {
     k.forward(p, plan.jobs[size_t(i)], parts, memory + each * size_t(thread));
   });

@@ -20,9 +20,11 @@ constexpr int kFewRows = V::kWidth < 8 ? V::kWidth : 8;
 // and no further, memory keeps up.
 constexpr int kFewKeys = 64;
 
-// Whether a job's sequence has few rows; not whether the job has, which depends on how the rows are shared out.
+// Whether a job's sequence has few rows; not whether the job has, which depends on how the rows are shared out. Not
+// where a backward pass relies on the last digits of scores, as it sums up products in the order of forward.h.
 template <class V>
 bool few_rows(const Params& p, const ForwardJob& job) {
+  if (lse_residual(p).data != nullptr) return false;
   const int64_t rows = sequence_of(p, job.b).q_length * (p.heads_q / p.heads_kv);
   return rows <= kFewRows<V> && p.k.stride_d == 1 && p.v.stride_d == 1;
 }
@@ -224,18 +226,17 @@ void few_rows_step(const Params& p, const Sequence& seq, const Panel<typename E:
                    int next_keys, OnlineSoftmax<typename E::Vector>& state, FewRowsScratch<E, T>& s) {
   using V = typename E::Vector;
   const int dim = int(p.head_dim), dim_v = int(p.head_dim_v);
-  const bool plain =
-      can_be_plain(p) && !has_terms(p) && p.scale > 0 && panel.all.first <= n0 && n0 + keys <= panel.all.last;
+  const bool plain = can_be_plain(p, false) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   bool gaps = false;
-  if (!plain && !make_addend(p, seq, panel, n0, keys, s.addend, gaps)) return;
+  if (!plain && !make_addend(p, seq, panel, n0, keys, false, s.addend, gaps)) return;
   for_row_pieces<V>(panel.count, [&](auto rows, int r) {
     few_scores<E, T, decltype(rows)::value>(s.queries + r * s.query_words, s.query_words, dim, s.k, keys, s.scores + r,
                                             r == 0 ? s.v : nullptr, dim_v);
   });
   typename V::Scalar plain_max[Panel<V>::kLanes];
   if (plain) maximum<V, 1>(s.scores, keys, plain_max);
-  softmax_step<E, 1>(p, panel, n0, keys, plain ? plain_max : nullptr, s.scores, s.addend.values, s.factors, s.probs,
-                     state);
+  softmax_step<E, 1>(p, panel, n0, keys, false, plain ? plain_max : nullptr, s.scores, s.addend.values, s.factors,
+                     s.probs, state);
   const int whole = dim_v / s.kNumbers * s.kNumbers;
   for (int n = 0; n < keys && whole < dim_v; ++n) {
     const bool seen = !gaps || s.addend.seen[n];
@@ -285,8 +286,9 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
     s.next_k = used;
     keys = next_keys;
   }
-  S inverse[Panel<V>::kLanes], lse[Panel<V>::kLanes];
-  finish_softmax(p, panel, job, state, inverse, lse);
+  const Unit<S> unit = unit_of<S>(p, false);
+  S inverse[Panel<V>::kLanes];
+  finish_softmax(p, unit, panel, job, state, inverse);
   for (int r = 0; r < panel.count; ++r) {
     const V factor = V::set(inverse[r]), zero = V::set(S(0));
     S* acc = s.acc + r * s.dim_v;
@@ -296,13 +298,16 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
       store_row<V>(acc, int(p.head_dim_v), part_row<S>(p, job, parts, r), 1);
     } else {
       store_row<V>(acc, int(p.head_dim_v), row_of<T>(p.out, seq, job.b, panel.head[r], panel.query[r]), p.out.stride_d);
-      if (p.out_low.data == nullptr) continue;
-      for (int d = 0; d < s.dim_v; d += V::kWidth) low_part<T>(V::load(acc + d)).store(acc + d);
-      store_row<V>(acc, int(p.head_dim_v), row_of<T>(p.out_low, seq, job.b, panel.head[r], panel.query[r]),
-                   p.out_low.stride_d);
+      const View residual = out_residual(p);
+      if (residual.data == nullptr) continue;
+      const V inf = V::set(S(__builtin_inf()));
+      for (int d = 0; d < s.dim_v; d += V::kWidth)
+        select(equal(factor, zero), inf, rounded_off<T>(V::load(acc + d))).store(acc + d);
+      store_row<V>(acc, int(p.head_dim_v), row_of<T>(residual, seq, job.b, panel.head[r], panel.query[r]),
+                   residual.stride_d);
     }
   }
-  store_lse(p, seq, panel, job, parts, 0, lse);
+  store_rows(p, unit, seq, panel, job, parts, 0, state, inverse);
 }
 
 template <class E>

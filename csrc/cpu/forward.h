@@ -17,8 +17,6 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-constexpr int kMaxPanels = 8;  // of one job
-
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
@@ -48,8 +46,8 @@ struct ForwardScratch {
     acc_size = int64_t(dim_v) * kLanes;
     scores = arena.take<S>(kBlockKeys * kLanes);
     probs = E::kPerWord == 1 ? reinterpret_cast<Word*>(scores) : arena.take<Word>(kBlockKeys / 2 * kLanes);
-    queries = arena.take<Word>(queries_size * kMaxPanels);
-    acc = arena.take<S>(acc_size * kMaxPanels);
+    queries = arena.take<Word>(queries_size * kMaxPanelsPerJob);
+    acc = arena.take<S>(acc_size * kMaxPanelsPerJob);
     block.k = arena.take<Word>(int64_t(kBlockKeys) * words);
     block.v = arena.take<Word>(tiles_size<E>(dim_v));
     factors = arena.take<S>(p.dropout_threshold ? kBlockKeys * kLanes : 0);
@@ -60,13 +58,13 @@ struct ForwardScratch {
   }
 };
 
-// scores -> scores in units of log2 with everything added, in one vector of lanes; returns their maximum per lane.
+// Products -> scores with everything added, in one vector of lanes; returns their maximum per lane.
 template <class V>
-V finish_scores(const Params& p, typename V::Scalar* scores, const typename V::Scalar* addend, int keys) {
+V finish_scores(const Params& p, bool folded, typename V::Scalar* scores, const typename V::Scalar* addend, int keys) {
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   const bool capped = p.softcap > 0;
-  const double factor = capped ? p.scale / p.softcap : p.scale * kLog2E;
+  const double factor = capped ? p.scale / p.softcap : stay_products(p, folded) ? 1 : p.scale * kLog2E;
   const V scale = V::set(S(factor)), cap = V::set(S(p.softcap * kLog2E)), hidden = V::set(S(-__builtin_inf()));
   V highest = hidden;
   for (int at = 0; at < keys * kLanes; at += kLanes) {
@@ -98,16 +96,8 @@ void maximum(const typename V::Scalar* scores, int keys, typename V::Scalar* hig
   }
 }
 
-// exp2(scale * score - shift) of one vector.
-template <class V>
-inline V exponential(const typename V::Scalar* score, V scale, V shift) {
-  // Not fused: the maximum's product must round as it did when shift was made of it, or the difference of two large
-  // numbers is not 0 but half a unit in their last place.
-  return exp2(V::load(score) * scale - shift);
-}
-
-// probs = exp2(scale * scores - shift), as words; returns their sum. Dropout's factors, if there are any, apply to the
-// words, not the sum. An error of the sum is one of a whole row of out, and of delta: so fours are added up first.
+// probs = exp2((scores - shift) * scale), as words; returns their sum. Dropout's factors, if there are any, apply to
+// the words, not the sum. An error of the sum is one of a whole row of out, and of delta: so fours are added up first.
 template <class E>
 inline typename E::Vector exponentials(const typename E::Scalar* scores, typename E::Vector scale,
                                        typename E::Vector shift, const typename E::Scalar* factors, int keys,
@@ -126,7 +116,8 @@ inline typename E::Vector exponentials(const typename E::Scalar* scores, typenam
   auto some = [&](auto count, int n) {
     V x[4], zero = V::set(0);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) x[i] = i < count.value ? exponential(scores + (n + i) * kLanes, scale, shift) : zero;
+    for (int i = 0; i < 4; ++i)
+      x[i] = i < count.value ? exp2((V::load(scores + (n + i) * kLanes) - shift) * scale) : zero;
 #pragma GCC unroll 4
     for (int i = 0; i < count.value; i += E::kPerWord) store(x[i], i + 1 < 4 ? x[i + 1] : zero, n + i);
     return (x[0] + x[1]) + (x[2] + x[3]);
@@ -150,24 +141,24 @@ void reset(OnlineSoftmax<V>& state) {
 }
 
 // Online softmax over keys n0 .. n0 + keys: scores become probs (which may be the same memory), relative to the new
-// maximum; state.alpha is what everything before has to be multiplied with. plain_max: of a plain step, whose scores
-// only have to be scaled, their maximum per lane; else null.
+// maximum; state.alpha is what everything before has to be multiplied with. folded: whether the scores have ALiBi and
+// bias. plain_max: of a plain step, whose products are the scores, their maximum per lane; else null.
 template <class E, int kVectors>
-void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
+void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64_t n0, int keys, bool folded,
                   const typename E::Scalar* plain_max, typename E::Scalar* scores, const typename E::Scalar* addend,
                   typename E::Scalar* factors, typename E::Word* probs, OnlineSoftmax<typename E::Vector>& state) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
-  const V scale = V::set(plain_max != nullptr ? S(p.scale * kLog2E) : S(1)), lowest = V::set(S(-__builtin_inf()));
+  const V scale = V::set(unit_of<S>(p, folded).exponent), lowest = V::set(S(-__builtin_inf()));
   // 1 / (1 - p) comes last: words of half precision round nothing more for it.
   if (p.dropout_threshold != 0) make_dropout(p, panel, n0, keys, S(1), factors);
   for (int lane = 0; lane < kVectors * V::kWidth; lane += V::kWidth) {
-    const V highest = plain_max != nullptr ? V::load(plain_max + lane) * scale
-                                           : finish_scores<V>(p, scores + lane, addend + lane, keys);
+    const V highest = plain_max != nullptr ? V::load(plain_max + lane)
+                                           : finish_scores<V>(p, folded, scores + lane, addend + lane, keys);
     const V old = V::load(state.row_max + lane), now = max(highest, old);
     now.store(state.row_max + lane);
     // While a row has seen nothing its maximum is -inf; 0 stands in, as -inf - (-inf) is NaN.
-    const V shift = select(equal(now, lowest), V::set(S(0)), now), alpha = exp2(old - shift);
+    const V shift = select(equal(now, lowest), V::set(S(0)), now), alpha = exp2((old - shift) * scale);
     alpha.store(state.alpha + lane);
     // Two calls: a constant leaves a loop without dropout.
     const V sum = p.dropout_threshold == 0
@@ -177,26 +168,26 @@ void softmax_step(const Params& p, const Panel<typename E::Vector>& panel, int64
   }
 }
 
-// Products of q and k; of a plain step together with ALiBi and bias, divided by the scale that follows. plain_max:
-// null, or where the maximum per lane of a plain step is wanted.
+// Products of q and k, together with ALiBi and bias where these are folded in. plain_max: null, or where the maximum
+// per lane of a plain step is wanted.
 template <class E, int kVectors>
 void make_scores(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
-                 bool plain, const typename E::Word* k, int64_t k_stride, int words, const typename E::Word* queries,
+                 const typename E::Word* k, int64_t k_stride, int words, const typename E::Word* queries,
                  typename E::Scalar* scores, typename E::Scalar* plain_max) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
-  if (plain && has_terms(p)) {
+  if (folds_terms(p)) {
     make_terms(p, seq, panel, n0, keys, S(1 / p.scale), scores);
     gemm<E, kVectors, Update::kAdd>(keys, words, k, k_stride, queries, scores);
-  } else if (E::kPerWord == 1 && plain && plain_max != nullptr) {  // in one pass, which pairs are too quick to gain by
+  } else if (E::kPerWord == 1 && plain_max != nullptr) {  // in one pass, which pairs are too quick to gain by
     for (int lane = 0; lane < kLanes; ++lane) plain_max[lane] = S(-__builtin_inf());
     gemm<E, kVectors, Update::kStoreMax>(keys, words, k, k_stride, queries, scores, plain_max);
     return;
   } else {
     gemm<E, kVectors, Update::kStore>(keys, words, k, k_stride, queries, scores);
   }
-  if (plain && plain_max != nullptr) maximum<V, kVectors>(scores, keys, plain_max);
+  if (plain_max != nullptr) maximum<V, kVectors>(scores, keys, plain_max);
 }
 
 // One step: keys n0 .. n0 + keys, which begin at the block's row `at`, against one panel.
@@ -207,12 +198,12 @@ void forward_step(const Params& p, const Sequence& seq, const Panel<typename E::
   constexpr int kLanes = Panel<typename E::Vector>::kLanes;
   const int dim_v = int(p.head_dim_v), words = words_of(int(p.head_dim), E::kPerWord);
   bool gaps = false;
-  if (!plain && !make_addend(p, seq, panel, n0, keys, scratch.addend, gaps)) return;
+  if (!plain && !make_addend(p, seq, panel, n0, keys, folds_terms(p), scratch.addend, gaps)) return;
   typename E::Scalar plain_max[kLanes];
-  make_scores<E, kVectors>(p, seq, panel, n0, keys, plain, block.k + at * block.k_stride, block.k_stride, words,
-                           queries, scratch.scores, plain_max);
-  softmax_step<E, kVectors>(p, panel, n0, keys, plain ? plain_max : nullptr, scratch.scores, scratch.addend.values,
-                            scratch.factors, scratch.probs, state);
+  make_scores<E, kVectors>(p, seq, panel, n0, keys, block.k + at * block.k_stride, block.k_stride, words, queries,
+                           scratch.scores, plain ? plain_max : nullptr);
+  softmax_step<E, kVectors>(p, panel, n0, keys, folds_terms(p), plain ? plain_max : nullptr, scratch.scores,
+                            scratch.addend.values, scratch.factors, scratch.probs, state);
   ColumnTiles<E> v = block.v.from(at / E::kPerWord);
   if (gaps) v = without_gaps<E>(v, keys, dim_v, scratch.addend.seen, scratch.gapless);
   // Each block is summed from zero and then added: errors grow with the number of blocks, not of keys.
@@ -230,7 +221,7 @@ void forward_block(const Params& p, const Sequence& seq, const Panel<typename E:
                    const KeyBlock<E>& block, int64_t n0, int64_t n1, const typename E::Word* queries,
                    typename E::Scalar* acc, OnlineSoftmax<typename E::Vector>& state, ForwardScratch<E>& scratch) {
   constexpr int64_t kAlign = E::kPerWord;  // a step begins at a whole word of v
-  const bool simple = can_be_plain(p) && p.scale > 0;
+  const bool simple = can_be_plain(p, folds_terms(p));
   const int64_t first = larger(n0, n0 + (panel.any.first - n0) / kAlign * kAlign), last = smaller(n1, panel.any.last);
   int64_t plain_first = n0 + (panel.all.first - n0 + kAlign - 1) / kAlign * kAlign,
           plain_last = n0 + (panel.all.last - n0) / kAlign * kAlign;
@@ -250,38 +241,61 @@ void forward_block(const Params& p, const Sequence& seq, const Panel<typename E:
   }
 }
 
-// Takes the sink into a row's maximum and sum. factor: what results relative to the old maximum are multiplied with.
+// 2 to the power of a difference of scores.
 template <class S>
-void add_sink(S sink, S& row_max, S& row_sum, S& factor) {
-  if (sink > row_max) {
-    factor = S(__builtin_exp2(double(row_max - sink)));
-    row_max = sink;
-  }
-  row_sum = row_sum * factor + S(__builtin_exp2(double(sink - row_max)));
+S weight_of(const Unit<S>& unit, S difference) {
+  return S(__builtin_exp2(double(difference) * double(unit.exponent)));
 }
 
-inline float log2_of(float x) { return __builtin_log2f(x); }
-inline double log2_of(double x) { return __builtin_log2(x); }
+// Takes the sink, in natural units, into a row's maximum and sum, which may be those of a row that saw nothing. factor:
+// what results relative to the old maximum are multiplied with.
+template <class S>
+void add_sink(const Unit<S>& unit, S sink, S& row_max, S& row_sum, S& factor) {
+  if (sink == S(-__builtin_inf())) return;
+  sink /= unit.natural.high;
+  if (sink > row_max) {
+    factor = weight_of(unit, row_max - sink);
+    row_max = sink;
+  }
+  row_sum = row_sum * factor + weight_of(unit, sink - row_max);
+}
 
-// inverse: what the accumulated outputs are multiplied with, 0 for a row that saw nothing. lse in units of log2, if it
-// is asked for. A sink counts once: not in parts, but when they are merged.
+// The sink of a head, -inf if there is none. Rows behind the last sequence of a varlen call belong to no sequence and
+// have none.
+template <class S>
+S sink_of(const Params& p, int64_t b, int64_t head) {
+  if (p.sinks.data == nullptr || b >= p.batch) return S(-__builtin_inf());
+  return static_cast<const S*>(p.sinks.data)[head * p.sinks.stride_h];
+}
+
+// Ends the softmax of a panel. inverse: what the accumulated outputs are multiplied with, 0 for a row that saw nothing.
+// A sink counts once: not in parts, but when they are merged.
 template <class V>
-void finish_softmax(const Params& p, const Panel<V>& panel, const ForwardJob& job, const OnlineSoftmax<V>& state,
-                    typename V::Scalar* inverse, typename V::Scalar* lse) {
+void finish_softmax(const Params& p, const Unit<typename V::Scalar>& unit, const Panel<V>& panel, const ForwardJob& job,
+                    OnlineSoftmax<V>& state, typename V::Scalar* inverse) {
   using S = typename V::Scalar;
   const S kept = p.dropout_threshold != 0 ? S(p.dropout_scale) : S(1);
-  const bool lse_wanted = p.lse.data != nullptr || job.part >= 0;
-  for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
-    S row_max = state.row_max[lane], row_sum = state.row_sum[lane], factor = S(1);
-    // Not the maximum, in which NaN can be lost: a row that saw anything has a sum of at least 1, or NaN.
-    const bool empty = lane >= panel.count || row_sum == S(0);
-    if (!empty && p.sinks.data != nullptr && job.part < 0) {
-      const S sink = static_cast<const S*>(p.sinks.data)[panel.head[lane] * p.sinks.stride_h] * S(kLog2E);
-      add_sink(sink, row_max, row_sum, factor);
-    }
-    inverse[lane] = empty ? S(0) : factor / row_sum * kept;
-    if (lse_wanted) lse[lane] = empty ? S(-__builtin_inf()) : row_max + log2_of(row_sum);
+  for (int lane = 0; lane < panel.count; ++lane) {
+    S factor = S(1);
+    // Not by the maximum, in which NaN can be lost: a row that saw anything has a sum of at least 1, or NaN.
+    const bool saw_nothing = state.row_sum[lane] == S(0);
+    if (job.part < 0)
+      add_sink(unit, sink_of<S>(p, panel.b, panel.head[lane]), state.row_max[lane], state.row_sum[lane], factor);
+    inverse[lane] = saw_nothing ? S(0) : factor / state.row_sum[lane] * kept;
   }
+  for (int lane = panel.count; lane < Panel<V>::kLanes; ++lane) inverse[lane] = S(0);
+}
+
+// lse of a query, and what rounding took from it.
+template <class S>
+void store_lse(const Params& p, const Unit<S>& unit, const Sequence& seq, int64_t b, int64_t head, int64_t query,
+               S row_max, S row_sum, bool saw_nothing) {
+  if (p.lse.data == nullptr) return;
+  Twofold<S> lse = log_sum(unit, row_max, row_sum);
+  if (saw_nothing) lse = {sink_of<S>(p, b, head), S(__builtin_inf())};
+  *row_of<S>(p.lse, seq, b, head, query) = lse.high;
+  const View residual = lse_residual(p);
+  if (residual.data != nullptr) *row_of<S>(residual, seq, b, head, query) = lse.low;
 }
 
 // Where a row of a job's parts, which are merged later, begins.
@@ -291,52 +305,58 @@ S* part_row(const Params& p, const ForwardJob& job, const Parts& parts, int64_t 
   return static_cast<S*>(parts.out) + at * p.head_dim_v;
 }
 
+// What remains of a panel's softmax, beside its outputs: lse, or in a part the maximum and the sum.
 template <class V>
-void store_lse(const Params& p, const Sequence& seq, const Panel<V>& panel, const ForwardJob& job, const Parts& parts,
-               int64_t first_row, const typename V::Scalar* lse) {
+void store_rows(const Params& p, const Unit<typename V::Scalar>& unit, const Sequence& seq, const Panel<V>& panel,
+                const ForwardJob& job, const Parts& parts, int64_t first_row, const OnlineSoftmax<V>& state,
+                const typename V::Scalar* inverse) {
   using S = typename V::Scalar;
+  const int64_t at = job.part * parts.rows_total + job.first_part_row + first_row;
   for (int lane = 0; lane < panel.count; ++lane) {
     if (job.part >= 0) {
-      static_cast<S*>(parts.lse)[job.part * parts.rows_total + job.first_part_row + first_row + lane] = lse[lane];
-    } else if (p.lse.data != nullptr) {
-      *row_of<S>(p.lse, seq, panel.b, panel.head[lane], panel.query[lane]) = lse[lane] * S(kLn2);
+      static_cast<S*>(parts.row_max)[at + lane] = state.row_max[lane];
+      static_cast<S*>(parts.row_sum)[at + lane] = state.row_sum[lane];
+    } else {
+      store_lse(p, unit, seq, panel.b, panel.head[lane], panel.query[lane], state.row_max[lane], state.row_sum[lane],
+                inverse[lane] == S(0));
     }
   }
 }
 
-// What rounding to T takes from x, times kLowScale; 0 where that gives no finite number.
+// What rounding to T takes from x, times kResidualScale; 0 where that gives no finite number.
 template <class T, class V>
-V low_part(V x) {
+V rounded_off(V x) {
   T high[V::kWidth];
   x.store(high);
-  const V low = (x - V::load(high)) * V::set(kLowScale);
+  const V low = (x - V::load(high)) * V::set(kResidualScale);
   return select(less(abs(low), V::set(typename V::Scalar(__builtin_inf()))), low, V::set(0));
 }
 
-// out = acc / row_sum, turned from columns into rows; and lse.
+// out = acc / row_sum, turned from columns into rows; and what goes with it.
 template <class E, class T>
 void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const ForwardJob& job,
                   const Parts& parts, int64_t first_row, const typename E::Scalar* acc,
-                  const OnlineSoftmax<typename E::Vector>& state) {
+                  OnlineSoftmax<typename E::Vector>& state) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
-  S inverse[kLanes], lse[kLanes];
-  finish_softmax(p, panel, job, state, inverse, lse);
-  auto store = [&](auto* const* rows, int64_t stride, auto part_of) {
+  const Unit<S> unit = unit_of<S>(p, folds_terms(p));
+  S inverse[kLanes];
+  finish_softmax(p, unit, panel, job, state, inverse);
+  auto store = [&](auto* const* rows, int64_t stride, S of_nothing, auto part_of) {
     for (int lane = 0; lane < panel.count; lane += V::kWidth) {
-      const V factor = V::load(inverse + lane), zero = V::set(S(0));
-      const auto empty = equal(factor, zero);
+      const V factor = V::load(inverse + lane), instead = V::set(of_nothing);
+      const auto empty = equal(factor, V::set(S(0)));
       store_columns<V>(
           int(p.head_dim_v), int(smaller(V::kWidth, panel.count - lane)),
-          [&](int d) { return part_of(select(empty, zero, V::load(acc + d * kLanes + lane) * factor)); }, rows + lane,
-          stride);
+          [&](int d) { return select(empty, instead, part_of(V::load(acc + d * kLanes + lane) * factor)); },
+          rows + lane, stride);
     }
   };
   if (job.part >= 0) {
     S* rows[kLanes];
     for (int lane = 0; lane < panel.count; ++lane) rows[lane] = part_row<S>(p, job, parts, first_row + lane);
-    store(rows, 1, [](V x) { return x; });
+    store(rows, 1, S(0), [](V x) { return x; });
   } else {
     T* rows[kLanes];
     auto find_rows = [&](const View& view) {
@@ -344,13 +364,14 @@ void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::
         rows[lane] = row_of<T>(view, seq, panel.b, panel.head[lane], panel.query[lane]);
     };
     find_rows(p.out);
-    store(rows, p.out.stride_d, [](V x) { return x; });
-    if (p.out_low.data != nullptr) {
-      find_rows(p.out_low);
-      store(rows, p.out_low.stride_d, [](V x) { return low_part<T>(x); });
+    store(rows, p.out.stride_d, S(0), [](V x) { return x; });
+    const View residual = out_residual(p);
+    if (residual.data != nullptr) {
+      find_rows(residual);
+      store(rows, residual.stride_d, S(__builtin_inf()), [](V x) { return rounded_off<T>(x); });
     }
   }
-  store_lse(p, seq, panel, job, parts, first_row, lse);
+  store_rows(p, unit, seq, panel, job, parts, first_row, state, inverse);
 }
 
 template <class E, class T>
@@ -360,8 +381,8 @@ void forward_job(const Params& p, const ForwardJob& job, const Parts& parts, voi
   Arena arena(memory);
   ForwardScratch<E> scratch(p, arena);
   const Sequence seq = sequence_of(p, job.b);
-  Panel<V> panels[kMaxPanels];
-  OnlineSoftmax<V> states[kMaxPanels];
+  Panel<V> panels[kMaxPanelsPerJob];
+  OnlineSoftmax<V> states[kMaxPanelsPerJob];
   int count = 0;
   KeyRange keys{job.keys.last, job.keys.first};
   for (int64_t row = 0; row < job.rows; row += kLanes, ++count) {

@@ -21,11 +21,12 @@ struct ForwardJob {
 };
 
 // Where the results over parts of the keys wait to be merged, in the accumulator's dtype:
-// out (parts, rows_total, head_dim_v), normalised; lse (parts, rows_total) in units of log2, -inf where nothing was
-// seen.
+// out (parts, rows_total, head_dim_v), normalised; row_max (parts, rows_total), in the kernel's Unit, and row_sum
+// likewise, 0 where nothing was seen.
 struct Parts {
   void* out = nullptr;
-  void* lse = nullptr;
+  void* row_max = nullptr;
+  void* row_sum = nullptr;
   int64_t count = 0, rows_total = 0;
 };
 
@@ -68,5 +69,6 @@ struct Kernels {
 
 constexpr int kBlockKeys = 256;  // keys of a block, the most of one step
 constexpr int kMaxParts = 32;    // of a call's keys, for calls with few rows
+constexpr int kMaxPanelsPerJob = 8;
 
 }  // namespace fastattn

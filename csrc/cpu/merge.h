@@ -1,7 +1,7 @@
 // Merging results over parts of the keys, in the order of the parts.
 #pragma once
 
-#include "forward.h"
+#include "few_rows.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -11,46 +11,47 @@ void merge_job(const Params& p, const ForwardJob& job, const Parts& parts) {
   using S = typename V::Scalar;
   const S lowest = S(-__builtin_inf());
   const Sequence seq = sequence_of(p, job.b);
+  const Unit<S> unit = unit_of<S>(p, folds_terms(p) && !few_rows<V>(p, job));
   const int64_t group = p.heads_q / p.heads_kv;
   const int dim_v = int(p.head_dim_v);
   const S* outs = static_cast<const S*>(parts.out);
-  const S* lses = static_cast<const S*>(parts.lse);
+  const S* maxima = static_cast<const S*>(parts.row_max);
+  const S* sums = static_cast<const S*>(parts.row_sum);
   for (int64_t r = 0; r < job.rows; ++r) {
     const int64_t row = job.first_row + r, at = job.first_part_row + r;
     const int64_t query = row / group, head = job.head_kv * group + row % group;
-    S row_max = lowest;
+    auto source = [&](int64_t part) { return part * parts.rows_total + at; };
+    S row_max = lowest, row_sum = S(0), factor = S(1);
+    bool saw_nothing = true;
     for (int64_t part = 0; part < parts.count; ++part) {
-      const S lse = lses[part * parts.rows_total + at];
-      if (lse > row_max || lse != lse) row_max = lse;  // NaN is taken over, and kept
+      if (maxima[source(part)] > row_max) row_max = maxima[source(part)];
+      saw_nothing = saw_nothing && sums[source(part)] == S(0);
     }
-    const bool empty = row_max == lowest;
-    S row_sum = S(0);
-    for (int64_t part = 0; part < parts.count && !empty; ++part)
-      row_sum += S(__builtin_exp2(double(lses[part * parts.rows_total + at] - row_max)));
-    if (!empty && p.sinks.data != nullptr) {
-      S factor = S(1);
-      add_sink(static_cast<const S*>(p.sinks.data)[head * p.sinks.stride_h] * S(kLog2E), row_max, row_sum, factor);
+    S weights[kMaxParts] = {};
+    for (int64_t part = 0; part < parts.count; ++part) {
+      if (sums[source(part)] == S(0)) continue;  // its maximum is -inf, perhaps that of all
+      weights[part] = weight_of(unit, maxima[source(part)] - row_max) * sums[source(part)];
+      row_sum += weights[part];
     }
-    S weights[kMaxParts];
-    for (int64_t part = 0; part < parts.count && !empty; ++part)
-      weights[part] = S(__builtin_exp2(double(lses[part * parts.rows_total + at] - row_max))) / row_sum;
+    add_sink(unit, sink_of<S>(p, job.b, head), row_max, row_sum, factor);
+    for (int64_t part = 0; part < parts.count && !saw_nothing; ++part) weights[part] = weights[part] * factor / row_sum;
     T* out = row_of<T>(p.out, seq, job.b, head, query);
-    T* low = p.out_low.data == nullptr ? nullptr : row_of<T>(p.out_low, seq, job.b, head, query);
+    const View residual = out_residual(p);
+    T* rest = residual.data == nullptr ? nullptr : row_of<T>(residual, seq, job.b, head, query);
     for (int d = 0; d < dim_v; d += V::kWidth) {
       const int columns = int(smaller(V::kWidth, dim_v - d));
       V sum = V::set(S(0));
-      for (int64_t part = 0; part < parts.count && !empty; ++part) {
-        const int64_t source = part * parts.rows_total + at;
-        if (lses[source] == lowest) continue;
+      for (int64_t part = 0; part < parts.count; ++part) {
+        if (sums[source(part)] == S(0)) continue;
         S values[V::kWidth] = {};
-        copy_row<V>(outs + source * dim_v + d, 1, columns, values);
+        copy_row<V>(outs + source(part) * dim_v + d, 1, columns, values);
         sum = fma(V::load(values), V::set(weights[part]), sum);
       }
       store_some(sum, columns, out + d * p.out.stride_d, p.out.stride_d);
-      if (low != nullptr) store_some(low_part<T>(sum), columns, low + d * p.out_low.stride_d, p.out_low.stride_d);
+      const V low = saw_nothing ? V::set(S(__builtin_inf())) : rounded_off<T>(sum);
+      if (rest != nullptr) store_some(low, columns, rest + d * residual.stride_d, residual.stride_d);
     }
-    if (p.lse.data != nullptr)
-      *row_of<S>(p.lse, seq, job.b, head, query) = empty ? lowest : (row_max + log2_of(row_sum)) * S(kLn2);
+    store_lse(p, unit, seq, job.b, head, query, row_max, row_sum, saw_nothing);
   }
 }
 

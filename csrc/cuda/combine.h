@@ -64,8 +64,8 @@ __device__ __forceinline__ void combine(const Arguments& a) {
     for (int w = 0; w < T::kWarps; ++w) sum.x += sums[w * columns + d], sum.y += sums[w * columns + d + 1];
     sum.x *= end.factor, sum.y *= end.factor;
     *reinterpret_cast<uint32_t*>(row_of(p.out) + d * 2) = T::Number::pack(sum.x, sum.y);
-    if (p.out_low.data != nullptr)
-      *reinterpret_cast<uint32_t*>(row_of(p.out_low) + d * 2) = LowPart<typename T::Number>::pack(sum.x, sum.y);
+    if (p.residual.data != nullptr)
+      *reinterpret_cast<uint32_t*>(row_of(p.residual) + d * 2) = RoundedOff<typename T::Number>::pack(sum.x, sum.y);
   }
   if (threadIdx.x == 0 && p.lse.data != nullptr)
     static_cast<float*>(p.lse.data)[b * p.lse.stride_b + head * p.lse.stride_h + i * p.lse.stride_s] = end.lse * kLn2;

@@ -222,7 +222,9 @@ class Forward {
     copy_.land(next_stage());
     __syncthreads();  // all are done with the last block, where out passes through
     const float* sinks = static_cast<const float*>(p_.sinks.data);
-    const float sink = sinks == nullptr ? -INFINITY : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
+    // Rows behind the last sequence belong to none, and have no sink.
+    const bool no_sink = sinks == nullptr || tile_.b == p_.batch;
+    const float sink = no_sink ? -INFINITY : sinks[tile_.head * p_.sinks.stride_h] * kLog2E;
     float* lse = static_cast<float*>(p_.lse.data);
     const bool stores = lane() % 4 == 0 && lse != nullptr;
     lse += tile_.b * p_.lse.stride_b + tile_.head * p_.lse.stride_h +
@@ -242,9 +244,9 @@ class Forward {
                                                               int(p_.head_dim_v), acc_, 1.0f, lane());
     };
     store_as(Number(), p_.out);
-    if (p_.out_low.data == nullptr) return;
+    if (p_.residual.data == nullptr) return;
     __syncwarp();
-    store_as(LowPart<Number>(), p_.out_low);
+    store_as(RoundedOff<Number>(), p_.residual);
   }
 
   const Params& p_;

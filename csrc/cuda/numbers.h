@@ -38,9 +38,9 @@ struct Float16 {
   }
 };
 
-// What rounding to Number takes from numbers, times kLowScale, rounded to it in turn; 0 where that is not finite.
+// What rounding to Number takes from numbers, times kResidualScale, rounded to it in turn; 0 where that is not finite.
 template <class Number>
-struct LowPart {
+struct RoundedOff {
   static __device__ __forceinline__ uint32_t pack(float x, float y) {
     const float2 high = Number::unpack(Number::pack(x, y));
     return Number::pack(difference(x, high.x), difference(y, high.y));
@@ -48,7 +48,7 @@ struct LowPart {
 
  private:
   static __device__ __forceinline__ float difference(float x, float high) {
-    const float low = (x - high) * kLowScale;
+    const float low = (x - high) * kResidualScale;
     return fabsf(low) < INFINITY ? low : 0.0f;
   }
 };

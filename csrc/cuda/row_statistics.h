@@ -2,7 +2,7 @@
 //   row_lse      its lse in units of log2, so that a probability is exp2(score - row_lse); +inf if it sees no key
 //   minus_delta  the gradient of lse minus dout . out: what each dout . v is added to
 // and the gradient of the sinks, which follows from these alone. out comes with what rounding took from it: an error
-// would go to all score gradients of a row with one sign. Cost: out, out_low and dout are read once.
+// would go to all score gradients of a row with one sign. Cost: out, residual and dout are read once.
 #pragma once
 
 #include "arguments.h"
@@ -63,7 +63,7 @@ __device__ __forceinline__ void row_statistics(const Arguments& a) {
         };
         const uint4 dout = load(p.dout);
         delta += dot<typename T::Number>(load(p.out), dout);
-        if (p.out_low.data != nullptr) delta += dot<typename T::Number>(load(p.out_low), dout) / kLowScale;
+        if (p.residual.data != nullptr) delta += dot<typename T::Number>(load(p.residual), dout) / kResidualScale;
       }
 #pragma unroll
     for (int distance = 1; distance < T::kLanes; distance *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, distance);

@@ -109,16 +109,17 @@ struct Softmax {
 };
 
 // How a row ends: what its accumulated values are multiplied by, and its lse in units of log2. The sink, in the same
-// units, -inf for none, is one more probability without a value; a row that sees no key has none of it either.
+// units, -inf for none, is one more probability without a value.
 struct RowEnd {
   float factor, lse;
 
   __device__ __forceinline__ RowEnd(float reference, float row_sum, float sink) {
-    const bool empty = reference == -INFINITY && row_sum == 0.0f;  // a row of NaN has no reference, but a sum
+    const bool nothing = reference == -INFINITY && row_sum == 0.0f;  // a row of NaN has no reference, but a sum
+    const bool empty = nothing && sink == -INFINITY;
     const float top = fmaxf(reference, sink);
     const float correction = ptx::ex2_approx(reference - top);
     const float total = row_sum * correction + ptx::ex2_approx(sink - top);
-    factor = empty ? 0.0f : correction * ptx::rcp_approx(total);
+    factor = nothing ? 0.0f : correction * ptx::rcp_approx(total);
     lse = empty ? -INFINITY : top + ptx::lg2_approx(total);
   }
 };

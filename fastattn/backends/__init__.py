@@ -34,21 +34,26 @@ class Grads(NamedTuple):
 class Results(NamedTuple):
     """What a forward pass gives, and its backward pass gets.
 
-    out_low: what rounding took from out, times 256, in out's dtype and layout; both have twice the digits together.
-    None where no backward pass follows, and for float32 and float64. The score gradients of a row cancel against
-    delta = dout . out; its error goes to all of them with one sign, and from there, times the mean of the keys, into
-    the gradient of q.
+    residual: what rounding took from a result on which gradients depend; both have twice the digits together. None
+    where no backward pass follows.
+    * In half precision, of out, times 256, in out's dtype and layout. The score gradients of a row cancel against
+      delta = dout . out; its error goes to all of them with one sign, and from there, times the mean of the keys, into
+      the gradient of q.
+    * In float32 and float64, of lse, in its dtype and layout. Probabilities are recomputed as exp(score - lse), so the
+      absolute error of lse, which grows with the scores, is their relative error.
+    Rows that saw nothing but a sink are marked by inf, by the backends that have masks: nothing of them may reach the
+    gradients, not even a dout that is NaN.
     """
 
     out: Tensor
     lse: Tensor
-    out_low: Tensor | None = None
+    residual: Tensor | None = None
 
 
 class Prepared(Protocol):
     """Dense calls of q, k and v alone, of one kind: what can be decided beforehand has been.
 
-    layouts: what `fastattn.layouts` must say of q, k, v, out, lse and, in half precision, out_low.
+    layouts: what `fastattn.layouts` must say of q, k, v, out, lse and residual.
     """
 
     layouts: Hashable
@@ -86,7 +91,7 @@ class Backend(Protocol):
         """
 
     def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
-        """The results of a dense or varlen call; for_backward: with out_low."""
+        """The results of a dense or varlen call; for_backward: with the residual."""
 
     def backward(
         self, problem: Problem, inputs: Inputs, results: Results, dout: Tensor, dlse: Tensor | None, needs: Needs
@@ -99,9 +104,13 @@ class Backend(Protocol):
 
 def empty_results(problem: Problem, q: Tensor, for_backward: bool) -> Results:
     """Uninitialised memory for what `Backend.forward` gives."""
-    out = empty_out(problem, q)
-    rounded = problem.dtype != problem.accumulator
-    return Results(out, empty_lse(problem), torch.empty_like(out) if for_backward and rounded else None)
+    out, lse = empty_out(problem, q), empty_lse(problem)
+    return Results(out, lse, torch.empty_like(_rounded(problem, out, lse)) if for_backward else None)
+
+
+def _rounded(problem: Problem, out: Tensor, lse: Tensor) -> Tensor:
+    """The result that `Results.residual` belongs to."""
+    return out if problem.dtype != problem.accumulator else lse
 
 
 def empty_out(problem: Problem, q: Tensor) -> Tensor:

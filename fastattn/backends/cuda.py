@@ -236,7 +236,7 @@ class _CudaCalls(PreparedCalls):
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
-        kept = [results.out] if results.out_low is None else [results.out, results.out_low]
+        kept = [results.out] if results.residual is None else [results.out, results.residual]
         if not _begin_in_chunks(q, k, v, *kept) or why_not_in_chunks(dout):
             inputs, wanted = Inputs(q, k, v), Needs(*needs, False, False)
             return self._backend.backward(self._problem, inputs, results, dout, None, wanted)[:3]
@@ -254,7 +254,7 @@ def _read_in_chunks(problem: Problem) -> tuple[str, ...]:
 
 def _in_chunks(problem: Problem, tensors: Tensors) -> Tensors:
     """The tensors, with copies of those that kernels cannot read in chunks as they are."""
-    read = [name for name in (*_read_in_chunks(problem), "out", "out_low", "dout") if name in tensors]
+    read = [name for name in (*_read_in_chunks(problem), "out", "residual", "dout") if name in tensors]
     unfit = [name for name in read if why_not_in_chunks(tensors[name])]
     return tensors | {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in unfit}
 

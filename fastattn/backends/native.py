@@ -170,7 +170,8 @@ def _strides(kind: str, name: str, shape: tuple[int, ...], stride: tuple[int, ..
         return stride[0], stride[1], 0, 0
     if name in ("sinks", "dsinks"):
         return 0, stride[0], 0, 0
-    if name in ("lse", "dlse"):
+    rank = 3 if kind == "varlen" else 4  # of q; lse has one dimension less, and so has its residual
+    if name in ("lse", "dlse") or (name == "residual" and len(stride) < rank):
         return (0, stride[0], stride[1], 0) if kind == "varlen" else (stride[0], stride[1], stride[2], 0)
     if kind == "varlen":
         return 0, stride[1], stride[0], stride[2]

@@ -27,7 +27,7 @@ def _allocator(wanted: Tensor, like: Tensor) -> Allocate:
     return lambda _: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
-NAMES = ("q", "k", "v", "out", "lse", "out_low", "dout", "dq", "dk", "dv")
+NAMES = ("q", "k", "v", "out", "lse", "residual", "dout", "dq", "dk", "dv")
 """The tensors of a step, in the order in which the native modules take their addresses; forward has six of them."""
 
 
@@ -64,7 +64,7 @@ class PreparedCalls(ABC):
         self._allocate_out = _allocator(results.out, inputs.q)
         self._lse_like = torch.empty((), dtype=lse.dtype, device=lse.device).expand(lse.shape)  # of one number
         self._allocate_lse = _allocator(lse, self._lse_like)
-        self._keeps_low = results.out_low is not None
+        self._residual_of_out = problem.dtype != problem.accumulator  # see Results
         self._allocate_grads: list[Allocate] = []  # made when they are first needed: growing caches never need them
         self._gradients: dict[Any, Step] = {}
 
@@ -90,9 +90,9 @@ class PreparedCalls(ABC):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
         """See `Prepared.forward`."""
         out, lse = self._allocate_out(q), self._allocate_lse(self._lse_like)
-        low = self._allocate_out(q) if self._keeps_low else None
-        self._run(self._forward, (q, k, v, out, lse, low))
-        return Results(out, lse, low)
+        residual = self._allocate_out(q) if self._residual_of_out else self._allocate_lse(self._lse_like)
+        self._run(self._forward, (q, k, v, out, lse, residual))
+        return Results(out, lse, residual)
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]

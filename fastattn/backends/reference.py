@@ -37,8 +37,8 @@ class ReferenceBackend:
         results = empty_results(problem, inputs.q, for_backward)
         results.out.copy_(out)
         results.lse.copy_(lse)
-        if results.out_low is not None:
-            results.out_low.zero_()  # `backward` computes everything anew
+        if results.residual is not None:
+            results.residual.zero_()  # `backward` computes everything anew
         return results
 
     def backward(

@@ -41,7 +41,7 @@ def _forward(
     chosen: config.Config,
     results: Results,
 ) -> list[Launch]:
-    out, lse, low = results
+    out, lse, _ = results
     splits = 1 if p.kind == "varlen" else config.choose_splits(shape, chosen, device)
     grid = _tiles(p, shape.rows, chosen.block_m) * (p.heads_kv if shape.packed else p.heads_q) * splits
     values = {
@@ -49,7 +49,7 @@ def _forward(
         **_maps(p, x, shape, chosen, device),
         "out": _array(p, out),
         "lse": lse,
-        "out_low": None if low is None else _array(p, low),
+        **_residuals(p, results),
         "sinks": x.sinks,
         "paging": _paging(p, x),
         "rotation": _rotation(x),
@@ -60,15 +60,21 @@ def _forward(
         return [Launch(forward_kernels.forward, grid, values, chosen.num_warps, chosen.num_stages)]
     partial_out = torch.empty((splits, *out.shape), dtype=torch.float32, device=p.device)
     partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=p.device)
+    partial_residual = None if values["lse_residual"] is None else torch.empty_like(partial_lse)
     parts = {"splits": splits, "stride_out": partial_out.stride(0), "stride_lse": partial_lse.stride(0)}
-    partial = {"out": _array(p, partial_out[0]), "lse": partial_lse, "out_low": None, **parts}
+    partial = {
+        "out": _array(p, partial_out[0]),
+        "lse": partial_lse,
+        "out_residual": None,
+        "lse_residual": partial_residual,
+        **parts,
+    }
     rows, block = lse.numel(), 16
     merged = {
         "partial_out": partial_out,
         "partial_lse": partial_lse,
-        "out": values["out"],
-        "lse": values["lse"],
-        "out_low": values["out_low"],
+        "partial_residual": partial_residual,
+        **{name: values[name] for name in ("out", "lse", "out_residual", "lse_residual")},
         "sinks": x.sinks,
         "rows": rows,
         **parts,
@@ -82,6 +88,16 @@ def _forward(
         Launch(forward_kernels.forward, grid, {**values, **partial}, chosen.num_warps, chosen.num_stages),
         Launch(forward_kernels.combine, -(-rows // block), merged),
     ]
+
+
+def _residuals(p: Problem, results: Results) -> dict[str, Any]:
+    """The residual of out or of lse, see `Results`."""
+    residual = results.residual
+    if residual is None:
+        return {"out_residual": None, "lse_residual": None}
+    if p.dtype == torch.float32:
+        return {"out_residual": None, "lse_residual": residual.contiguous()}
+    return {"out_residual": _array(p, residual), "lse_residual": None}
 
 
 def _maps(
@@ -143,15 +159,20 @@ class Gradients:
         p, x = problem, inputs
         self.problem, self.inputs, self.machine, self.needs = p, x, machine, needs
         self.shape = shape_of(p, packed=False)
-        self.lse, self.dout = _plain(results.lse).contiguous(), _plain(dout)
-        self.row_lse, self.delta = (torch.empty(self.lse.shape, dtype=torch.float32, device=p.device) for _ in range(2))
+        self.float32 = p.dtype == torch.float32  # see backward.statistics
+        residual = None if results.residual is None else _plain(results.residual)
+        self.stored = Results(_plain(results.out), _plain(results.lse), residual)
+        self.lse, self.dout = self.stored.lse.contiguous(), _plain(dout)
+        self.delta = torch.empty(self.lse.shape, dtype=torch.float32, device=p.device)
+        self.row_lse = self.delta.new_empty((2 if self.float32 else 1, *self.lse.shape))
         self.values = {
             **_common(p, x),
             "dout": _array(p, self.dout),
             "row_lse": self.row_lse,
             "delta": self.delta,
         }
-        self.launches = [self._statistics(results, None if dlse is None else _plain(dlse).contiguous())]
+        self.dlse = None if dlse is None else _plain(dlse).contiguous()
+        self.launches = [self._statistics()]
         self.dq = self.dk = self.dv = self.dbias = None
         if needs.q:
             self.dq = empty_grad(x.q)
@@ -174,23 +195,26 @@ class Gradients:
             self._of_sinks(x.sinks) if needs.sinks and x.sinks is not None else None,
         )
 
-    def _statistics(self, results: Results, dlse: Tensor | None) -> Launch:
+    def _statistics(self) -> Launch:
         p, block = self.problem, 16
         rows = self.lse.numel()
         values = {
-            "out": _array(p, _plain(results.out)),
-            "out_low": None if results.out_low is None else _array(p, _plain(results.out_low)),
+            "out": _array(p, self.stored.out),
+            **_residuals(p, self.stored),
             "dout": self.values["dout"],
             "lse": self.lse,
-            "dlse": dlse,
+            "dlse": self.dlse,
             "row_lse": self.row_lse,
             "delta": self.delta,
             "rows": rows,
             "heads_q": p.heads_q,
             "seqlen_q": p.seqlen_q,
+            "scale": p.scale,
             "BLOCK_M": block,
             "BLOCK_D": config.padded(p.head_dim_v),
             "DIM": p.head_dim_v,
+            "LATE": _scaled_late(p, self.inputs),
+            "FLOAT32": self.float32,
         }
         return Launch(backward_kernels.statistics, -(-rows // block), values)
 
@@ -266,11 +290,18 @@ class Gradients:
         return total[tuple(slice(size) for size in shape)].to(bias.dtype).reshape(bias.shape)
 
     def _of_sinks(self, sinks: Tensor) -> Tensor:
-        """A sink takes its share of each row, and gives nothing: its gradient is the sum of -share * delta."""
-        heads = (-1, 1)
-        share = torch.exp(sinks.float().view(heads) - self.lse)
-        share = share.masked_fill(self.lse == -torch.inf, 0.0)
-        total = -(share * self.delta).sum(-1)
+        """A sink takes its share of each row, and gives nothing: its gradient is the sum of -share * delta.
+
+        A row that saw nothing else is all sink, and its delta, which no kernel may see, is -dlse.
+        """
+        exponent, delta = sinks.float().view(-1, 1) - self.lse, self.delta
+        nothing = self.row_lse[0] == torch.inf
+        if self.float32 and self.stored.residual is not None:
+            exponent = exponent - self.stored.residual.masked_fill(nothing, 0.0)
+        share = torch.exp(exponent).masked_fill(self.lse == -torch.inf, 0.0)
+        if self.dlse is not None:
+            delta = torch.where(nothing & (self.lse != -torch.inf), -self.dlse.float(), delta)
+        total = -(share * delta).sum(-1)
         return (total if self.problem.kind == "varlen" else total.sum(0)).to(sinks.dtype)
 
 
@@ -309,8 +340,10 @@ def _variant(
         PARTS=config.padded(p.head_dim_v) // part,
         HEAD_DIM=p.head_dim,
         HEAD_DIM_V=p.head_dim_v,
+        FLOAT32=p.dtype == torch.float32,
         PRECISION=config.precision(device),
-        PLAIN=p.scale > 1e-30 and p.softcap is None and x.bias is None and x.alibi_slopes is None,
+        PLAIN=_scaled_late(p, x) and x.bias is None and x.alibi_slopes is None,
+        LATE=_scaled_late(p, x),
         # An error of the tanh is multiplied by the softcap; half precision forgives more.
         RELATIVE=p.softcap is not None and (p.dtype == torch.float32 or p.softcap > 100),
         PERMUTED=shape.permuted,
@@ -323,6 +356,17 @@ def _variant(
         ROTARY_DIM=p.rotary_dim,
         INTERLEAVED=p.rotary_interleaved,
     )
+
+
+def _scaled_late(p: Problem, x: Inputs) -> bool:
+    """Whether scores stay products until they are exponents.
+
+    With ALiBi and bias in float32 alone, for which digits count, and divided by no scale that would cost them range.
+    """
+    smallest = 1e-18
+    if x.bias is not None or x.alibi_slopes is not None:
+        smallest = 1 / 32 if p.dtype == torch.float32 else torch.inf
+    return p.softcap is None and p.scale >= smallest
 
 
 def _wide(chosen: config.Config, *tensors: Tensor) -> bool:

@@ -199,7 +199,7 @@ class Decode {
     const bool exists = column < p_.head_dim_v;
     if (only) {
       if (exists) store<Number>(p_.out, head, query, column, out);
-      if (exists && p_.out_low.data != nullptr) store<LowPart<Number>>(p_.out_low, head, query, column, out);
+      if (exists && p_.residual.data != nullptr) store<RoundedOff<Number>>(p_.residual, head, query, column, out);
       float* lse = static_cast<float*>(p_.lse.data);
       if (column == 0 && lse != nullptr)
         lse[tile_.b * p_.lse.stride_b + head * p_.lse.stride_h + query * p_.lse.stride_s] = end.lse * kLn2;

@@ -1,0 +1,75 @@
+// The logarithm of a softmax's denominator, with the digits that one number has no room for.
+//
+// Probabilities are recomputed from it, so its absolute error is their relative one: at scores of 7e4 a float alone is
+// off by up to 0.004. The rest is kept beside it (see lse_residual).
+#pragma once
+
+namespace fastattn {
+namespace FASTATTN_ISA {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+inline float log_of(float x) { return __builtin_logf(x); }
+inline double log_of(double x) { return __builtin_log(x); }
+
+// A number as the sum of two: the nearest one, and what that lacks.
+template <class S>
+struct Twofold {
+  S high, low;
+};
+
+// A constant: double(x) and the part of x below it, as it lies in S.
+template <class S>
+inline Twofold<S> constant(double x, double below) {
+  return {S(x), sizeof(S) == 8 ? S(below) : S(x - double(S(x)))};
+}
+
+inline float exact_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double exact_fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// x * factor. Without a second part where it is not finite.
+template <class S>
+inline Twofold<S> times(Twofold<S> x, Twofold<S> factor) {
+  const S high = x.high * factor.high, low = exact_fma(x.high, factor.high, -high);
+  if (high - high != S(0)) return {high, S(0)};
+  return {high, low + (x.high * factor.low + x.low * factor.high)};
+}
+
+// x / divisor, likewise.
+template <class S>
+inline Twofold<S> over(Twofold<S> x, Twofold<S> divisor) {
+  const S high = x.high / divisor.high;
+  if (high - high != S(0)) return {high, S(0)};
+  const S rest = exact_fma(-high, divisor.high, x.high);
+  return {high, ((rest + x.low) - high * divisor.low) / divisor.high};
+}
+
+// The unit in which a kernel keeps scores: what makes them exponents of 2, and how much it is in natural units. Scores
+// are subtracted before they are scaled, so that equal ones cancel, however large.
+template <class S>
+struct Unit {
+  S exponent;
+  Twofold<S> natural;
+};
+template <class S>
+inline Unit<S> unit_of_products(double scale) {
+  return {S(scale * kLog2E), constant<S>(scale, 0)};
+}
+template <class S>
+inline Unit<S> unit_of_log2() {
+  return {S(1), constant<S>(kLn2, 2.3190468138462996e-17)};
+}
+
+// lse, from the maximum of the scores and the sum of the exponentials relative to it.
+template <class S>
+inline Twofold<S> log_sum(const Unit<S>& unit, S row_max, S row_sum) {
+  const Twofold<S> base = times(Twofold<S>{row_max, S(0)}, unit.natural);
+  const S log = log_of(row_sum), high = base.high + log;
+  if (high - high != S(0)) return {high, S(0)};
+  const S added = high - base.high;
+  return {high, ((base.high - (high - added)) + (log - added)) + base.low};
+}
+
+}  // namespace FASTATTN_ISA
+}  // namespace fastattn
