@@ -1,7 +1,7 @@
 """Gradients of the operators, and the way a call takes: straight to the backend, or through torch's dispatcher.
 
 `Attention` is the one autograd function for dense and varlen calls. Its backward is itself an autograd function,
-`AttentionBackward`, whose gradients (the second derivatives) come from differentiating the reference.
+`AttentionBackward`, whose gradients (the second derivatives) the reference has a formula for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import batching, ops
 from .backends import Needs
 from .philox import draw_seed
 from .problem import DIFFERENTIABLE, Inputs, Options, check_tensors, describe
-from .reference import softmax_attention
+from .reference import softmax_attention_double_backward
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
@@ -126,14 +126,6 @@ def _any_requires_grad(inputs: Inputs) -> bool:
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
-def _alias(x: Tensor | None) -> Tensor | None:
-    """The same values as a variable of their own.
-
-    q, k and v may be one tensor, or computed from one another, and a partial derivative must not follow that.
-    """
-    return None if x is None else x.view_as(x)
 
 
 def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,33 +247,15 @@ class AttentionBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         dout, dlse, *tensors = ctx.saved_tensors
         inputs, options, _ = ops.split_arguments((*tensors, *ctx.options))
-        with torch.enable_grad():
-            dout, dlse = _alias(dout), _alias(dlse)
-            aliases: dict[str, Any] = {name: _alias(getattr(inputs, name)) for name in DIFFERENTIABLE}
-            inputs = inputs._replace(**aliases)
         problem = describe("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options, cached=False)
+        tangents = tuple([c if need else None for c, need in zip(cotangents, ctx.needs, strict=True)])
+        second = softmax_attention_double_backward(problem, inputs, dout, dlse, tangents)
         # The results are functions of the other arguments here, so their own gradients stay None.
         positions = [0, 1, *[_BACKWARD_LEADING + p for p in _POSITIONS]]
-        candidates = zip(positions, (dout, dlse, *inputs.differentiable), strict=True)
-        wanted: dict[int, Any] = {p: x for p, x in candidates if ctx.needs_input_grad[p]}
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            out, lse = softmax_attention(problem, inputs)
-            sources: list[Any] = [x for x, need in zip(inputs.differentiable, ctx.needs, strict=True) if need]
-            outputs, cotangent = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-            first = torch.autograd.grad(outputs, sources, cotangent, create_graph=True, materialize_grads=True)
-        given = [c for c, need in zip(cotangents, ctx.needs, strict=True) if need]
-        pairs = [(g, c) for g, c in zip(first, given, strict=True) if c is not None]
-        second = torch.autograd.grad(
-            [g for g, _ in pairs],
-            list(wanted.values()),
-            [c for _, c in pairs],
-            create_graph=create_graph,
-            materialize_grads=True,
-        )
         result: list[Tensor | None] = [None] * (_BACKWARD_LEADING + _N_ARGS + 1)
-        for position, grad in zip(wanted, second, strict=True):
-            result[position] = grad
+        for position, grad in zip(positions, second, strict=True):
+            if ctx.needs_input_grad[position]:
+                result[position] = grad
         return tuple(result)
 
 

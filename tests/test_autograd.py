@@ -96,6 +96,26 @@ def test_gradient_penalty_equals_the_references(qkv: Qkv) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["dense", "varlen"])
+def test_third_derivatives_equal_the_references(kind: str) -> None:
+    cu = torch.tensor([0, 3, 5], dtype=torch.int32)
+    shapes = [(6, 2, 3)] * 3 if kind == "varlen" else [(1, 2, 5, 3)] * 3
+    data = [torch.randn(shape, dtype=torch.float64) for shape in (*shapes, (5,), (2,))]
+    name, lengths = ("attention_varlen", (cu, cu)) if kind == "varlen" else ("attention", ())
+    found = []
+    for module in (fastattn, reference):
+        leaves = [x.clone().requires_grad_() for x in data]
+        q, k, v, bias, sinks = leaves
+        options = {"causal": True, "softcap": 2.0, "bias": bias, "sinks": sinks}
+        out, lse = getattr(module, name)(q, k, v, *lengths, **options, return_lse=True)
+        total = out.sin().sum() + lse.masked_fill(lse == -torch.inf, 0.0).cos().sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(total, leaves, create_graph=True)
+            total = sum(x.sin().sum() for x in grads)
+        found.append(grads)
+    torch.testing.assert_close(*found)
+
+
 def test_gradients_accumulate(qkv: Qkv) -> None:
     q, k, v = (x.requires_grad_() for x in qkv)
     for _ in range(2):
