@@ -24,6 +24,11 @@ _TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
 _N_ARGS = len(ops.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
 _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
 _BACKWARD_LEADING = 5  # dout, dlse, out, lse, out_low come before the arguments of the forward
+_NO_FORWARD_MODE = (
+    "fastattn has no derivatives in forward mode (torch.func.jvp, jacfwd and hessian, torch.autograd.forward_ad): use "
+    "reverse mode, torch.func.vjp or jacrev, for a Hessian jacrev(jacrev(f)), or call fastattn.reference.attention, "
+    "which is plain PyTorch"
+)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -100,7 +105,7 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
             "torch.no_grad() or torch.inference_mode()"
         )
     args = ops.join_cache_arguments(inputs, options, backend)
-    if _all_plain(inputs):
+    if _all_plain(inputs) and not _in_transform():
         return ops.run_cache(*args)
     check_tensors("cache", inputs)
     return torch.ops.fastattn.cache(*args)
@@ -159,10 +164,15 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     return batching.forward(_run_forward, info.batch_size, in_dims, args)
 
 
+def _refuse_tangents(ctx: Any, *grad_inputs: Any) -> Any:
+    raise NotImplementedError(_NO_FORWARD_MODE)
+
+
 class Attention(torch.autograd.Function):
     """forward(*arguments of the operator `forward`) -> (out, lse, out_low)."""
 
     vmap = staticmethod(_vmap_forward)
+    jvp = staticmethod(_refuse_tangents)  # called where there are tangents alone
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
@@ -228,6 +238,7 @@ class AttentionBackward(torch.autograd.Function):
     """forward(*arguments of the operator `backward`) -> gradients of q, k, v, bias and sinks."""
 
     vmap = staticmethod(_vmap_backward)
+    jvp = staticmethod(_refuse_tangents)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
@@ -259,10 +270,35 @@ class AttentionBackward(torch.autograd.Function):
         return tuple(result)
 
 
-torch.library.register_autograd("fastattn::forward", Attention.backward, setup_context=Attention.setup_context)
-torch.library.register_autograd(
-    "fastattn::backward", AttentionBackward.backward, setup_context=AttentionBackward.setup_context
-)
+class _Operators(torch.library.Library):
+    """The operators' ways through autograd, which refuse tangents: they would lose them without a word."""
+
+    def impl(self, op_name: Any, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of `torch.library.Library`; fn takes the set of dispatch keys first."""
+
+        def refusing(keyset: Any, *inputs: Any, **keywords: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+                raise NotImplementedError(_NO_FORWARD_MODE)
+            return fn(keyset, *inputs, **keywords)
+
+        return super().impl(op_name, refusing, *args, **kwargs)
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _cache_below_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastattn.cache.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+_operators = _Operators("fastattn", "FRAGMENT")
+for _name, _function in (("forward", Attention), ("backward", AttentionBackward)):
+    torch.library.register_autograd(
+        f"fastattn::{_name}", _function.backward, setup_context=_function.setup_context, lib=_operators
+    )
+_operators.impl("cache", _cache_below_autograd, "Autograd", with_keyset=True)
 
 
 @torch.library.register_vmap("fastattn::forward")
