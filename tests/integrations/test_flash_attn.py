@@ -13,11 +13,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fastattn.integrations.flash_attn as fa
+from fastattn import attention, merge_states
 from fastattn.integrations.flash_attn.rotary import apply_rotary_emb_func
 
 DOUBLE = torch.float64
@@ -428,6 +430,9 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+TABLES = ("rotary_cos", "rotary_sin")
+
+
 @pytest.mark.parametrize(
     ("call", "change", "error", "words"),
     [
@@ -441,7 +446,15 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         ("func", {"window_size": (None, 0)}, TypeError, ["window_size", "None"]),
         ("func", {"softcap": None}, TypeError, ["softcap", "NoneType"]),
         ("func", {"softmax_scale": "1"}, TypeError, ["softmax_scale", "'1'"]),
-        ("func", {"causal": 1}, TypeError, ["causal", "int"]),
+        ("func", {"window_size": torch.tensor([1.0, 2.0])}, TypeError, ["window_size", "tensor"]),
+        ("func", {"window_size": 3}, TypeError, ["window_size", "3"]),
+        ("func", {"window_size": (True, 1)}, TypeError, ["window_size", "True"]),
+        ("func", {"causal": 2}, TypeError, ["causal", "int"]),
+        ("func", {"causal": None}, TypeError, ["causal", "NoneType"]),
+        ("func", {"causal": torch.ones(2)}, TypeError, ["causal", "Tensor"]),
+        ("func", {"softmax_scale": torch.ones(1, requires_grad=True)}, TypeError, ["softmax_scale", "Tensor"]),
+        ("func", {"dropout_p": None}, TypeError, ["dropout_p", "NoneType"]),
+        ("varlen", {"dropout_p": "0"}, TypeError, ["dropout_p", "'0'"]),
         ("func", {"dropout_p": 1.0}, ValueError, ["dropout_p", "1.0"]),
         ("func", {"alibi_slopes": torch.zeros(3)}, ValueError, ["alibi_slopes", "(3,)"]),
         ("func", {"dropout_p": 0.1, "return_attn_probs": True}, ValueError, ["return_attn_probs", "S_dmask"]),
@@ -477,6 +490,32 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
             ValueError,
             ["cache_batch_idx", "block_table"],
         ),
+        (
+            "cache",
+            {"k": X[:, :3], "v": X[:, :3], "cache_seqlens": I32 + 8, "block_table": torch.zeros(2, 2).int()},
+            ValueError,
+            ["cache_seqlens", "block_table", "= 7", "got 8"],
+        ),
+        ("cache", {"block_table": [[0, 1]]}, TypeError, ["block_table", "list"]),
+        ("cache", {"block_table": I32}, ValueError, ["block_table", "(batch_size, max_num_blocks)", "(2,)"]),
+        ("cache", {"block_table": I32[:1, None]}, ValueError, ["block_table", "= (2, 1)", "(1, 1)"]),
+        ("cache", {"k": X.half(), "v": X, "cache_seqlens": 0}, TypeError, ["k has dtype", "float16"]),
+        ("cache", {"k": X, "v": X.double(), "cache_seqlens": 0}, TypeError, ["v has dtype", "float64"]),
+        ("cache", {"k": X.to("meta"), "v": X, "cache_seqlens": 0}, ValueError, ["k is on device meta"]),
+        (
+            "cache",
+            {"k": X[:, :1], "v": X[:, :1], "cache_seqlens": 0, "rotary_cos": [0], "rotary_sin": torch.zeros(5, 4)},
+            TypeError,
+            ["rotary_cos", "list"],
+        ),
+        (
+            "cache",
+            {"k": X[:, :1], "v": X[:, :1], "cache_seqlens": 0, **dict.fromkeys(TABLES, torch.zeros(5, 5))},
+            ValueError,
+            ["rotary_cos has 5 columns", "headdim 8"],
+        ),
+        ("rotary", {"sin": torch.zeros(5, 3)}, ValueError, ["sin", "cos", "(5, 4)", "(5, 3)"]),
+        ("rotary", {"cos": torch.zeros(5)}, ValueError, ["cos", "(seqlen_rotary, rotary_dim / 2)", "(5,)"]),
         ("cache", {"rotary_cos": torch.zeros(5, 4), "rotary_sin": torch.zeros(5, 4)}, ValueError, ["rotary_cos", "k"]),
         (
             "cache",
@@ -499,6 +538,90 @@ def test_bad_input(call: str, change: dict[str, Any], error: type[Exception], wo
         function(**{**good, **change})
     for word in words:
         assert word in str(caught.value)
+
+
+def random_call(name: str) -> tuple[Any, dict[str, Any]]:
+    """A good call, with other numbers than 0."""
+    function, good = CALLS[name]
+    fill = lambda x: torch.randn(x.shape) if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+    return function, {name: fill(x) for name, x in good.items()}
+
+
+@pytest.mark.parametrize(
+    ("form", "plain"),
+    [
+        ({"window_size": torch.tensor([2, 1])}, {"window_size": (2, 1)}),
+        ({"window_size": torch.tensor([-1, 0], dtype=torch.int32)}, {"window_size": (-1, 0)}),
+        ({"window_size": torch.tensor([-1, -1])}, {}),
+        ({"window_size": [torch.tensor(2), np.int64(1)]}, {"window_size": (2, 1)}),
+        ({"window_size": np.array([2, 1])}, {"window_size": (2, 1)}),
+        ({"causal": 1}, {"causal": True}),
+        ({"causal": np.bool_(True)}, {"causal": True}),
+        ({"causal": torch.tensor(False)}, {}),
+        ({"softmax_scale": np.float32(0.25)}, {"softmax_scale": 0.25}),
+        ({"softmax_scale": torch.tensor(0.25)}, {"softmax_scale": 0.25}),
+        ({"softcap": np.float32(2.0)}, {"softcap": 2.0}),
+        ({"softcap": torch.tensor([2.0])}, {"softcap": 2.0}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("call", ["func", "varlen", "cache"])
+def test_numbers_of_other_types(call: str, form: dict[str, Any], plain: dict[str, Any]) -> None:
+    """flash-attn hands them to C++, which converts; its own tests pass window_size as a tensor."""
+    function, arguments = random_call(call)
+    assert torch.equal(function(**arguments, **form), function(**arguments, **plain))
+
+
+@pytest.mark.parametrize("call", ["func", "varlen"])
+def test_dropout_of_other_types(call: str) -> None:
+    function, arguments = random_call(call)
+    outs = []
+    for p in (0.25, np.float32(0.25), torch.tensor(0.25)):
+        torch.manual_seed(3)
+        outs.append(function(**arguments, dropout_p=p))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_all_keys_that_pages_hold() -> None:
+    """As flash-attn does without cache_seqlens, with block_table too."""
+    pages_k, pages_v = torch.randn(2, 6, 3, 4, 8)
+    table, q = torch.tensor([[5, 0], [1, 1]], dtype=torch.int32), torch.randn(2, 2, 4, 8)
+    found = fa.flash_attn_with_kvcache(q, pages_k, pages_v, block_table=table, causal=True)
+    k, v = (x[table].flatten(1, 2) for x in (pages_k, pages_v))
+    torch.testing.assert_close(found, batched(q, k, v, causal=True)[0])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lse_fits_merge_states(packed: bool) -> None:
+    """Queries that see no key of a part, +inf in flash-attn's terms, take nothing from it."""
+    q, k, v = (torch.randn(1, n, 4, 8, dtype=torch.float64, requires_grad=True) for n in (6, 9, 9))
+
+    def part(keys: slice) -> tuple[Tensor, Tensor]:
+        if packed:
+            lengths = [torch.tensor([0, n], dtype=torch.int32) for n in (6, keys.stop - keys.start)]
+            out, lse, _ = fa.flash_attn_varlen_func(
+                q[0], k[0, keys], v[0, keys], *lengths, 6, 9, causal=True, return_attn_probs=True
+            )
+            return out, lse
+        out, lse, _ = fa.flash_attn_func(q, k[:, keys], v[:, keys], causal=True, return_attn_probs=True)
+        return out.transpose(1, 2), lse
+
+    # Bottom-right, the first queries see nothing of 4 keys; of the 5 others, all but the first see something.
+    states = [part(slice(0, 4)), part(slice(4, 9))]
+    assert all((lse == torch.inf).any() for _, lse in states)
+    out, lse = merge_states(*zip(*states, strict=True))
+    distance = torch.arange(6)[:, None] - torch.arange(9)
+    mask = torch.where(torch.arange(9) < 4, distance >= 2, distance >= -3)
+    want = attention(*(x.transpose(1, 2) for x in (q, k, v)), mask=mask, return_lse=True)
+    want = [want[0][0].transpose(0, 1), want[1][0]] if packed else list(want)
+    torch.testing.assert_close([out, lse], want)
+    assert (lse == -torch.inf).any()  # the first query sees nothing at all
+    found, expected = (
+        torch.autograd.grad(o.sin().sum() + x.masked_fill(x == -torch.inf, 0).sum(), (q, k, v), retain_graph=True)
+        for o, x in ((out, lse), want)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 # ------------------------------------------------------------------------------------------------- import flash_attn
