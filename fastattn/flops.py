@@ -27,26 +27,26 @@ def visible_pairs(problem: Problem, inputs: Inputs) -> int:
     """Pairs of a query and a key that it sees, whatever `mask` says, over all query heads.
 
     Lengths that cannot be known, those of fake and meta tensors, are taken for the longest there may be, kv_lengths,
-    or for the same in all sequences, cu_seqlens.
+    or for the same in all sequences, cu_seqlens. Sizes may be symbolic.
     """
-    return problem.heads_q * sum(_pairs(problem, *lengths) for lengths in _lengths(problem, inputs))
+    return problem.heads_q * sum(count * _pairs(problem, *lengths) for count, *lengths in _sequences(problem, inputs))
 
 
-def _lengths(problem: Problem, inputs: Inputs) -> list[tuple[int, int]]:
-    """(queries, keys) of each sequence."""
-    batch, queries, keys = problem.batch, [problem.seqlen_q] * problem.batch, [problem.seqlen_k] * problem.batch
-    if inputs.cu_seqlens_q is not None and inputs.cu_seqlens_k is not None:
-        queries = _packed_lengths(inputs.cu_seqlens_q, problem.seqlen_q, batch)
-        keys = _packed_lengths(inputs.cu_seqlens_k, problem.seqlen_k, batch)
-    most = _values(inputs.kv_lengths)
-    if most is not None:
-        keys = [min(n, m + problem.seqlen_new) for n, m in zip(keys, most, strict=True)]
-    return list(zip(queries, keys, strict=True))
-
-
-def _packed_lengths(ends: Tensor, total: int, batch: int) -> list[int]:
-    known = _values(ends)
-    return [total // batch] * batch if known is None else [end - start for start, end in pairwise(known)]
+def _sequences(problem: Problem, inputs: Inputs) -> list[tuple[int, int, int]]:
+    """(number of sequences, queries of each, keys of each)."""
+    batch, varlen = problem.batch, problem.kind == "varlen"
+    ends_q, ends_k = _values(inputs.cu_seqlens_q), _values(inputs.cu_seqlens_k)
+    lengths = _values(inputs.kv_lengths)
+    if ends_q is None or ends_k is None:
+        if varlen or lengths is None:
+            shares = torch.sym_max(batch, 1) if varlen else 1
+            return [(batch, problem.seqlen_q // shares, problem.seqlen_k // shares)]
+        queries, keys = [problem.seqlen_q] * batch, [problem.seqlen_k] * batch
+    else:
+        queries, keys = ([end - start for start, end in pairwise(ends)] for ends in (ends_q, ends_k))
+    if lengths is not None:
+        keys = [min(n, length + problem.seqlen_new) for n, length in zip(keys, lengths, strict=True)]
+    return [(1, *pair) for pair in zip(queries, keys, strict=True)]
 
 
 def _values(x: Tensor | None) -> list[int] | None:
@@ -67,8 +67,8 @@ def _clamped_sum(start: int, count: int, most: int) -> int:
     """The sum of min(max(x, 0), most) over the `count` numbers x from `start` on."""
 
     def below(end: int) -> int:
-        rising = min(max(end, 0), most + 1)
-        return rising * (rising - 1) // 2 + max(end - most - 1, 0) * most
+        rising = torch.sym_min(torch.sym_max(end, 0), most + 1)
+        return rising * (rising - 1) // 2 + torch.sym_max(end - most - 1, 0) * most
 
     return below(start + count) - below(start)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fastattn import attention, attention_varlen, attention_with_kv_cache, nn
@@ -132,6 +133,26 @@ def test_lengths_that_cannot_be_known() -> None:
         q, k, v = (torch.empty(12, heads, D) for heads in (H, HKV, HKV))
         cu = torch.empty(4, dtype=torch.int32)
         assert count(lambda: attention_varlen(q, k, v, cu, cu)) == 2 * 3 * 4 * 4 * H * 2 * D
+
+
+def test_symbolic_sizes_stay_symbolic() -> None:
+    """A compiler may count too, and that must not bind the program to these sizes."""
+    found: list[Any] = []
+
+    def traced(q: Tensor, k: Tensor) -> Tensor:
+        with FlopCounterMode(display=False) as counter:
+            out = attention(q, k, k, causal=True, window=(3, 0))
+        found.append((counter.get_total_flops(), *q.shape[:3], k.shape[2]))
+        return out
+
+    make_fx(traced, tracing_mode="symbolic")(torch.randn(3, 2, 5, 8), torch.randn(3, 2, 7, 8))
+    ((flops, *sizes),) = found
+    assert all(isinstance(n, torch.SymInt) for n in (flops, *sizes))
+    for numbers in ((3, 2, 5, 7), (2, 1, 9, 4), (1, 1, 1, 1), (4, 2, 0, 6)):
+        batch, heads, seqlen_q, seqlen_k = numbers
+        values = dict(zip((n.node.expr for n in sizes), numbers, strict=True))
+        want = 2 * batch * heads * pairs(seqlen_q, seqlen_k, causal=True, window=(3, 0)) * 16
+        assert int(flops.node.expr.subs(values)) == want
 
 
 def test_modules_have_their_own_lines() -> None:
