@@ -105,7 +105,7 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
             "torch.no_grad() or torch.inference_mode()"
         )
     args = ops.join_cache_arguments(inputs, options, backend)
-    if _all_plain(inputs) and not _in_transform():
+    if _all_plain(inputs) and forward_ad._current_level < 0:
         return ops.run_cache(*args)
     check_tensors("cache", inputs)
     return torch.ops.fastattn.cache(*args)
