@@ -1,6 +1,9 @@
 """fastattn: exact fused attention for PyTorch, one API with one meaning on every machine."""
 
+import typing as _typing
+
 from . import reference
+from .flops import register_once_imported as _register_flop_formulas
 from .functional import (
     Report,
     Rotary,
@@ -13,6 +16,7 @@ from .functional import (
     merge_states,
     scaled_dot_product_attention,
 )
+from .submodules import on_demand as _on_demand
 
 __version__ = "0.1.0"
 
@@ -30,3 +34,11 @@ __all__ = [
     "reference",
     "scaled_dot_product_attention",
 ]
+
+if _typing.TYPE_CHECKING:
+    from . import integrations as integrations
+    from . import nn as nn
+else:  # not what a type checker sees, to which __getattr__ means that any name will do
+    __getattr__, __dir__ = _on_demand(__name__, ("integrations", "nn"), __all__)
+
+_register_flop_formulas()

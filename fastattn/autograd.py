@@ -1,7 +1,7 @@
 """Gradients of the operators, and the way a call takes: straight to the backend, or through torch's dispatcher.
 
 `Attention` is the one autograd function for dense and varlen calls. Its backward is itself an autograd function,
-`AttentionBackward`, whose gradients (the second derivatives) come from differentiating the reference.
+`AttentionBackward`, whose gradients (the second derivatives) the reference has a formula for.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from . import batching, ops
 from .backends import Needs
 from .philox import draw_seed
 from .problem import DIFFERENTIABLE, Inputs, Options, check_tensors, describe
-from .reference import softmax_attention
+from .reference import softmax_attention_double_backward
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
 _N_ARGS = len(ops.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
 _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
 _BACKWARD_LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward
+_NO_FORWARD_MODE = (
+    "fastattn has no derivatives in forward mode (torch.func.jvp, jacfwd and hessian, torch.autograd.forward_ad): use "
+    "reverse mode, torch.func.vjp or jacrev, for a Hessian jacrev(jacrev(f)), or call fastattn.reference.attention, "
+    "which is plain PyTorch"
+)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -100,7 +105,7 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
             "torch.no_grad() or torch.inference_mode()"
         )
     args = ops.join_cache_arguments(inputs, options, backend)
-    if _all_plain(inputs):
+    if _all_plain(inputs) and forward_ad._current_level < 0:
         return ops.run_cache(*args)
     check_tensors("cache", inputs)
     return torch.ops.fastattn.cache(*args)
@@ -126,14 +131,6 @@ def _any_requires_grad(inputs: Inputs) -> bool:
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
-def _alias(x: Tensor | None) -> Tensor | None:
-    """The same values as a variable of their own.
-
-    q, k and v may be one tensor, or computed from one another, and a partial derivative must not follow that.
-    """
-    return None if x is None else x.view_as(x)
 
 
 def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,10 +164,15 @@ def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     return batching.forward(_run_forward, info.batch_size, in_dims, args)
 
 
+def _refuse_tangents(ctx: Any, *grad_inputs: Any) -> Any:
+    raise NotImplementedError(_NO_FORWARD_MODE)
+
+
 class Attention(torch.autograd.Function):
     """forward(*arguments of the operator `forward`) -> (out, lse, residual)."""
 
     vmap = staticmethod(_vmap_forward)
+    jvp = staticmethod(_refuse_tangents)  # called where there are tangents alone
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
@@ -236,6 +238,7 @@ class AttentionBackward(torch.autograd.Function):
     """forward(*arguments of the operator `backward`) -> gradients of q, k, v, bias and sinks."""
 
     vmap = staticmethod(_vmap_backward)
+    jvp = staticmethod(_refuse_tangents)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
@@ -255,40 +258,47 @@ class AttentionBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         dout, dlse, *tensors = ctx.saved_tensors
         inputs, options, _ = ops.split_arguments((*tensors, *ctx.options))
-        with torch.enable_grad():
-            dout, dlse = _alias(dout), _alias(dlse)
-            aliases: dict[str, Any] = {name: _alias(getattr(inputs, name)) for name in DIFFERENTIABLE}
-            inputs = inputs._replace(**aliases)
         problem = describe("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options, cached=False)
+        tangents = tuple([c if need else None for c, need in zip(cotangents, ctx.needs, strict=True)])
+        second = softmax_attention_double_backward(problem, inputs, dout, dlse, tangents)
         # The results are functions of the other arguments here, so their own gradients stay None.
         positions = [0, 1, *[_BACKWARD_LEADING + p for p in _POSITIONS]]
-        candidates = zip(positions, (dout, dlse, *inputs.differentiable), strict=True)
-        wanted: dict[int, Any] = {p: x for p, x in candidates if ctx.needs_input_grad[p]}
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            out, lse = softmax_attention(problem, inputs)
-            sources: list[Any] = [x for x, need in zip(inputs.differentiable, ctx.needs, strict=True) if need]
-            outputs, cotangent = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-            first = torch.autograd.grad(outputs, sources, cotangent, create_graph=True, materialize_grads=True)
-        given = [c for c, need in zip(cotangents, ctx.needs, strict=True) if need]
-        pairs = [(g, c) for g, c in zip(first, given, strict=True) if c is not None]
-        second = torch.autograd.grad(
-            [g for g, _ in pairs],
-            list(wanted.values()),
-            [c for _, c in pairs],
-            create_graph=create_graph,
-            materialize_grads=True,
-        )
         result: list[Tensor | None] = [None] * (_BACKWARD_LEADING + _N_ARGS + 1)
-        for position, grad in zip(wanted, second, strict=True):
-            result[position] = grad
+        for position, grad in zip(positions, second, strict=True):
+            if ctx.needs_input_grad[position]:
+                result[position] = grad
         return tuple(result)
 
 
-torch.library.register_autograd("fastattn::forward", Attention.backward, setup_context=Attention.setup_context)
-torch.library.register_autograd(
-    "fastattn::backward", AttentionBackward.backward, setup_context=AttentionBackward.setup_context
-)
+class _Operators(torch.library.Library):
+    """The operators' ways through autograd, which refuse tangents: they would lose them without a word."""
+
+    def impl(self, op_name: Any, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of `torch.library.Library`; fn takes the set of dispatch keys first."""
+
+        def refusing(keyset: Any, *inputs: Any, **keywords: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+                raise NotImplementedError(_NO_FORWARD_MODE)
+            return fn(keyset, *inputs, **keywords)
+
+        return super().impl(op_name, refusing, *args, **kwargs)
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def _cache_below_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fastattn.cache.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+_operators = _Operators("fastattn", "FRAGMENT")
+for _name, _function in (("forward", Attention), ("backward", AttentionBackward)):
+    torch.library.register_autograd(
+        f"fastattn::{_name}", _function.backward, setup_context=_function.setup_context, lib=_operators
+    )
+_operators.impl("cache", _cache_below_autograd, "Autograd", with_keyset=True)
 
 
 @torch.library.register_vmap("fastattn::forward")

@@ -131,7 +131,7 @@ def attention(
 
     Raises TypeError or ValueError that names the argument, what came and what was expected. The values inside index
     tensors are checked on the CPU alone: elsewhere a look at them would stall the device. NotImplementedError in
-    forward mode (torch.func.jvp), for which there is no formula.
+    forward mode (torch.func.jvp, jacfwd, hessian), for which there is no formula; a Hessian is jacrev(jacrev(f)).
     """
     extras = mask is not None or bias is not None or alibi_slopes is not None or sinks is not None
     dropped = type(dropout_p) is not float or dropout_p != 0.0  # None, False and the like are for the checks
@@ -302,7 +302,7 @@ def attention_with_kv_cache(
     is never read. All other arguments as in `attention`. torch.autocast does not apply: q must have the cache's dtype.
     Returns out (batch, heads_q, seqlen_q, head_dim_v) or (out, lse), lse (batch, heads_q, seqlen_q).
     Raises TypeError or ValueError that names the argument, what came and what was expected, before anything is written;
-    ValueError also if an input requires grad while gradients are recorded.
+    ValueError also if an input requires grad while gradients are recorded, NotImplementedError in forward mode.
     """
     if cache_lengths is None:
         raise TypeError("cache_lengths must be an int32 tensor of shape (batch,), got None")

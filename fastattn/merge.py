@@ -27,7 +27,7 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
     outs, lses = list(outs), list(lses)
     _check(outs, lses)
     dtype = torch.promote_types(outs[0].dtype, torch.float32)
-    lses = [lse.to(dtype) for lse in lses]
+    lses = [_without_flash_infinity(out, lse.to(dtype)) for out, lse in zip(outs, lses, strict=True)]
     row_max = torch.stack([lse.detach() for lse in lses]).amax(dim=0)
     empty = row_max == -torch.inf
     row_max = row_max.masked_fill(empty, 0.0)
@@ -40,6 +40,12 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
         merged = merged + share * out.to(dtype).masked_fill(_like_out(lse == -torch.inf, out), 0.0)
     lse = (row_max + torch.log(row_sum)).masked_fill(empty, -torch.inf)
     return merged.to(outs[0].dtype), lse
+
+
+def _without_flash_infinity(out: Tensor, lse: Tensor) -> Tensor:
+    """lse with -inf for rows without keys, also where it said +inf."""
+    nothing = (out == 0).all(dim=-1)
+    return lse.masked_fill((lse == torch.inf) & (nothing.transpose(0, 1) if out.ndim == 3 else nothing), -torch.inf)
 
 
 def _like_out(rows: Tensor, out: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ _CACHE_FIELDS = (
 
 FORWARD_TENSORS = 11  # the leading fields of Inputs that `forward` takes
 _N_OPTIONS = 7
+FORWARD_ARGUMENTS = FORWARD_TENSORS + _N_OPTIONS + 1  # those that `forward` and `backward` share
 
 # An empty tensor stands for a result that there is not.
 torch.library.define(
@@ -76,7 +77,8 @@ def join_cache_arguments(inputs: Inputs, options: Options, backend: str | None) 
     return (*[getattr(inputs, name) for name in _CACHE_FIELDS], *options, backend)
 
 
-def _split_cache_arguments(args: tuple[Any, ...]) -> tuple[Inputs, Options, str | None]:
+def split_cache_arguments(args: tuple[Any, ...]) -> tuple[Inputs, Options, str | None]:
+    """The inverse of `join_cache_arguments`."""
     n = len(_CACHE_FIELDS)
     return Inputs(**dict(zip(_CACHE_FIELDS, args[:n], strict=True))), Options(*args[n:-1]), args[-1]
 
@@ -127,7 +129,7 @@ def is_none(x: Tensor) -> bool:
 
 def run_cache(*args: Any) -> tuple[Tensor, Tensor]:
     """Writes the new keys and values into the cache and computes (out, lse)."""
-    inputs, options, name = _split_cache_arguments(args)
+    inputs, options, name = split_cache_arguments(args)
     problem, backend = _plan("cache", inputs, options, name)
     return backend.decode(problem, inputs)
 
@@ -164,7 +166,7 @@ def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("fastattn::cache")
 def _fake_cache(*args: Any) -> tuple[Tensor, Tensor]:
-    return _outputs("cache", *_split_cache_arguments(args), for_backward=False)[:2]
+    return _outputs("cache", *split_cache_arguments(args), for_backward=False)[:2]
 
 
 @torch.library.register_fake("fastattn::backward")

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack  # a requirement of torch itself
 
@@ -44,7 +45,7 @@ class _Softmax(NamedTuple):
     k: Tensor  # (batch, heads_q, seqlen_k, head_dim)
     v: Tensor  # (batch, heads_q, seqlen_k, head_dim_v)
     visible: Tensor  # bool, broadcastable to (batch, heads_q, seqlen_q, seqlen_k)
-    softcap_slope: Tensor | float  # derivative of the capped scores by the raw ones
+    tanh: Tensor | float  # of the raw scores over the softcap; 0 without
     probs: Tensor  # (batch, heads_q, seqlen_q, seqlen_k), before dropout
     dropout: Tensor | float  # what dropout multiplies them with: 0 or 1 / (1 - p)
     lse: Tensor  # (batch, heads_q, seqlen_q)
@@ -73,15 +74,12 @@ def _dense(problem: Problem, inputs: Inputs, batches: range) -> tuple[Tensor, Te
 def _softmax(problem: Problem, inputs: Inputs, batches: range) -> _Softmax:
     """Probabilities and lse of the sequences `batches` (their numbers decide the dropout mask)."""
     visible, distance = _visibility(problem, inputs)
-    unused_rows, unused_keys = ~visible.any(dim=-1), ~visible.any(dim=-2)
-    q = inputs.q.to(problem.accumulator).masked_fill(unused_rows[..., None], 0.0)
-    k, v = (_per_query_head(x, problem).masked_fill(unused_keys[..., None], 0.0) for x in (inputs.k, inputs.v))
-
+    q, k, v = _operands(problem, visible, inputs.q, inputs.k, inputs.v)
     scores = problem.scale * (q @ k.transpose(-2, -1))
-    softcap_slope: Tensor | float = 1.0
+    tanh: Tensor | float = 0.0
     if problem.softcap is not None:
         tanh = torch.tanh(scores / problem.softcap)
-        scores, softcap_slope = problem.softcap * tanh, 1.0 - tanh * tanh
+        scores = problem.softcap * tanh
     if inputs.alibi_slopes is not None:
         slopes = inputs.alibi_slopes.to(scores.dtype)
         scores = scores - slopes[..., None, None] * distance.abs()
@@ -96,7 +94,7 @@ def _softmax(problem: Problem, inputs: Inputs, batches: range) -> _Softmax:
         size = (problem.heads_q, *scores.shape[-2:])
         keep = dropout_keep(inputs.seed, problem.dropout_threshold, batches, *size, device=problem.device)
         dropout = keep.to(scores.dtype) / (1.0 - problem.dropout_p)
-    return _Softmax(q, k, v, visible, softcap_slope, probs, dropout, lse, empty)
+    return _Softmax(q, k, v, visible, tanh, probs, dropout, lse, empty)
 
 
 def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,6 +141,14 @@ def _visibility(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return visible, distance
 
 
+def _operands(problem: Problem, visible: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as `_Softmax` has them."""
+    unused_rows, unused_keys = ~visible.any(dim=-1), ~visible.any(dim=-2)
+    q = q.to(problem.accumulator).masked_fill(unused_rows[..., None], 0.0)
+    k, v = (_per_query_head(x, problem).masked_fill(unused_keys[..., None], 0.0) for x in (k, v))
+    return q, k, v
+
+
 def _per_query_head(x: Tensor, problem: Problem) -> Tensor:
     """Key/value heads in the accumulator's dtype, repeated so that each query head has its own."""
     x = x.to(problem.accumulator)
@@ -166,28 +172,104 @@ def _dense_backward(
     problem: Problem, inputs: Inputs, batches: range, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     s = _softmax(problem, inputs, batches)
-    dout = dout.to(problem.accumulator).masked_fill(s.empty[..., None], 0.0)
-    dprobs = ((dout @ s.v.transpose(-2, -1)) * s.dropout).masked_fill(~s.visible, 0.0)
-    delta = (s.probs * dprobs).sum(dim=-1)
-    if dlse is not None:  # d lse / d scores = probs, so it takes part as a shift of delta
-        delta = delta - dlse.to(delta.dtype).masked_fill(s.lse == -torch.inf, 0.0)
+    dout, dprobs, delta = _bwd_preprocess(problem, s, dout, dlse)
     dscores = s.probs * (dprobs - delta[..., None])
-
     dbias = dsinks = None
     if inputs.bias is not None:
         dbias = dscores.sum_to_size(inputs.bias.shape)
     if inputs.sinks is not None:
-        sink_probs = torch.exp(inputs.sinks.to(delta.dtype)[:, None] - s.lse).masked_fill(s.lse == -torch.inf, 0.0)
-        dsinks = -(sink_probs * delta).sum(dim=(0, 2))
-    draw = problem.scale * dscores * s.softcap_slope
+        dsinks = -(_sink_probs(inputs.sinks, s.lse) * delta).sum(dim=(0, 2))
+    draw = problem.scale * dscores * (1.0 - s.tanh * s.tanh)
     dk = draw.transpose(-2, -1) @ s.q
     dv = (s.probs * s.dropout).transpose(-2, -1) @ dout
     return draw @ s.k, _sum_groups(dk, problem), _sum_groups(dv, problem), dbias, dsinks
 
 
+def _bwd_preprocess(problem: Problem, s: _Softmax, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(dout, dprobs, delta): dout without rows that see no key, and what the gradient of the scores is made of."""
+    dout = dout.to(problem.accumulator).masked_fill(s.empty[..., None], 0.0)
+    dprobs = ((dout @ s.v.transpose(-2, -1)) * s.dropout).masked_fill(~s.visible, 0.0)
+    delta = (s.probs * dprobs).sum(dim=-1)
+    if dlse is not None:  # d lse / d scores = probs, so it takes part as a shift of delta
+        delta = delta - dlse.to(delta.dtype).masked_fill(s.lse == -torch.inf, 0.0)
+    return dout, dprobs, delta
+
+
+def _sink_probs(sinks: Tensor, lse: Tensor) -> Tensor:
+    """What the sinks take of each row's softmax, (batch, heads_q, seqlen_q)."""
+    return torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+
+
 def _sum_groups(x: Tensor, problem: Problem) -> Tensor:
     """The transpose of `_per_query_head`."""
     return x if problem.group == 1 else x.unflatten(1, (problem.heads_kv, problem.group)).sum(dim=2)
+
+
+# ---------------------------------------------------------------------------------------------- second derivatives
+
+
+def softmax_attention_double_backward(
+    problem: Problem,
+    inputs: Inputs,
+    dout: Tensor,
+    dlse: Tensor | None,
+    tangents: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """The vector-Jacobian product of `softmax_attention_backward`.
+
+    tangents: gradients of the loss by the gradients of q, k, v, bias and sinks; None = 0, and for an absent tensor.
+    Returns the gradients for dout, dlse, q, k, v, bias and sinks in these tensors' dtypes, None for absent ones.
+
+    The gradients are those of <dout, out> + <dlse, lse>. Its second derivative is symmetric, so the product is the
+    change of out, lse and the gradients when the inputs move along `tangents`. A formula, not autograd inside of a
+    backward pass, so that whatever transforms tensors (vmap, a further derivative) sees ordinary operators alone.
+    """
+    given = zip(DIFFERENTIABLE, inputs.differentiable, tangents, strict=True)
+    filled: dict[str, Any] = {n: torch.zeros_like(x) if x is not None and t is None else t for n, x, t in given}
+    moves = inputs._replace(**filled)
+    run = _varlen_double_backward if problem.kind == "varlen" else _dense_double_backward
+    with _autocast_off(problem.device):
+        found = run(problem, inputs, moves, range(problem.batch), dout, dlse)
+    like = (dout, dlse, *inputs.differentiable)
+    return tuple([None if x is None or y is None else y.to(x.dtype) for x, y in zip(like, found, strict=True)])
+
+
+def _dense_double_backward(
+    problem: Problem, inputs: Inputs, moves: Inputs, batches: range, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """A name with t_ is the change of that quantity of the forward or backward pass."""
+    s = _softmax(problem, inputs, batches)
+    dout, dprobs, delta = _bwd_preprocess(problem, s, dout, dlse)
+    dscores = s.probs * (dprobs - delta[..., None])
+    slope = 1.0 - s.tanh * s.tanh
+    curvature = 0.0 if problem.softcap is None else -2.0 / problem.softcap * s.tanh * slope
+
+    t_q, t_k, t_v = _operands(problem, s.visible, moves.q, moves.k, moves.v)
+    t_raw = problem.scale * (t_q @ s.k.transpose(-2, -1) + s.q @ t_k.transpose(-2, -1))
+    t_scores = slope * t_raw
+    if moves.bias is not None:
+        t_scores = t_scores + moves.bias.to(t_scores.dtype)
+    t_scores = t_scores.masked_fill(~s.visible, 0.0)
+    t_lse = (s.probs * t_scores).sum(dim=-1)
+    if inputs.sinks is not None and moves.sinks is not None:
+        sink_probs, t_sinks = _sink_probs(inputs.sinks, s.lse), moves.sinks.to(t_lse.dtype)[:, None]
+        t_lse = t_lse + sink_probs * t_sinks
+    t_probs = s.probs * (t_scores - t_lse[..., None])
+    t_out = (t_probs * s.dropout) @ s.v + (s.probs * s.dropout) @ t_v
+
+    t_dprobs = ((dout @ t_v.transpose(-2, -1)) * s.dropout).masked_fill(~s.visible, 0.0)
+    t_delta = (t_probs * dprobs + s.probs * t_dprobs).sum(dim=-1)
+    t_dscores = t_probs * (dprobs - delta[..., None]) + s.probs * (t_dprobs - t_delta[..., None])
+    t_dbias = t_dsinks = None
+    if inputs.bias is not None:
+        t_dbias = t_dscores.sum_to_size(inputs.bias.shape)
+    if inputs.sinks is not None:
+        t_dsinks = -(sink_probs * ((t_sinks - t_lse) * delta + t_delta)).sum(dim=(0, 2))
+    draw, t_draw = problem.scale * slope * dscores, problem.scale * (slope * t_dscores + curvature * t_raw * dscores)
+    t_dk = t_draw.transpose(-2, -1) @ s.q + draw.transpose(-2, -1) @ t_q
+    t_dv = (t_probs * s.dropout).transpose(-2, -1) @ dout
+    grads = t_draw @ s.k + draw @ t_k, _sum_groups(t_dk, problem), _sum_groups(t_dv, problem), t_dbias, t_dsinks
+    return t_out, t_lse, *grads
 
 
 # ---------------------------------------------------------------------------------------------------------- varlen
@@ -209,17 +291,60 @@ def _varlen(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 def _varlen_backward(problem: Problem, inputs: Inputs, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     ends_q, ends_k = _ends(inputs)
-    grads = [None if x is None else torch.zeros_like(x, dtype=problem.accumulator) for x in inputs.differentiable]
+    found = []
     for b in range(problem.batch):
-        queries = slice(ends_q[b], ends_q[b + 1])
-        cotangents = _one_dense(dout, queries), None if dlse is None else dlse[None, :, queries]
-        found = _dense_backward(problem, _sequence(inputs, b, ends_q, ends_k), range(b, b + 1), *cotangents)
-        totals: dict[str, Any] = dict(zip(DIFFERENTIABLE, grads, strict=True))
-        views = _sequence(inputs._replace(**totals), b, ends_q, ends_k)
-        for total, part in zip(views.differentiable, found, strict=True):
-            if total is not None and part is not None:
-                total += part
-    return tuple(grads)
+        cotangents = _results_of(b, ends_q, dout, dlse)
+        found.append(_dense_backward(problem, _sequence(inputs, b, ends_q, ends_k), range(b, b + 1), *cotangents))
+    return _packed_grads(problem, inputs, found)
+
+
+def _varlen_double_backward(
+    problem: Problem, inputs: Inputs, moves: Inputs, batches: range, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    ends_q, ends_k = _ends(inputs)
+    found = []
+    for b in batches:
+        own, own_moves = (_sequence(x, b, ends_q, ends_k) for x in (inputs, moves))
+        cotangents = _results_of(b, ends_q, dout, dlse)
+        found.append(_dense_double_backward(problem, own, own_moves, range(b, b + 1), *cotangents))
+    t_out = _packed_tokens(dout, [x[0] for x in found], problem)
+    lses = [x[1][..., None] for x in found if x[1] is not None]
+    t_lse = _packed_tokens(dout.new_empty(*dout.shape[:2], 1), lses, problem)
+    return t_out, t_lse[..., 0].transpose(0, 1), *_packed_grads(problem, inputs, [x[2:] for x in found])
+
+
+def _results_of(b: int, ends_q: list[int], dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the results of sequence b, as of a dense call."""
+    queries = slice(ends_q[b], ends_q[b + 1])
+    return _one_dense(dout, queries), None if dlse is None else dlse[None, :, queries]
+
+
+def _packed_grads(
+    problem: Problem, inputs: Inputs, found: list[tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, v, bias and sinks from those of each sequence by itself; nothing is written in place."""
+    dq, dk, dv, dbias, dsinks = (
+        [part for part in parts if part is not None] for parts in (zip(*found, strict=True) if found else [()] * 5)
+    )
+    tokens = [_packed_tokens(x, parts, problem) for x, parts in zip(inputs[:3], (dq, dk, dv), strict=True)]
+    bias = None if inputs.bias is None else _whole_bias(inputs.bias, dbias, problem)
+    sinks = None if inputs.sinks is None else sum(dsinks, torch.zeros_like(inputs.sinks, dtype=problem.accumulator))
+    return *tokens, bias, sinks
+
+
+def _packed_tokens(like: Tensor, parts: list[Any], problem: Problem) -> Tensor:
+    """(total, heads, dim) from (1, heads, seqlen, dim) of each sequence; 0 for tokens that are in none."""
+    tokens = [part[0].transpose(0, 1) for part in parts]
+    rest = like.shape[0] - sum(len(x) for x in tokens)
+    return torch.cat([*tokens, like.new_zeros(rest, *like.shape[1:], dtype=problem.accumulator)])
+
+
+def _whole_bias(bias: Tensor, parts: list[Tensor], problem: Problem) -> Tensor:
+    """The transpose of how `_sequence` cuts it."""
+    shape = (*(1,) * (4 - bias.ndim), *bias.shape)
+    whole = [F.pad(x, (0, shape[3] - x.shape[3], 0, shape[2] - x.shape[2])) for x in parts]
+    zeros = bias.new_zeros(shape, dtype=problem.accumulator)
+    return (torch.cat(whole) if shape[0] > 1 else sum(whole, zeros)).reshape(bias.shape)
 
 
 def _ends(inputs: Inputs) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.resources
 import inspect
@@ -66,6 +67,41 @@ def test_public_names() -> None:
     assert all(hasattr(fastattn, name) for name in PUBLIC)
     exposed = {name for name, x in vars(fastattn).items() if not name.startswith("_") and not inspect.ismodule(x)}
     assert exposed <= PUBLIC
+
+
+def test_submodules_are_attributes() -> None:
+    """Public ones, once somebody asks for them; what is not public is not listed."""
+    out = run_python("""
+        import sys
+        import fastattn
+        assert "fastattn.nn" not in sys.modules and "fastattn.integrations" not in sys.modules
+        print(*dir(fastattn))
+        print(*dir(fastattn.integrations))
+        print(fastattn.nn.MultiheadAttention.__name__, fastattn.reference.attention.__name__)
+        print(fastattn.integrations.torch.use.__name__, fastattn.integrations.huggingface.register.__name__)
+        print(fastattn.integrations.flash_attn.install.__name__)
+        print(*dir(fastattn))
+    """)
+    listed, integrations, *found, later = out.splitlines()
+    assert set(listed.split()) == PUBLIC | {"integrations", "nn"}
+    assert integrations.split() == ["flash_attn", "huggingface", "torch"]
+    assert found == ["MultiheadAttention attention", "use register", "install"]
+    assert later == listed
+    with pytest.raises(AttributeError, match="module 'fastattn' has no attribute 'attentoin'"):
+        fastattn.attentoin  # noqa: B018
+    with pytest.raises(ImportError, match="attentoin"):
+        from fastattn import attentoin  # noqa: F401
+
+
+@pytest.mark.parametrize("package", [fastattn, fastattn.integrations], ids=lambda x: x.__name__)
+def test_type_checkers_see_submodules_and_no_getattr(package: Any) -> None:
+    """`make lint` runs the checker; to it, a module with __getattr__ has any name, misspelled ones too."""
+    tree = ast.parse(inspect.getsource(package))
+    (choice,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert ast.unparse(choice.test).endswith("TYPE_CHECKING")  # what it knows by name
+    seen = {alias.asname for node in choice.body for alias in node.names}  # type: ignore[attr-defined]
+    assert seen == set(dir(package)) - set(getattr(package, "__all__", ()))
+    assert "__getattr__" in ast.unparse(choice.orelse[0])
 
 
 def test_version_is_that_of_the_distribution() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import attention, attention_varlen, reference
+from fastattn import attention, attention_varlen, ops, reference
+from fastattn.problem import Inputs, Options
 
 
 @pytest.fixture
@@ -94,6 +95,26 @@ def test_gradient_penalty_equals_the_references(qkv: Qkv) -> None:
         found.append([x.grad for x in leaves])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["dense", "varlen"])
+def test_third_derivatives_equal_the_references(kind: str) -> None:
+    cu = torch.tensor([0, 3, 5], dtype=torch.int32)
+    shapes = [(6, 2, 3)] * 3 if kind == "varlen" else [(1, 2, 5, 3)] * 3
+    data = [torch.randn(shape, dtype=torch.float64) for shape in (*shapes, (5,), (2,))]
+    name, lengths = ("attention_varlen", (cu, cu)) if kind == "varlen" else ("attention", ())
+    found = []
+    for module in (fastattn, reference):
+        leaves = [x.clone().requires_grad_() for x in data]
+        q, k, v, bias, sinks = leaves
+        options = {"causal": True, "softcap": 2.0, "bias": bias, "sinks": sinks}
+        out, lse = getattr(module, name)(q, k, v, *lengths, **options, return_lse=True)
+        total = out.sin().sum() + lse.masked_fill(lse == -torch.inf, 0.0).cos().sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(total, leaves, create_graph=True)
+            total = sum(x.sin().sum() for x in grads)
+        found.append(grads)
+    torch.testing.assert_close(*found)
 
 
 def test_gradients_accumulate(qkv: Qkv) -> None:
@@ -255,16 +276,80 @@ def test_vmap(qkv: Qkv) -> None:
     torch.testing.assert_close(found, torch.stack([attention(q, k, v, causal=True) for q in many]))
 
 
-def test_forward_mode_is_refused_and_not_wrong(qkv: Qkv) -> None:
-    """There is no forward-mode formula: a call says so and does not lose the tangent."""
-    q, k, v = qkv
-    with pytest.raises(NotImplementedError, match="forward mode"):
-        torch.func.jvp(lambda q: attention(q, k, v), (q,), (q,))
+CU = torch.tensor([0, 3, 6], dtype=torch.int32)
+LENGTHS = torch.tensor([2], dtype=torch.int32)
+
+
+def operator(name: str, *args: object) -> Tensor:
+    return getattr(torch.ops.fastattn, name)(*args)[0]
+
+
+def backward_operator(dout: Tensor) -> Tensor:
+    q = torch.ones(dout.shape)
+    call = ops.join_arguments(Inputs(q, q, q), Options(), None)
+    return operator("backward", dout, None, *torch.ops.fastattn.forward(*call, True), *call, [True] * 3 + [False] * 2)
+
+
+# Ways from a tensor of shape (6, 2, 8) into fastattn.
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "attention": lambda x: attention(x[None], x[None], x[None]),
+    "with options": lambda x: attention(x[None], x[None], x[None], dropout_p=0.5, seed=1, return_lse=True)[1],
+    "through bias": lambda x: attention(torch.ones(2, 2, 6, 8), *torch.ones(2, 2, 2, 8, 8), bias=x.movedim(0, 1)),
+    "varlen": lambda x: attention_varlen(x, x, x, CU, CU),
+    "torch's function": lambda x: fastattn.scaled_dot_product_attention(x, x, x),
+    "flash-attn's function": lambda x: fastattn.integrations.flash_attn.flash_attn_func(x[None], x[None], x[None]),
+    "cache": lambda x: fastattn.attention_with_kv_cache(x[None], x[None], x[None], cache_lengths=LENGTHS),
+    "operator forward": lambda x: operator(
+        "forward", *ops.join_arguments(Inputs(x[None], x[None], x[None]), Options(), None), True
+    ),
+    "operator backward": lambda x: backward_operator(x[None]),
+    "operator cache": lambda x: operator(
+        "cache", *ops.join_cache_arguments(Inputs(*[x[None]] * 3, kv_lengths=LENGTHS), Options(), None)
+    ),
+}
+FORWARD_MODE = (
+    "fastattn has no derivatives in forward mode .* use reverse mode, .* or call fastattn.reference.attention"
+)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_mode_is_refused_and_not_wrong(name: str) -> None:
+    """There is no forward-mode formula: a call says so, and what to do, and does not lose the tangent."""
+    call, x = CALLS[name], torch.randn(6, 2, 8)
+    for run in (call, lambda x: torch.compile(call, backend="eager")(x)):
+        with pytest.raises(NotImplementedError, match=FORWARD_MODE):
+            torch.func.jvp(run, (x,), (x,))
+        torch._dynamo.reset()
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        call(x)  # without a tangent, it is a call as any other
+        with pytest.raises(NotImplementedError, match=FORWARD_MODE):
+            call(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("name", ["attention", "with options", "varlen", "torch's function"])
+def test_forward_mode_over_reverse_mode_is_refused(name: str) -> None:
+    call, x = CALLS[name], torch.randn(6, 2, 8, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=FORWARD_MODE):
+        torch.func.hessian(lambda x: call(x).sum())(x.detach())
+    with fastattn.integrations.torch.use():
+        recorded = [call(x), torch.nn.functional.scaled_dot_product_attention(x, x, x)]
     with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
-        for leaf in (dual, dual.requires_grad_()):
-            with pytest.raises(NotImplementedError, match="forward mode"):
-                attention(leaf, k, v)
+        for out in recorded:
+            dual = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+            with pytest.raises(NotImplementedError, match=FORWARD_MODE):
+                torch.autograd.grad(out, x, dual)
+
+
+def test_the_reference_has_forward_mode(qkv: Qkv) -> None:
+    """As the refusal says."""
+    q, k, v = (x.double() for x in qkv)
+    t, e = torch.randn_like(q), 1e-6
+
+    def run(q: Tensor) -> Tensor:
+        return reference.attention(q, k, v, causal=True)
+
+    _, found = torch.func.jvp(run, (q,), (t,))
+    torch.testing.assert_close(found, (run(q + e * t) - run(q - e * t)) / (2 * e), rtol=1e-6, atol=1e-8)
 
 
 def test_batched_output_gradients(backend: str, device: str) -> None:

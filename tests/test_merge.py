@@ -88,6 +88,21 @@ def test_rows_without_keys() -> None:
     assert merged_lse[..., 2].item() == -torch.inf
 
 
+def test_infinite_scores_stay_visible() -> None:
+    """lse = +inf is a row without keys only where out is 0; a score of +inf gives NaN, as in torch's softmax."""
+    q, k, v = torch.randn(3, 1, 1, 4, 8).unbind()
+    bias = torch.zeros(4, 4)
+    bias[1, 2] = torch.inf
+    with_inf = attention(q, k, v, bias=bias, return_lse=True)
+    out, lse = merge_states(*zip(with_inf, attention(q, k, v, return_lse=True), strict=True))
+    assert out.isnan().all(dim=-1).flatten().tolist() == [False, True, False, False]
+    out = torch.randn(2, 1, 1, 2, 4)
+    out[0, ..., 0, :3] = 0.0  # not throughout
+    lse = torch.zeros(2, 1, 1, 2)
+    lse[0] = torch.inf
+    assert merge_states(out, lse)[0].isnan().all()
+
+
 @pytest.mark.parametrize("shift", [-1e30, -1e4, 1e4, 1e30])
 def test_large_lse(shift: float) -> None:
     out = torch.randn(2, 1, 1, 3, 4)

@@ -100,6 +100,12 @@ def test_errors(call: str, message: str) -> None:
     assert re.fullmatch(".*".join(map(re.escape, message.split("..."))), str(refusal.value))
 
 
+def test_forward_mode() -> None:
+    with pytest.raises(NotImplementedError) as refusal:
+        torch.func.jvp(lambda q: fastattn.attention(q, q, q), (torch.ones(1, 1, 2, 4),), (torch.ones(1, 1, 2, 4),))
+    assert says(str(refusal.value))
+
+
 def described(dtype: torch.dtype = torch.float32, head_dim: int = 16, device: str = "cpu") -> Any:
     x = torch.empty(1, 1, 4, head_dim, dtype=dtype, device=device)
     return fastattn.explain(x, x, x).problem

@@ -52,20 +52,22 @@ class KVCache:
         if dtype is not None:
             _check_dtype("dtype must be", dtype)
         self.batch, self.page_size = batch, page_size
-        self.block_table: Tensor | None = None
         self._pages: PageTable | None = None
         blocks, slots = batch, capacity
         if page_size is not None:
             self._pages = _page_table(batch, capacity, page_size, num_pages)
             capacity = self._pages.max_pages * page_size
-            self.block_table = torch.zeros(batch, self._pages.max_pages, dtype=torch.int32, device=device)
             blocks, slots = self._pages.num_pages, page_size
         elif num_pages is not None:
             raise ValueError(f"num_pages needs a page_size, got num_pages={num_pages} without one")
         self.capacity = capacity
-        self.keys = torch.empty(blocks, heads_kv, slots, head_dim, dtype=dtype, device=device)
-        self.values = torch.empty(blocks, heads_kv, slots, head_dim_v, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside of it
+            self.keys = torch.empty(blocks, heads_kv, slots, head_dim, dtype=dtype, device=device)
+            self.values = torch.empty(blocks, heads_kv, slots, head_dim_v, dtype=dtype, device=device)
+            self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.block_table: Tensor | None = None
+            if self._pages is not None:
+                self.block_table = torch.zeros(batch, self._pages.max_pages, dtype=torch.int32, device=device)
         self._lengths = [0] * batch  # the same on the host, so that nothing ever waits for the device
 
     @property

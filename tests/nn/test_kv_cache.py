@@ -326,3 +326,22 @@ def test_module_looks_into_a_memory_projected_once(page_size: int | None) -> Non
         found, weights = module(query[0], keys[0], values[0], need_weights=False, kv_cache=unbatched)
         torch.testing.assert_close(found, module(query[0], keys[0], values[0])[0], rtol=1e-5, atol=1e-5)
         assert weights is None
+
+
+@pytest.mark.parametrize("page_size", [None, 4])
+def test_made_in_inference_mode_it_serves_outside(page_size: int | None) -> None:
+    with torch.inference_mode():
+        module = MultiheadAttention(HEADS_Q * D, HEADS_Q, num_kv_heads=HEADS_KV)
+        caches = [make_cache(page_size=page_size), module.new_cache(BATCH, 20, page_size=page_size)]
+        caches[0].attend(*tokens(3, 0))
+    outside = make_cache(page_size=page_size)
+    outside.attend(*tokens(3, 0))
+    with torch.no_grad():
+        for cache in (caches[0], outside):
+            cache.attend(*tokens(2, 1))
+            cache.reorder([1, 1, 0])
+            cache.truncate([4, 3, 4])
+            cache.reset([0])
+        q, k, v = tokens(1, 2)
+        assert torch.equal(caches[0].attend(q, k, v), outside.attend(q, k, v))
+        caches[1].attend(q, k, k)

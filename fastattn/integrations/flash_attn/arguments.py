@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,42 +66,86 @@ def check_values(name: str, x: Tensor, most: int, spelled: str) -> None:
         raise ValueError(f"{name} must be between 0 and {spelled} = {most}, got {least if least < 0 else largest}")
 
 
+def check_like(q: Tensor, **tensors: Tensor) -> None:
+    """Each must have q's dtype and be where q is."""
+    for name, x in tensors.items():
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}, but q has {q.dtype}: they must be the same")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on device {x.device}, but q is on {q.device}")
+
+
+def check_tables(headdim: int, **tables: Any) -> None:
+    """The tables of cosines and sines, in this order: (seqlen_rotary, rotary_dim / 2), rotary_dim at most headdim."""
+    check_tensors(**tables)
+    for name, x in tables.items():
+        check_rank(name, x, "(seqlen_rotary, rotary_dim / 2)")
+        if 2 * x.shape[1] > headdim:
+            raise ValueError(f"{name} has {x.shape[1]} columns, but headdim {headdim} allows at most {headdim // 2}")
+    (cos_name, cos), (sin_name, sin) = tables.items()
+    check_shape(sin_name, sin.shape, cos.shape, f"that of {cos_name}")
+
+
 def options(
     softmax_scale: float | None,
     causal: bool,
-    window_size: Sequence[int],
+    window_size: Sequence[int] | Tensor,
     softcap: float,
     alibi_slopes: Tensor | None,
 ) -> dict[str, Any]:
     """The keyword arguments of fastattn's functions."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {type(causal).__name__} {causal!r}")
-    if softmax_scale is not None:
-        _check_number("softmax_scale", softmax_scale)
-    _check_number("softcap", softcap)
+    softcap = number("softcap", softcap)
     return {
-        "scale": softmax_scale,
-        "causal": causal,
+        "scale": None if softmax_scale is None else number("softmax_scale", softmax_scale),
+        "causal": _flag("causal", causal),
         "window": window(window_size),
         "softcap": softcap if softcap > 0 else None,
         "alibi_slopes": alibi_slopes,
     }
 
 
-def window(window_size: Sequence[int]) -> tuple[int | None, int | None] | None:
-    """A negative side of flash-attn's window_size is open."""
-    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
-    if not pair or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in window_size):
+# flash-attn hands numbers to C++, which takes whatever converts: those of NumPy, and tensors of one element.
+
+
+def window(window_size: Sequence[int] | Tensor) -> tuple[int | None, int | None] | None:
+    """A negative side of flash-attn's window_size, any pair of integers, is open."""
+    try:
+        left, right = map(_integer, window_size)
+    except (TypeError, ValueError):
         raise TypeError(
             f"window_size must be a pair (left, right) of integers, -1 for an open side, got {window_size!r}"
-        )
-    left, right = (None if n < 0 else n for n in window_size)
-    return None if left is None and right is None else (left, right)
+        ) from None
+    if left < 0 and right < 0:
+        return None
+    return None if left < 0 else left, None if right < 0 else right
 
 
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+def _integer(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise TypeError
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+
+
+def number(name: str, value: Any) -> Any:
+    """A float, or what stands for one in a traced program."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Tensor):
+        fits = value.numel() == 1 and not value.requires_grad
+    else:
+        fits = hasattr(type(value), "__float__") and not isinstance(value, bool)
+    if not fits:
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    fits = hasattr(type(value), "__bool__") and not (isinstance(value, Tensor) and value.numel() != 1)
+    if not fits or value not in (0, 1):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
+    return bool(value)
 
 
 def flash_lse(lse: Tensor) -> Tensor:

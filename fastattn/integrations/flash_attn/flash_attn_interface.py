@@ -5,12 +5,14 @@ Query i stands at key i + seqlen_k - seqlen_q (bottom-right), per sequence. What
     dropout_p          probability of dropping; the mask is fastattn's, drawn from torch's default CPU generator
     softmax_scale      default 1 / sqrt(headdim)
     causal             a query sees no key behind its own
-    window_size        (left, right): how many keys to either side of its own a query sees; -1 = all
+    window_size        (left, right): how many keys to either side of its own a query sees; -1 = all. Any pair of
+                       integers: a tuple, a list, a tensor
     softcap            scores become softcap * tanh(scores / softcap); 0 = off
     alibi_slopes       (nheads,) or (batch_size, nheads): adds -slope * |i + seqlen_k - seqlen_q - j| to the scores
     deterministic      results are the same from run to run anyway
     return_attn_probs  return (out, softmax_lse, S_dmask). softmax_lse is float32 (float64 for float64), +inf for a
-                       query that sees no key, and differentiable; with ALiBi it is that of the formula above.
+                       query that sees no key (fastattn.merge_states knows it by its out of 0), and differentiable;
+                       with ALiBi it is that of the formula above.
                        S_dmask, the matrix for flash-attn's own tests, is an empty tensor, as flash-attn's is without
                        dropout, and refused with
 
@@ -20,6 +22,7 @@ or ValueError that names the argument, what came and what was expected.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from .arguments import (
     check_values,
     check_varlen,
     flash_lse,
+    number,
     options,
 )
 from .kv_cache import flash_attn_with_kvcache
@@ -48,7 +52,7 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-Window = tuple[int, int]
+Window = Sequence[int] | Tensor
 
 
 def flash_attn_func(
@@ -74,7 +78,7 @@ def flash_attn_func(
     given = options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if not return_attn_probs:
-        return attention(q, k, v, **given, dropout_p=dropout_p).transpose(1, 2)
+        return attention(q, k, v, **given, dropout_p=number("dropout_p", dropout_p)).transpose(1, 2)
     out, lse = attention(q, k, v, **given, return_lse=True)
     return out.transpose(1, 2), flash_lse(lse), q.new_empty(0)
 
@@ -149,7 +153,8 @@ def flash_attn_varlen_func(
     check_varlen(q, k, v)
     _check_probs(return_attn_probs, dropout_p)
     given = options(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **given, dropout_p=dropout_p, return_lse=True)
+    given["dropout_p"] = number("dropout_p", dropout_p)
+    out, lse = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, **given, return_lse=True)
     return (out, flash_lse(lse), q.new_empty(0)) if return_attn_probs else out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ...functional import attention_with_kv_cache
 from ...problem import check_heads, check_shape
 from ...rotary import Rotary
-from .arguments import check_rank, check_tensors, check_values, flash_lse, options
+from .arguments import check_like, check_rank, check_tables, check_tensors, check_values, flash_lse, options
 from .rotary import rotate
 
 
@@ -28,7 +29,7 @@ def flash_attn_with_kvcache(
     block_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
+    window_size: Sequence[int] | Tensor = (-1, -1),
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
@@ -44,8 +45,8 @@ def flash_attn_with_kvcache(
         rotary_cos, _sin  (seqlen_rotary, rotary_dim / 2), only with k and v: new key t stands at position
                           cache_seqlens + t, and so does query t if causal or with a window, else all queries stand
                           at cache_seqlens
-        cache_seqlens     keys in the cache before the call: int or (batch_size,), int32; None = all of seqlen_cache,
-                          only without k and v
+        cache_seqlens     keys in the cache before the call: int or (batch_size,), int32; None = as many as there is
+                          room for, only without k and v
         cache_batch_idx   (batch_size,), int32: the row of the cache that belongs to each sequence; None = its own
                           number; not with block_table
         cache_leftpad     (batch_size,), int32: the first key of each sequence; those before it are not seen
@@ -61,7 +62,14 @@ def flash_attn_with_kvcache(
     """
     _check(q, k_cache, v_cache, k, v, paged=block_table is not None)
     batch = q.shape[0]
-    lengths = _lengths(q, k_cache, k, cache_seqlens, paged=block_table is not None)
+    capacity, holder = k_cache.shape[1], "a row of k_cache"
+    if block_table is not None:
+        check_tensors(block_table=block_table)
+        spelled = "(batch_size, max_num_blocks)"
+        check_rank("block_table", block_table, spelled)
+        check_shape("block_table", block_table.shape, (batch, block_table.shape[1]), spelled)
+        capacity, holder = k_cache.shape[1] * block_table.shape[1], "the pages in a row of block_table"
+    lengths = _lengths(q, k, cache_seqlens, capacity)
     if cache_batch_idx is not None:
         if block_table is not None:
             raise ValueError("cache_batch_idx must be None with block_table, got both")
@@ -72,9 +80,8 @@ def flash_attn_with_kvcache(
         raise ValueError(
             f"k_cache must have the {batch} rows of q without cache_batch_idx, got shape {tuple(k_cache.shape)}"
         )
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     room = capacity - (0 if k is None else k.shape[1])
-    check_values("cache_seqlens", lengths, room, "the capacity of the cache less the new keys")
+    check_values("cache_seqlens", lengths, room, f"the capacity of {holder} less the new keys")
     mask = None
     if cache_leftpad is not None:
         _check_index("cache_leftpad", cache_leftpad, batch)
@@ -83,6 +90,7 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None or rotary_sin is not None:
         if rotary_cos is None or rotary_sin is None or k is None:
             raise ValueError("rotary_cos, rotary_sin, k and v go together, got only some of them")
+        check_tables(q.shape[3], rotary_cos=rotary_cos, rotary_sin=rotary_sin)
         tables = Rotary(rotary_cos, rotary_sin, rotary_interleaved)
         moving = causal or given["window"] is not None
         q, k = _rotated(q, k, tables, lengths, moving)
@@ -114,6 +122,7 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Ten
         raise ValueError("k and v go together, got only one of them")
     if k is not None and v is not None:
         check_tensors(k=k, v=v)
+        check_like(q, k=k, v=v)
         spelled = "(batch_size, seqlen_new, nheads_k, headdim)"
         check_rank("k", k, spelled)
         check_rank("v", v, spelled)
@@ -121,13 +130,12 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Ten
         check_shape("v", v.shape, (*k.shape[:3], v_cache.shape[3]), spelled)
 
 
-def _lengths(q: Tensor, k_cache: Tensor, k: Tensor | None, cache_seqlens: Any, *, paged: bool) -> Tensor:
+def _lengths(q: Tensor, k: Tensor | None, cache_seqlens: Any, capacity: int) -> Tensor:
     """(batch_size,), int32."""
     if cache_seqlens is None:
-        if k is not None or paged:
-            with_what = "k and v" if k is not None else "block_table"
-            raise ValueError(f"cache_seqlens must be an int or an int32 tensor with {with_what}, got None")
-        cache_seqlens = k_cache.shape[1]
+        if k is not None:
+            raise ValueError("cache_seqlens must be an int or an int32 tensor with k and v, got None")
+        cache_seqlens = capacity
     if isinstance(cache_seqlens, (int, torch.SymInt)) and not isinstance(cache_seqlens, bool):
         number: Any = cache_seqlens
         return torch.full((q.shape[0],), number, dtype=torch.int32, device=q.device)

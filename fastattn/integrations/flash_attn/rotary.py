@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...rotary import Rotary, apply_rotary
-from .arguments import check_values
+from .arguments import check_tables, check_values
 
 __all__ = ["apply_rotary_emb", "apply_rotary_emb_func"]
 
@@ -37,6 +37,7 @@ def apply_rotary_emb(
     wanted = "(batch, seqlen, nheads, headdim)" if cu_seqlens is None else "(total, nheads, headdim)"
     if x.ndim != wanted.count(",") + 1:
         raise ValueError(f"x must have shape {wanted}, got {tuple(x.shape)}")
+    check_tables(x.shape[-1], cos=cos, sin=sin)
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if isinstance(seqlen_offsets, Tensor) and tuple(seqlen_offsets.shape) != (batch,):
         raise ValueError(

@@ -1,0 +1,142 @@
+"""What torch.utils.flop_counter counts for the operators: two operations for each multiplication with its addition.
+
+Products of matrices alone are counted, as torch does: two in a forward pass, five in a backward pass of which nothing
+is left out. Of the scores those count that the kernels compute: what causal, window, kv_lengths and packing hide does
+not, what a mask hides does.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import Needs
+from .problem import Inputs, Options, Problem, describe
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def visible_pairs(problem: Problem, inputs: Inputs) -> int:
+    """Pairs of a query and a key that it sees, whatever `mask` says, over all query heads.
+
+    Lengths that cannot be known, those of fake and meta tensors, are taken for the longest there may be, kv_lengths,
+    or for the same in all sequences, cu_seqlens. Sizes may be symbolic.
+    """
+    return problem.heads_q * sum(count * _pairs(problem, *lengths) for count, *lengths in _sequences(problem, inputs))
+
+
+def _sequences(problem: Problem, inputs: Inputs) -> list[tuple[int, int, int]]:
+    """(number of sequences, queries of each, keys of each)."""
+    batch, varlen = problem.batch, problem.kind == "varlen"
+    ends_q, ends_k = _values(inputs.cu_seqlens_q), _values(inputs.cu_seqlens_k)
+    lengths = _values(inputs.kv_lengths)
+    if ends_q is None or ends_k is None:
+        if varlen or lengths is None:
+            shares = torch.sym_max(batch, 1) if varlen else 1
+            return [(batch, problem.seqlen_q // shares, problem.seqlen_k // shares)]
+        queries, keys = [problem.seqlen_q] * batch, [problem.seqlen_k] * batch
+    else:
+        queries, keys = ([end - start for start, end in pairwise(ends)] for ends in (ends_q, ends_k))
+    if lengths is not None:
+        keys = [min(n, length + problem.seqlen_new) for n, length in zip(keys, lengths, strict=True)]
+    return [(1, *pair) for pair in zip(queries, keys, strict=True)]
+
+
+def _values(x: Tensor | None) -> list[int] | None:
+    """None where they cannot be known."""
+    known = x is not None and type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+    return x.tolist() if x is not None and known else None
+
+
+def _pairs(problem: Problem, queries: int, keys: int) -> int:
+    """Query i sees the keys from i + offset - left to i + offset + right that there are."""
+    offset = keys - queries if problem.bottom_right else 0
+    left, right = problem.window_left, problem.window_right
+    to = queries * keys if right is None else _clamped_sum(offset + right + 1, queries, keys)
+    return to - (0 if left is None else _clamped_sum(offset - left, queries, keys))
+
+
+def _clamped_sum(start: int, count: int, most: int) -> int:
+    """The sum of min(max(x, 0), most) over the `count` numbers x from `start` on."""
+
+    def below(end: int) -> int:
+        rising = torch.sym_min(torch.sym_max(end, 0), most + 1)
+        return rising * (rising - 1) // 2 + torch.sym_max(end - most - 1, 0) * most
+
+    return below(start + count) - below(start)
+
+
+def forward_flops(*args: Any, out_val: Any = None) -> int:
+    """Of the operator `forward`: the scores and their product with v."""
+    problem, pairs = _described(None, *ops.split_arguments(args))
+    return 2 * pairs * (problem.head_dim + problem.head_dim_v)
+
+
+def backward_flops(*args: Any, out_val: Any = None) -> int:
+    """Of the operator `backward`: the scores again, the gradient of the probabilities, and those asked for."""
+    problem, pairs = _described(None, *ops.split_arguments(args[-1 - ops.FORWARD_ARGUMENTS : -1]))
+    needs = Needs(*args[-1])
+    dprobs = needs.q or needs.k or needs.bias or needs.sinks
+    return 2 * pairs * (problem.head_dim * (1 + needs.q + needs.k) + problem.head_dim_v * (dprobs + needs.v))
+
+
+def cache_flops(*args: Any, out_val: Any = None) -> int:
+    """Of the operator `cache`, as of `forward`."""
+    problem, pairs = _described("cache", *ops.split_cache_arguments(args))
+    return 2 * pairs * (problem.head_dim + problem.head_dim_v)
+
+
+def _described(kind: str | None, inputs: Inputs, options: Options, _: str | None) -> tuple[Problem, int]:
+    kind = kind or ("dense" if inputs.cu_seqlens_q is None else "varlen")
+    problem = describe(kind, inputs, options, cached=False)
+    return problem, visible_pairs(problem, inputs)
+
+
+def register(module: Any) -> None:
+    """Tells torch.utils.flop_counter, `module`, of the formulas."""
+    for name, formula in (("forward", forward_flops), ("backward", backward_flops), ("cache", cache_flops)):
+        module.register_flop_formula(getattr(torch.ops.fastattn, name), get_raw=True)(formula)
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Registers the formulas as soon as the counter is imported.
+
+    The counter imports Triton, which takes longer than all of fastattn: who never counts should not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._asking = False
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != _COUNTER or self._asking:
+            return None
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                sys.meta_path.remove(self)
+                register(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def register_once_imported() -> None:
+    """Registers the formulas now if somebody counts already, else as soon as somebody can."""
+    if _COUNTER in sys.modules:
+        register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _Watch())
