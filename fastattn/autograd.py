@@ -88,7 +88,7 @@ def _attend(inputs: Inputs, options: Options, backend: str | None, for_backward:
         return _traced_forward(*args)
     if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
-        return torch.ops.fastattn.forward(*args)
+        return torch.ops.fastattn.forward(*args)[:3]
     return Attention.apply(*args) if recorded else ops.run_forward(*args)
 
 
@@ -176,7 +176,7 @@ class Attention(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
         if is_plain(*args[:3]):
             return ops.run_forward(*args)
-        return torch.ops.fastattn.forward(*args)
+        return torch.ops.fastattn.forward(*args)[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: D102
@@ -187,7 +187,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(  # noqa: D102
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         *tensors, out, lse, low = ctx.saved_tensors
         needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
@@ -285,7 +285,16 @@ class AttentionBackward(torch.autograd.Function):
         return tuple(result)
 
 
-torch.library.register_autograd("fastattn::forward", Attention.backward, setup_context=Attention.setup_context)
+def _setup_context_of_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The seed that is kept is a result, since arguments may have been computed again when results were not."""
+    *results, seed = output
+    if inputs[ops.SEED] is not None:
+        inputs = (*inputs[: ops.SEED], seed, *inputs[ops.SEED + 1 :])
+    Attention.setup_context(ctx, inputs, tuple(results))  # type: ignore[arg-type]
+    ctx.mark_non_differentiable(results[2], seed)
+
+
+torch.library.register_autograd("fastattn::forward", Attention.backward, setup_context=_setup_context_of_operator)
 torch.library.register_autograd(
     "fastattn::backward", AttentionBackward.backward, setup_context=AttentionBackward.setup_context
 )

@@ -173,6 +173,7 @@ def _attend(*args: Any, **kwargs: Any) -> Tensor:
     if isinstance(call, str) or _why_torch(call) is not None:
         return _torch_sdpa(*args, **kwargs)
     q, k, v, options, *_ = call.translated
+    _translate_policies()
     return call.translated.finish(attention(q, k, v, **options))
 
 
@@ -261,6 +262,48 @@ def _under(on: bool, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return run
+
+
+def _operators_of_torch() -> list[Any]:
+    """The operators that compute torch's scaled_dot_product_attention; which there are depends on torch's version."""
+    kinds = (
+        *("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"),
+        "fused_attention_overrideable",  # of devices that other packages add
+    )
+    packets = (getattr(torch.ops.aten, f"_scaled_dot_product_{kind}", None) for kind in kinds)
+    return [packet.default for packet in packets if packet is not None]
+
+
+def _translate_policies() -> None:
+    """Has the policy of a selective checkpoint that is active mean fastattn's operator by torch's.
+
+    Such a policy says by operator what a checkpoint keeps. Written for torch's function it names the operators behind
+    that, which a call on fastattn does not reach: all would be computed again, and nobody would be told.
+    """
+    for level in range(torch._C._len_torch_dispatch_stack()):
+        mode: Any = torch._C._get_dispatch_stack_at(level)
+        policy = getattr(mode, "policy_fn", None)
+        if callable(policy) and not isinstance(policy, _Policy):
+            mode.policy_fn = _Policy(policy)
+
+
+class _Policy:
+    """A policy that keeps fastattn's results if the given one would keep them, or those of torch's operators."""
+
+    def __init__(self, given: Callable[..., Any]) -> None:
+        self._given = given
+
+    def __call__(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = self._given(context, operator, *args, **kwargs)
+        if operator is not torch.ops.fastattn.forward.default or _keeps(answer):
+            return answer
+        others = (self._given(context, other, *args[:3]) for other in _operators_of_torch())
+        return next(filter(_keeps, others), answer)
+
+
+def _keeps(answer: Any) -> bool:
+    """Whether a policy's answer, a CheckpointPolicy or a bool, says not to compute the results again."""
+    return answer is True or not getattr(answer, "name", "RECOMPUTE").endswith("RECOMPUTE")
 
 
 def _bind_checkpoints() -> None:

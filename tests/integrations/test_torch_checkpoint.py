@@ -6,6 +6,7 @@ dropout mask.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,9 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 import fastattn
+from fastattn import ops
 from fastattn.integrations import torch as integration
 from fastattn.integrations.torch import explain, use
 
@@ -243,6 +250,49 @@ def test_autograd_functions_that_recompute(start: Any, fastattn_calls: list[None
     found = step(lambda module, x: Recomputed.apply(module, x), start)
     assert len(fastattn_calls) == 3 * LAYERS
     assert torch.equal(found[1], want[1])
+
+
+# ------------------------------------------------------------------------------------------------------------ policies
+
+ATEN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def by_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator is ATEN else CheckpointPolicy.MUST_RECOMPUTE
+
+
+POLICIES: dict[str, tuple[Any, int]] = {
+    # name -> a policy, how often attention is computed
+    "torch's operators": ([torch.ops.aten.mm.default, ATEN], 1),
+    "fastattn's operator": ([torch.ops.fastattn.forward.default], 1),
+    "function": (by_policy, 1),
+    "other operators": ([torch.ops.aten.mm.default], 2),
+}
+
+
+# Where nothing is kept, nothing keeps the seed, nor would it torch's.
+@pytest.mark.parametrize(
+    ("name", "preserve"), [(name, p) for p in (True, False) for name in POLICIES if p or POLICIES[name][1] == 1]
+)
+def test_policies_that_name_torchs_operators(name: str, preserve: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They mean fastattn's: what is kept, the dropout mask included, is not computed again."""
+    policy, runs = POLICIES[name]
+    runs_seen, real = [], ops.run_forward
+
+    def run_forward(*args: Any) -> Any:
+        runs_seen.append(None)
+        return real(*args)
+
+    def region(module: Any, x: Tensor) -> Tensor:
+        context_fn = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(module[0], x, use_reentrant=False, preserve_rng_state=preserve, context_fn=context_fn)
+
+    want = step(lambda module, x: module[0](x))
+    monkeypatch.setattr(ops, "run_forward", run_forward)
+    found = step(region, backward=nullcontext)
+    assert len(runs_seen) == runs
+    for a, b in zip(found, want, strict=True):
+        assert a is b is None or torch.equal(a, b)
 
 
 # --------------------------------------------------------------------------------------------- other people's programs
