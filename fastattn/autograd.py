@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ def _attend(inputs: Inputs, options: Options, backend: str | None, for_backward:
         return _traced_forward(*args)
     if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
+        _has_dtensors("dense", inputs, options)
         return torch.ops.fastattn.forward(*args)[:3]
     return Attention.apply(*args) if recorded else ops.run_forward(*args)
 
@@ -103,7 +105,25 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
     if _all_plain(inputs):
         return ops.run_cache(*args)
     check_tensors("cache", inputs)
+    if _has_dtensors("cache", inputs, options):
+        from . import sharding
+
+        return sharding.attend_cache(inputs, options, backend)
     return torch.ops.fastattn.cache(*args)
+
+
+def _has_dtensors(kind: str, inputs: Inputs, options: Options) -> bool:
+    """Whether the call is one of DTensors, which is refused if it cannot be.
+
+    Tells DTensor how it shards the operators, at the first of them.
+    """
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is None or not any(isinstance(x, tensor.DTensor) for x in inputs):
+        return False
+    from . import sharding
+
+    sharding.check(kind, inputs, options)
+    return True
 
 
 def new_seed() -> Tensor:

@@ -170,13 +170,15 @@ def _outputs(kind: str, inputs: Inputs, options: Options, backend: str | None, f
 
 
 @torch.library.register_fake("fastattn::forward")
-def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
+def fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    """Results of the right shapes and strides for tensors of any kind."""
     inputs, options, backend = split_arguments(args)
     return *filled(_outputs(_kind(inputs), inputs, options, backend, args[-1])), _copy_seed(args)
 
 
 @torch.library.register_fake("fastattn::cache")
-def _fake_cache(*args: Any) -> tuple[Tensor, Tensor]:
+def fake_cache(*args: Any) -> tuple[Tensor, Tensor]:
+    """Likewise."""
     return _outputs("cache", *_split_cache_arguments(args), for_backward=False)[:2]
 
 
