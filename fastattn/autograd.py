@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,8 +91,7 @@ def _attend(inputs: Inputs, options: Options, backend: str | None, for_backward:
         return _traced_forward(*args)
     if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
-        _has_dtensors("dense", inputs, options)
-        return torch.ops.fastattn.forward(*args)[:3]
+        return _forward_operator(*args)
     return Attention.apply(*args) if recorded else ops.run_forward(*args)
 
 
@@ -105,25 +106,28 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
     if _all_plain(inputs):
         return ops.run_cache(*args)
     check_tensors("cache", inputs)
-    if _has_dtensors("cache", inputs, options):
+    if _any_dtensor(*inputs):
         from . import sharding
 
+        sharding.check("cache", inputs, options)
         return sharding.attend_cache(inputs, options, backend)
     return torch.ops.fastattn.cache(*args)
 
 
-def _has_dtensors(kind: str, inputs: Inputs, options: Options) -> bool:
-    """Whether the call is one of DTensors, which is refused if it cannot be.
+def _forward_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, out_low) by the operator; what DTensor cannot do is refused, and what it can it has been told."""
+    inputs, options, _ = ops.split_arguments(args)
+    if _any_dtensor(*inputs):
+        from . import sharding  # registers how the operators are sharded
 
-    Tells DTensor how it shards the operators, at the first of them.
-    """
-    tensor = sys.modules.get("torch.distributed.tensor")
-    if tensor is None or not any(isinstance(x, tensor.DTensor) for x in inputs):
-        return False
-    from . import sharding
+        sharding.check("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options)
+    return torch.ops.fastattn.forward(*args)[:3]
 
-    sharding.check(kind, inputs, options)
-    return True
+
+def _any_dtensor(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a DTensor, which none is while torch.distributed.tensor has not been imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(x, module.DTensor) for x in tensors)
 
 
 def new_seed() -> Tensor:
@@ -196,7 +200,7 @@ class Attention(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
         if is_plain(*args[:3]):
             return ops.run_forward(*args)
-        return torch.ops.fastattn.forward(*args)[:3]
+        return _forward_operator(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: D102
@@ -248,6 +252,21 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     return ops.run_backward(*args)
 
 
+def _replicating_new_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for DTensors too: what the reference makes anew, such as positions, is the same on all ranks."""
+
+    @functools.wraps(function)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if not _any_dtensor(*grads):
+            return function(ctx, *grads)
+        from torch.distributed.tensor.experimental import implicit_replication
+
+        with implicit_replication():
+            return function(ctx, *grads)
+
+    return run
+
+
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     return batching.backward(_run_backward, info.batch_size, in_dims, args)
 
@@ -272,6 +291,7 @@ class AttentionBackward(torch.autograd.Function):
         ctx.needs = Needs(*needs)
 
     @staticmethod
+    @_replicating_new_tensors
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         dout, dlse, *tensors = ctx.saved_tensors
         inputs, options, _ = ops.split_arguments((*tensors, *ctx.options))

@@ -21,13 +21,16 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from . import ops
-from .problem import CACHE_NAMES, DIFFERENTIABLE, Inputs, Options
+from .problem import CACHE_NAMES, DIFFERENTIABLE, Inputs, Options, describe
 
 _LEADING = 5  # dout, dlse, out, lse, out_low come before the arguments of the forward
 
 
 def check(kind: str, inputs: Inputs, options: Options) -> None:
-    """Refuses what cannot be computed in parts. Raises TypeError or ValueError that names the argument."""
+    """Refuses what cannot be computed in parts, and what no call can be: DTensor would wrap the error in its own.
+
+    Raises TypeError or ValueError that names the argument.
+    """
     names = CACHE_NAMES if kind == "cache" else {}
     given = {names.get(field, field): x for field, x in inputs._asdict().items() if isinstance(x, Tensor)}
     given.pop("seed", None)
@@ -40,6 +43,7 @@ def check(kind: str, inputs: Inputs, options: Options) -> None:
             )
         if x.device_mesh != mesh:
             raise ValueError(f"{name} must be on the mesh of the other arguments, {mesh}, got {x.device_mesh}")
+    describe(kind, inputs, options, cached=False)
     if options.dropout_p:
         raise ValueError(
             f"dropout_p must be 0 for DTensors, got {options.dropout_p!r}: the mask depends on the batch and head in "

@@ -121,6 +121,35 @@ def one_head_of_keys(mesh: Any, placements: Any) -> None:
     compare(mesh, {**tensors(2, 4, 1), "sinks": torch.randn(4)}, placements)
 
 
+for layout, sharding in LAYOUTS.items():
+
+    @on("2", f"second derivatives by {layout}", sharding=sharding)
+    def second_derivatives(mesh: Any, sharding: Any) -> None:
+        given = {**tensors(2, 4, 2), **extras(2, 4, (2, 1, 6, 9), slopes=1)}
+        results = []
+        for x in (given, {name: distribute_tensor(x, mesh, sharding.get(name, [ALL])) for name, x in given.items()}):
+            leaves = [x[name].requires_grad_() for name in ("q", "k", "v", "bias", "sinks")]
+            q, k, v = (x.pop(name) for name in "qkv")
+            out = fastattn.attention(q, k, v, causal=True, **x)
+            first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+            results.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
+        for want, found in zip(*results, strict=True):
+            torch.testing.assert_close(found.full_tensor(), want)  # type: ignore[attr-defined]
+
+
+@on("2", "function transforms")
+def transforms(mesh: Any) -> None:
+    """The first call of all may be one inside of them."""
+    q, k, v = tensors(2, 4, 2).values()
+    sharded = [distribute_tensor(x, mesh, [HEADS]) for x in (q, k, v)]
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fastattn.attention(q, k, v).square().sum()
+
+    want, found = torch.func.grad(loss)(q, k, v), torch.func.grad(loss)(*sharded)
+    torch.testing.assert_close(found.full_tensor(), want)
+
+
 @on("2", "partial sums come in")
 def partial_sums(mesh: Any) -> None:
     q, k, v = tensors(2, 4, 2).values()
@@ -233,6 +262,8 @@ def refusals(mesh: Any) -> None:
         fastattn.attention(q, k, v, sinks=torch.zeros(4))
     with pytest.raises(ValueError, match=r"dropout_p must be 0 for DTensors, got 0\.1: the mask depends on"):
         fastattn.attention(q, k, v, dropout_p=0.1, seed=3)
+    with pytest.raises(ValueError, match=r"v must have shape .*, got shape \(2, 2, 9\)"):
+        fastattn.attention(q, k, v[..., 0])
     other = init_device_mesh("cpu", (2, 1))
     with pytest.raises(ValueError, match="k must be on the mesh of the other arguments"):
         fastattn.attention(q, distribute_tensor(given["k"], other, [HEADS, ALL]), v)
