@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,7 +96,7 @@ def _attend(inputs: Inputs, options: Options, backend: str | None, for_backward:
         return _traced_forward(*args)
     if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
-        return torch.ops.fastattn.forward(*args)
+        return _forward_operator(*args)
     return Attention.apply(*args) if recorded else ops.run_forward(*args)
 
 
@@ -108,7 +111,28 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
     if _all_plain(inputs) and forward_ad._current_level < 0:
         return ops.run_cache(*args)
     check_tensors("cache", inputs)
+    if _any_dtensor(*inputs):
+        from . import sharding
+
+        sharding.check("cache", inputs, options)
+        return sharding.attend_cache(inputs, options, backend)
     return torch.ops.fastattn.cache(*args)
+
+
+def _forward_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, residual) by the operator; what DTensor cannot do is refused, and what it can it has been told."""
+    inputs, options, _ = ops.split_arguments(args)
+    if _any_dtensor(*inputs):
+        from . import sharding  # registers how the operators are sharded
+
+        sharding.check("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options)
+    return torch.ops.fastattn.forward(*args)[:3]
+
+
+def _any_dtensor(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a DTensor, which none is while torch.distributed.tensor has not been imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(x, module.DTensor) for x in tensors)
 
 
 def new_seed() -> Tensor:
@@ -178,7 +202,7 @@ class Attention(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
         if is_plain(*args[:3]):
             return ops.run_forward(*args)
-        return torch.ops.fastattn.forward(*args)
+        return _forward_operator(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: D102
@@ -189,7 +213,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(  # noqa: D102
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         *tensors, out, lse, low = ctx.saved_tensors
         needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
@@ -230,6 +254,21 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     return ops.run_backward(*args)
 
 
+def _replicating_new_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for DTensors too: what the reference makes anew, such as positions, is the same on all ranks."""
+
+    @functools.wraps(function)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        if not _any_dtensor(*grads):
+            return function(ctx, *grads)
+        from torch.distributed.tensor.experimental import implicit_replication
+
+        with implicit_replication():
+            return function(ctx, *grads)
+
+    return run
+
+
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     return batching.backward(_run_backward, info.batch_size, in_dims, args)
 
@@ -255,6 +294,7 @@ class AttentionBackward(torch.autograd.Function):
         ctx.needs = Needs(*needs)
 
     @staticmethod
+    @_replicating_new_tensors
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         dout, dlse, *tensors = ctx.saved_tensors
         inputs, options, _ = ops.split_arguments((*tensors, *ctx.options))
@@ -268,6 +308,15 @@ class AttentionBackward(torch.autograd.Function):
             if ctx.needs_input_grad[position]:
                 result[position] = grad
         return tuple(result)
+
+
+def _setup_context_of_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """The seed that is kept is a result, since arguments may have been computed again when results were not."""
+    *results, seed = output
+    if inputs[ops.SEED] is not None:
+        inputs = (*inputs[: ops.SEED], seed, *inputs[ops.SEED + 1 :])
+    Attention.setup_context(ctx, inputs, tuple(results))  # type: ignore[arg-type]
+    ctx.mark_non_differentiable(results[2], seed)
 
 
 class _Operators(torch.library.Library):
@@ -294,10 +343,11 @@ def _cache_below_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 _operators = _Operators("fastattn", "FRAGMENT")
-for _name, _function in (("forward", Attention), ("backward", AttentionBackward)):
-    torch.library.register_autograd(
-        f"fastattn::{_name}", _function.backward, setup_context=_function.setup_context, lib=_operators
-    )
+for _name, _function, _setup in (
+    ("forward", Attention, _setup_context_of_operator),
+    ("backward", AttentionBackward, AttentionBackward.setup_context),
+):
+    torch.library.register_autograd(f"fastattn::{_name}", _function.backward, setup_context=_setup, lib=_operators)
 _operators.impl("cache", _cache_below_autograd, "Autograd", with_keyset=True)
 
 

@@ -29,8 +29,8 @@ def forward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) 
         return _one_by_one(run, size, in_dims, args)
     batch = _without(inputs.q.shape, in_dims[0])[0]
     folded = _fold(inputs, dims, size, batch, separate_bias=False)
-    out, lse, low = run(*ops.join_arguments(folded, options, backend), args[-1])
-    found = [(x, None) if ops.is_none(x) else (x.unflatten(0, (size, batch)), 0) for x in (out, lse, low)]
+    results = run(*ops.join_arguments(folded, options, backend), args[-1])
+    found = [(x, None) if ops.is_none(x) else (x.unflatten(0, (size, batch)), 0) for x in results]
     return tuple(x for x, _ in found), tuple(dim for _, dim in found)
 
 

@@ -34,13 +34,17 @@ _CACHE_FIELDS = (
 )
 
 FORWARD_TENSORS = 11  # the leading fields of Inputs that `forward` takes
+SEED = Inputs._fields.index("seed")
 _N_OPTIONS = 7
 FORWARD_ARGUMENTS = FORWARD_TENSORS + _N_OPTIONS + 1  # those that `forward` and `backward` share
 
-# An empty tensor stands for a result that there is not.
+# An empty tensor stands for a result that there is not. The last result of `forward` is a copy of its seed, for the
+# backward pass: who saves the results instead of computing them again, as policies of checkpoints do, has saved the
+# mask with them, although the seed may be drawn again.
 torch.library.define(
     "fastattn::forward",
-    f"({_TENSORS}, {_OPTIONS}, str? backend, bool for_backward) -> (Tensor out, Tensor lse, Tensor residual)",
+    f"({_TENSORS}, {_OPTIONS}, str? backend, bool for_backward) -> "
+    "(Tensor out, Tensor lse, Tensor residual, Tensor seed_used)",
 )
 torch.library.define(
     "fastattn::backward",
@@ -104,6 +108,15 @@ def run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return filled(backend.forward(problem, inputs, args[-1]))
 
 
+def _run_forward_operator(*args: Any) -> tuple[Tensor, ...]:
+    return *run_forward(*args), _copy_seed(args)
+
+
+def _copy_seed(args: tuple[Any, ...]) -> Tensor:
+    seed = args[SEED]
+    return args[0].new_empty(0) if seed is None else seed.clone()
+
+
 def run_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, residual: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -140,7 +153,7 @@ def run_draw_seed(fresh: Tensor) -> Tensor:
 
 
 for _name, _run in (
-    ("forward", run_forward),
+    ("forward", _run_forward_operator),
     ("backward", run_backward),
     ("cache", run_cache),
     ("draw_seed", run_draw_seed),
@@ -159,13 +172,15 @@ def _outputs(kind: str, inputs: Inputs, options: Options, backend: str | None, f
 
 
 @torch.library.register_fake("fastattn::forward")
-def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    """Results of the right shapes and strides for tensors of any kind."""
     inputs, options, backend = split_arguments(args)
-    return filled(_outputs(_kind(inputs), inputs, options, backend, args[-1]))
+    return *filled(_outputs(_kind(inputs), inputs, options, backend, args[-1])), _copy_seed(args)
 
 
 @torch.library.register_fake("fastattn::cache")
-def _fake_cache(*args: Any) -> tuple[Tensor, Tensor]:
+def fake_cache(*args: Any) -> tuple[Tensor, Tensor]:
+    """Likewise."""
     return _outputs("cache", *split_cache_arguments(args), for_backward=False)[:2]
 
 

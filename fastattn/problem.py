@@ -159,7 +159,7 @@ class Meta(NamedTuple):
 
 
 # How the arguments of a call are named in messages, where the function's own names differ from those of Inputs.
-_CACHE_NAMES = {"k": "k_cache", "v": "v_cache", "kv_lengths": "cache_lengths", "cos": "rotary.cos", "sin": "rotary.sin"}
+CACHE_NAMES = {"k": "k_cache", "v": "v_cache", "kv_lengths": "cache_lengths", "cos": "rotary.cos", "sin": "rotary.sin"}
 
 
 def describe(kind: str, inputs: Inputs, options: Options, *, cached: bool = True) -> Problem:
@@ -187,7 +187,7 @@ def check_tensors(kind: str, inputs: Inputs) -> None:
     for field, x in zip(Inputs._fields, inputs, strict=True):
         if x is None and field not in _REQUIRED:
             continue
-        name = _CACHE_NAMES.get(field, field) if kind == "cache" else field
+        name = CACHE_NAMES.get(field, field) if kind == "cache" else field
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout != torch.strided or x.is_nested:
@@ -196,7 +196,7 @@ def check_tensors(kind: str, inputs: Inputs) -> None:
 
 
 def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options, unaligned: bool = False) -> Problem:
-    names = _CACHE_NAMES if kind == "cache" else {}
+    names = CACHE_NAMES if kind == "cache" else {}
     check_devices(metas, names)
     check_dtypes(metas, names)
     m: Any = Inputs(*metas)  # type: ignore[arg-type]  # the same fields, holding shapes instead of tensors

@@ -9,6 +9,7 @@ active torch's modules leave their native fast path. torch's own function runs w
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -52,9 +54,11 @@ class use:  # named as what it does, like torch.no_grad
     torch.manual_seed reproduces it. What fastattn does not take runs on torch, see `explain`; so do calls that never
     pass through Python: TorchScript, and the native fast path elsewhere.
 
-    Like torch.no_grad it counts for the thread that calls it. A backward pass that computes a forward again, as
-    checkpointing does, belongs under it as the forward does. torch.compile follows it, around calls of compiled
-    functions and inside them. Every call of one of torch's functions from Python takes a little longer meanwhile.
+    Like torch.no_grad it counts for the thread that calls it. torch.utils.checkpoint computes a forward again as it was
+    computed first, wherever the backward pass stands. An autograd function of your own that computes a forward in its
+    backward pass follows the switch at the call of backward. torch.compile follows it, around calls of compiled
+    functions and inside them, except inside a checkpoint that is called in a compiled function: torch runs that. Every
+    call of one of torch's functions from Python takes a little longer meanwhile.
     torch.nn.attention.sdpa_kernel chooses between torch's own kernels, for the calls that torch gets.
     Raises TypeError if enabled is no bool.
     """
@@ -169,6 +173,7 @@ def _attend(*args: Any, **kwargs: Any) -> Tensor:
     if isinstance(call, str) or _why_torch(call) is not None:
         return _torch_sdpa(*args, **kwargs)
     q, k, v, options, *_ = call.translated
+    _translate_policies()
     return call.translated.finish(attention(q, k, v, **options))
 
 
@@ -185,6 +190,10 @@ _multi_head_in_graph = torch.compiler.allow_in_graph(_multi_head_attention_forwa
 
 # -------------------------------------------------------------------------------------------------------- the switch
 
+# They may run forward passes, in autograd functions that compute theirs again. Some are torch functions in later
+# versions of torch alone.
+_BACKWARD_PASSES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
 
 class _Mode(TorchFunctionMode):
     """Sees the calls of torch's functions while it is on the stack of this thread; is off while it handles one."""
@@ -197,7 +206,7 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is _torch_multi_head:
             return _multi_head_in_graph(*args, **kwargs)
-        if func is torch.autograd.grad or func is Tensor.backward:  # checkpoints run forward passes there
+        if func in _BACKWARD_PASSES:
             return _with_mode(func, *args, **kwargs)
         return func(*args, **kwargs)
 
@@ -224,17 +233,105 @@ def _stack() -> list[Any]:
 def _switch(on: bool) -> bool:
     """Puts the mode on the stack of this thread, or takes it off; returns whether it was there.
 
-    It lies at the bottom, so that modes that come and go meanwhile find themselves on top as they left; only torch's
-    default device must lie below.
+    It lies at the bottom, so that modes that come and go meanwhile find themselves on top as they left. Only the
+    device of torch.set_default_device must lie below, and that alone: `with torch.device(...)` pushes and pops the
+    same kind of mode at the top, without entering it.
     """
     before = _stack()
     if (_mode in before) == on:
         return on
     after = [mode for mode in before if mode is not _mode]
     if on:
-        after.insert(1 if after and isinstance(after[0], DeviceContext) else 0, _mode)
+        default_device = bool(after) and isinstance(after[0], DeviceContext) and hasattr(after[0], "old_device")
+        after.insert(1 if default_device else 0, _mode)
     for _ in before:
         _pop_mode()
     for mode in after:
         _push_mode(mode)
     return not on
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _under(on: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the switch at `on`, whenever and in whichever thread it runs."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with use(on):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _operators_of_torch() -> list[Any]:
+    """The operators that compute torch's scaled_dot_product_attention; which there are depends on torch's version."""
+    kinds = (
+        *("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"),
+        "fused_attention_overrideable",  # of devices that other packages add
+    )
+    packets = (getattr(torch.ops.aten, f"_scaled_dot_product_{kind}", None) for kind in kinds)
+    return [packet.default for packet in packets if packet is not None]
+
+
+def _translate_policies() -> None:
+    """Has the policy of a selective checkpoint that is active mean fastattn's operator by torch's.
+
+    Such a policy says by operator what a checkpoint keeps. Written for torch's function it names the operators behind
+    that, which a call on fastattn does not reach: all would be computed again, and nobody would be told.
+    """
+    for level in range(torch._C._len_torch_dispatch_stack()):
+        mode: Any = torch._C._get_dispatch_stack_at(level)
+        policy = getattr(mode, "policy_fn", None)
+        if callable(policy) and not isinstance(policy, _Policy):
+            mode.policy_fn = _Policy(policy)
+
+
+class _Policy:
+    """A policy that keeps fastattn's results if the given one would keep them, or those of torch's operators."""
+
+    def __init__(self, given: Callable[..., Any]) -> None:
+        self._given = given
+
+    def __call__(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = self._given(context, operator, *args, **kwargs)
+        if operator is not torch.ops.fastattn.forward.default or _keeps(answer):
+            return answer
+        others = (self._given(context, other, *args[:3]) for other in _operators_of_torch())
+        return next(filter(_keeps, others), answer)
+
+
+def _keeps(answer: Any) -> bool:
+    """Whether a policy's answer, a CheckpointPolicy or a bool, says not to compute the results again."""
+    return answer is True or not getattr(answer, "name", "RECOMPUTE").endswith("RECOMPUTE")
+
+
+def _bind_checkpoints() -> None:
+    """Has torch's checkpoints keep the switch beside the other state under which a forward is computed again.
+
+    They keep the random state, autocast and the default device, but no function modes. The backward pass cannot tell:
+    it may begin after the block, on another thread, or without passing a function that a mode sees. It is the classes
+    that change, as libraries have imported the functions by name. Without the second, which is private to torch,
+    checkpoints follow the switch at the call of backward.
+    """
+    reentrant = torch.utils.checkpoint.CheckpointFunction
+    forward: Any = reentrant.forward
+
+    @functools.wraps(forward)
+    def bound_forward(ctx: Any, run_function: Any, *args: Any) -> Any:
+        return forward(ctx, _under(_mode in _stack(), run_function), *args)
+
+    reentrant.forward = staticmethod(bound_forward)  # type: ignore[method-assign]
+    frame: Any = getattr(torch.utils.checkpoint, "_CheckpointFrame", None)
+    if frame is None:
+        return
+    init = frame.__init__
+
+    @functools.wraps(init)
+    def bound_init(self: Any, recompute_fn: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, _under(_mode in _stack(), recompute_fn), *args, **kwargs)
+
+    frame.__init__ = bound_init
+
+
+_bind_checkpoints()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"torch-sdpa.md": "runs on fastattn", "flash-attn.md": "True"}
+PAGES = {"torch-sdpa.md": "runs on fastattn", "flash-attn.md": "True", "dtensor.md": "(Shard(dim=1),)"}
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -395,6 +395,21 @@ def test_other_modes_come_and_go(fastattn_calls: list[None]) -> None:
     assert len(fastattn_calls) == 3
 
 
+def test_devices_come_and_go() -> None:
+    """Blocks of torch.device pop the top of the stack, the default device expects itself at the bottom."""
+    with use(), torch.device("meta"), use(False):
+        assert not on()
+    with torch.device("meta"):
+        use()
+    assert torch.overrides._get_current_function_mode_stack() == [integration._mode]
+    torch.set_default_device("meta")
+    with use(False), torch.device("cpu"), use():
+        pass
+    torch.set_default_device(None)
+    assert torch.overrides._get_current_function_mode_stack() == [integration._mode]
+    use(False)
+
+
 def test_it_counts_for_its_thread() -> None:
     found: list[bool] = []
     with use():
