@@ -16,9 +16,10 @@ from .cache import KVCache
 from .checks import check_count, check_divides, check_probability
 from .masks import check_mask, mask_and_bias, reveal_more_keys, spell_out_positions
 from .nested import forward_nested
-from .positional import alibi_slopes
+from .positional import slopes_of_heads
 from .rotary import RotaryEmbedding, table_dtype
 from .sdpa import torch_attention
+from .table import Table
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -47,7 +48,6 @@ class MultiheadAttention(nn.MultiheadAttention):
     """
 
     sinks: nn.Parameter | None
-    alibi_slopes: Tensor | None
     q_norm: nn.Module | None
     k_norm: nn.Module | None
     rotary: RotaryEmbedding | None
@@ -124,8 +124,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.register_parameter("sinks", logits)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
-        slopes = alibi_slopes(self.num_heads, weight.device) if alibi else None
-        self.register_buffer("alibi_slopes", slopes, persistent=False)
+        # No buffer: load_state_dict(assign=True) would leave it on the meta device, a cast would round it.
+        self._slopes = Table(self._compute_slopes) if alibi else None
 
     @property
     def num_kv_heads(self) -> int:
@@ -133,6 +133,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         weight = self.in_proj_weight
         width = self.k_proj_weight.shape[0] if weight is None else (weight.shape[0] - self.embed_dim) // 2
         return width // self.head_dim
+
+    @property
+    def alibi_slopes(self) -> Tensor | None:
+        """(num_heads,), float32, on the device of the weights; None without ALiBi."""
+        return self._slopes_on(self.out_proj.weight.device)
 
     def extra_repr(self) -> str:
         """The sizes, and what is not torch's default; `rotary` and the norms are shown as modules."""
@@ -147,7 +152,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             "num_kv_heads": (self.num_kv_heads, self.num_heads),
             "window": (self.window, None),
             "softcap": (self.softcap, None),
-            "alibi": (self.alibi_slopes is not None, False),
+            "alibi": (self._slopes is not None, False),
             "sinks": (self.sinks is not None, False),
             "qk_norm": (self.q_norm is not None, False),
             "scale": (self.scale, None),
@@ -268,13 +273,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.bias_v = nn.Parameter(self.bias_k.new_empty(1, 1, width))
         self._reset_parameters()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> MultiheadAttention:
-        super()._apply(fn, recurse)
-        if getattr(self, "alibi_slopes", None) is not None:
-            # Casting the module must not round the slopes, and to_empty must not lose them.
-            assert self.alibi_slopes is not None
-            self.alibi_slopes = alibi_slopes(self.num_heads, self.alibi_slopes.device)
-        return self
+    def _compute_slopes(self, heads: Tensor, dtype: torch.dtype) -> Tensor:
+        """(num_heads, 1)."""
+        return slopes_of_heads(heads, self.num_heads)[:, None].to(dtype)
+
+    def _slopes_on(self, device: torch.device) -> Tensor | None:
+        return None if self._slopes is None else self._slopes.rows(self.num_heads, device, torch.float32)[:, 0]
 
     # ---------------------------------------------------------------------------------------------- the steps
 
@@ -336,7 +340,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             "window": self.window,
             "mask": mask,
             "bias": bias,
-            "alibi_slopes": self.alibi_slopes,
+            "alibi_slopes": self._slopes_on(q.device),
             "softcap": self.softcap,
             "sinks": self.sinks,
             "scale": self.scale,

@@ -111,10 +111,17 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     Raises TypeError or ValueError unless num_heads is a positive integer.
     """
     check_count("num_heads", num_heads)
-    power = 1 << (num_heads.bit_length() - 1)
-    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
-    slopes += [2.0 ** (-4.0 * i / power) for i in range(1, 2 * power + 1, 2)][: num_heads - power]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
+    return slopes_of_heads(torch.arange(num_heads, device=device), num_heads)
+
+
+def slopes_of_heads(heads: Tensor, num_heads: int) -> Tensor:
+    """`alibi_slopes` of the heads with these numbers, int64, on their device; operations that TorchScript compiles."""
+    power = 1
+    while 2 * power <= num_heads:
+        power *= 2
+    x = heads.to(torch.float32 if heads.device.type == "mps" else torch.float64)
+    exponents = torch.where(x < power, (x + 1) * (-8.0 / power), (2 * (x - power) + 1) * (-4.0 / power))
+    return torch.exp2(exponents).to(torch.float32)
 
 
 def _check_embeddings(x: Tensor, dim: int, positions: Tensor | None) -> None:
