@@ -13,7 +13,8 @@ from ..autograd import new_seed
 from ..functional import attention
 from .attention_checks import Window, check_cached, check_features, check_inputs, check_positions
 from .cache import KVCache
-from .checks import check_count, check_divides, check_probability
+from .checks import check_count, check_divides, check_dtype, check_probability
+from .fast_path import NoFastPath
 from .masks import check_mask, mask_and_bias, reveal_more_keys, spell_out_positions
 from .nested import forward_nested
 from .positional import slopes_of_heads
@@ -42,8 +43,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Without these the state_dict is torch's, and results and gradients equal torch's. Differences: a query
     that sees no key gives 0 where torch gives NaN; bool and float masks can be mixed; is_causal needs no
-    attn_mask alone; the shortcuts of torch.nn.TransformerEncoderLayer in evaluation, which would bypass the module,
-    are not taken.
+    attn_mask alone; the fused kernel of torch.nn.TransformerEncoderLayer in evaluation, which would bypass the
+    module, is not taken (the child `fast_path` keeps it away).
     Raises TypeError or ValueError if an argument does not fit.
     """
 
@@ -88,6 +89,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(*torchs_own, batch_first, device, dtype)
         if num_kv_heads != num_heads:
             self._share_heads(num_kv_heads)
+            # For what reads the flag, True says that in_proj_weight is (3 * embed_dim, embed_dim).
+            self._qkv_same_embed_dim = False
         self.add_features(
             window=window,
             softcap=softcap,
@@ -113,9 +116,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         """Sets what torch.nn.MultiheadAttention lacks, but for num_kv_heads; arguments as in the class."""
         check_features(self.head_dim, window, softcap, rotary, sinks, scale, backend)
-        # torch.nn.TransformerEncoderLayer and TransformerEncoder read this flag: True lets them compute
-        # attention in evaluation from our parameters, without calling the module.
-        self._qkv_same_embed_dim = False
+        self.fast_path = NoFastPath()
         self.window, self.softcap, self.scale, self.backend = window, softcap, scale, backend
         self.rotary = rotary
         weight = self.out_proj.weight
@@ -245,7 +246,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     # --------------------------------------------------------------------------------------------- parameters
 
     def _reset_parameters(self) -> None:
-        """As torch's, which goes by `_qkv_same_embed_dim`."""
+        """As torch's, for projections of any number of key/value heads."""
         for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
             if weight is not None:
                 nn.init.xavier_uniform_(weight)
@@ -303,6 +304,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         packed, bias = self.in_proj_weight, self.in_proj_bias
         width = (packed.shape[0] - self.embed_dim) // 2 if packed is not None else self.k_proj_weight.shape[0]
         sizes = (self.embed_dim, width, width)
+        check_dtype("query", query, self.q_proj_weight if packed is None else packed)
         if packed is not None and query is key and key is value:
             return F.linear(query, packed, bias).split(sizes, dim=-1)
         biases = (None, None, None) if bias is None else bias.split(sizes)
@@ -313,6 +315,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         q = F.linear(query, weights[0], biases[0])
         if key is None or value is None:
             return q, None, None
+        check_dtype("key", key, weights[1])
+        check_dtype("value", value, weights[2])
         if packed is not None and key is value:
             both = F.linear(key, packed[self.embed_dim :], None if bias is None else bias[self.embed_dim :])
             return q, *both.split(width, dim=-1)

@@ -40,6 +40,19 @@ def check_probability(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """Of the weights that multiply x, unless torch.autocast gives both the same."""
+    if x.dtype == weight.dtype:
+        return
+    device = x.device.type
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    if not casts or not x.is_floating_point() or torch.float64 in (x.dtype, weight.dtype):
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, but the weights have {weight.dtype}: they must be the same, or of floating "
+            "dtypes other than float64 under torch.autocast"
+        )
+
+
 def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
     """Integers of shape (batch, seqlen), each a row of the vocabulary.
 

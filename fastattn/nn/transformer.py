@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention_checks import Window
 from .blocks import Block, LayerCache, check_model_sizes, new_caches, position_options
-from .checks import check_count, check_token_ids, real_tokens
+from .checks import check_count, check_dtype, check_token_ids, real_tokens
 from .embedding import TokenEmbedding
 from .generate import Cached, Recomputed, check_generation, check_not_empty, continue_prompts, evaluating
 from .sampling import Sampler
@@ -235,6 +235,7 @@ class Transformer(nn.Module):
             raise TypeError(f"memory must be a torch.Tensor, got {type(memory).__name__}")
         if not memory.is_floating_point():
             raise TypeError(f"memory must have a floating point dtype, got {memory.dtype}")
+        check_dtype("memory", memory, self.head.weight)
         if memory.ndim != 3 or memory.shape[-1] != self.memory_dim:
             raise ValueError(
                 f"memory must have shape (batch, memory_seqlen, memory_dim = {self.memory_dim}), "
