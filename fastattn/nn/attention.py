@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,15 @@ from .checks import check_count, check_divides, check_dtype, check_probability
 from .fast_path import NoFastPath
 from .masks import check_mask, mask_and_bias, reveal_more_keys, spell_out_positions
 from .nested import forward_nested
+from .plain import PlainForward
 from .positional import slopes_of_heads
+from .recorded import fx_leaf, is_recorded, is_scripting
 from .rotary import RotaryEmbedding, table_dtype
 from .sdpa import torch_attention
 from .table import Table
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(PlainForward):
     """torch.nn.MultiheadAttention on fastattn: same constructor, forward and state_dict, and more options.
 
     As in torch: embed_dim, num_heads, dropout (of the attention probabilities, in training only), bias,
@@ -48,10 +50,10 @@ class MultiheadAttention(nn.MultiheadAttention):
     Raises TypeError or ValueError if an argument does not fit.
     """
 
-    sinks: nn.Parameter | None
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
-    rotary: RotaryEmbedding | None
+    if TYPE_CHECKING:
+        rotary: RotaryEmbedding | None
+
+    __jit_unused_properties__ = ("alibi_slopes",)
 
     def __init__(
         self,
@@ -89,7 +91,6 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(*torchs_own, batch_first, device, dtype)
         if num_kv_heads != num_heads:
             self._share_heads(num_kv_heads)
-            # For what reads the flag, True says that in_proj_weight is (3 * embed_dim, embed_dim).
             self._qkv_same_embed_dim = False
         self.add_features(
             window=window,
@@ -117,8 +118,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         """Sets what torch.nn.MultiheadAttention lacks, but for num_kv_heads; arguments as in the class."""
         check_features(self.head_dim, window, softcap, rotary, sinks, scale, backend)
         self.fast_path = NoFastPath()
+        if "_qkv_same_embed_dim" in vars(self):  # of a module that was torch's
+            self._in_proj_is_torchs = vars(self).pop("_qkv_same_embed_dim")
         self.window, self.softcap, self.scale, self.backend = window, softcap, scale, backend
         self.rotary = rotary
+        packed = self.in_proj_weight
+        width = self.k_proj_weight.shape[0] if packed is None else (packed.shape[0] - self.embed_dim) // 2
+        self.num_kv_heads = width // self.head_dim
         weight = self.out_proj.weight
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         logits = nn.Parameter(torch.zeros(self.num_heads, **factory)) if sinks else None
@@ -126,14 +132,19 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
         # No buffer: load_state_dict(assign=True) would leave it on the meta device, a cast would round it.
-        self._slopes = Table(self._compute_slopes) if alibi else None
+        self.alibi, self._slopes = bool(alibi), Table(self._compute_slopes)
 
     @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads."""
-        weight = self.in_proj_weight
-        width = self.k_proj_weight.shape[0] if weight is None else (weight.shape[0] - self.embed_dim) // 2
-        return width // self.head_dim
+    def _qkv_same_embed_dim(self) -> bool:
+        """As torch's: True says that in_proj_weight is (3 * embed_dim, embed_dim).
+
+        False in TorchScript, where `fast_path` does not keep torch.nn.TransformerEncoderLayer's kernel away.
+        """
+        return not is_scripting() and self._in_proj_is_torchs
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        self._in_proj_is_torchs = value
 
     @property
     def alibi_slopes(self) -> Tensor | None:
@@ -153,7 +164,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             "num_kv_heads": (self.num_kv_heads, self.num_heads),
             "window": (self.window, None),
             "softcap": (self.softcap, None),
-            "alibi": (self._slopes is not None, False),
+            "alibi": (self.alibi, False),
             "sinks": (self.sinks is not None, False),
             "qk_norm": (self.q_norm is not None, False),
             "scale": (self.scale, None),
@@ -172,8 +183,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-        *,
-        kv_cache: KVCache | None = None,
+        kv_cache: Any = None,  # a KVCache; TorchScript, which knows neither those nor keyword-only, reads this
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(output, weights or None), as torch.nn.MultiheadAttention.forward.
@@ -192,7 +202,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal           query i sees keys 0 to i. An attn_mask given as well should say just this. As in
                                 torch, it is not read then, unless need_weights or a key_padding_mask is given:
                                 with one of these it is what counts, and is_causal is not read
-            kv_cache            inference: keys and values are appended to this KVCache, and the queries,
+            kv_cache            a KVCache, for inference: keys and values are appended to it, and the queries,
                                 standing behind the keys already there, see all of it. key and value None:
                                 nothing is appended. S in the masks is then the cache's capacity. Needs
                                 need_weights=False
@@ -200,8 +210,45 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         query, key and value may also be NestedTensors (N, L, features) with batch_first and
         need_weights=False.
+        Under torch.jit.script, torch.jit.trace and torch.onnx.export the module is plain PyTorch operations, without
+        kv_cache; in a graph of torch.fx it is one node.
         Raises TypeError or ValueError if an argument does not fit.
         """
+        if not is_scripting():
+            arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            node = fx_leaf(self, *arguments, kv_cache, positions)
+            if node is not None:
+                return node
+            if not is_recorded():
+                return self._forward(*arguments, kv_cache, positions)
+            if kv_cache is not None:
+                raise ValueError("kv_cache must be None where the module is traced or exported, got a KVCache")
+        return self._forward_plain(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            positions,
+        )
+
+    def _forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+        kv_cache: KVCache | None,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As forward, by our kernels."""
         if isinstance(query, Tensor) and query.is_nested:
             others: dict[str, Any] = {"need_weights": need_weights, "attn_mask": attn_mask}
             others.update(key_padding_mask=key_padding_mask, kv_cache=kv_cache, positions=positions)
@@ -257,6 +304,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             if extra is not None:
                 nn.init.xavier_normal_(extra)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        vars(self).pop("_qkv_same_embed_dim", None)  # torch's method puts it where we have a property
+
     def _share_heads(self, num_kv_heads: int) -> None:
         """Replaces the projections of keys and values by those of fewer heads."""
         width = num_kv_heads * self.head_dim
@@ -279,7 +330,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return slopes_of_heads(heads, self.num_heads)[:, None].to(dtype)
 
     def _slopes_on(self, device: torch.device) -> Tensor | None:
-        return None if self._slopes is None else self._slopes.rows(self.num_heads, device, torch.float32)[:, 0]
+        return None if not self.alibi else self._slopes.rows(self.num_heads, device, torch.float32)[:, 0]
 
     # ---------------------------------------------------------------------------------------------- the steps
 

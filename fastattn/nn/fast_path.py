@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from torch import Tensor, nn
 
 
 class NoFastPath(nn.Module):
@@ -19,6 +17,10 @@ class NoFastPath(nn.Module):
         super().__init__()
         self.register_forward_pre_hook(_no_op)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """For TorchScript, which compiles children and their hooks whether they are called or not."""
+        return x
 
-def _no_op(module: nn.Module, args: Any) -> None:
+
+def _no_op(self: NoFastPath, input: tuple[Tensor]) -> None:
     """Never called."""
