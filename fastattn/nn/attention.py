@@ -120,7 +120,8 @@ class MultiheadAttention(PlainForward):
         self.fast_path = NoFastPath()
         if "_qkv_same_embed_dim" in vars(self):  # of a module that was torch's
             self._in_proj_is_torchs = vars(self).pop("_qkv_same_embed_dim")
-        self.window, self.softcap, self.scale, self.backend = window, softcap, scale, backend
+        self.window = None if window is None else (window[0], window[1])
+        self.softcap, self.scale, self.backend = softcap, scale, backend
         self.rotary = rotary
         packed = self.in_proj_weight
         width = self.k_proj_weight.shape[0] if packed is None else (packed.shape[0] - self.embed_dim) // 2

@@ -142,12 +142,13 @@ class PlainForward(nn.MultiheadAttention):
         right: int | None = None
         if self.window is not None:
             left, right = self.window
+        last: int | None = right  # TorchScript takes the type of `right` from the window, which may be None's
         if is_causal:
-            right = 0
+            last = 0
         slopes: Tensor | None = None
         if self.alibi:
             slopes = slopes_of_heads(torch.arange(self.num_heads, device=q.device), self.num_heads)
-        mask, bias = positions_as_masks(mask, bias, q.shape[2], k.shape[2], left, right, slopes, q.device)
+        mask, bias = positions_as_masks(mask, bias, q.shape[2], k.shape[2], left, last, slopes, q.device)
         if self.rotary is not None:
             q, k = self.rotary(q, positions), self.rotary(k, positions)
         bias_k, bias_v = self.bias_k, self.bias_v
