@@ -17,7 +17,7 @@ from .checks import check_count, check_divides, check_dtype, check_probability
 from .fast_path import NoFastPath
 from .masks import check_mask, mask_and_bias, reveal_more_keys, spell_out_positions
 from .nested import forward_nested
-from .plain import PlainForward
+from .plain import HeadNorm, PlainForward
 from .positional import slopes_of_heads
 from .recorded import fx_leaf, is_recorded, is_scripting
 from .rotary import RotaryEmbedding, table_dtype
@@ -130,8 +130,8 @@ class MultiheadAttention(PlainForward):
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         logits = nn.Parameter(torch.zeros(self.num_heads, **factory)) if sinks else None
         self.register_parameter("sinks", logits)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
+        self.q_norm = HeadNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
         # No buffer: load_state_dict(assign=True) would leave it on the meta device, a cast would round it.
         self.alibi, self._slopes = bool(alibi), Table(self._compute_slopes)
 

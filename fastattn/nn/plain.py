@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .masks import mask_and_bias, positions_as_masks
 from .positional import slopes_of_heads
+from .recorded import is_recorded, is_scripting
 
 
 def plain_attention(
@@ -58,10 +59,21 @@ def _split_heads(x: Tensor, heads: int, head_dim: int, batch_first: bool) -> Ten
     return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """torch.nn.RMSNorm over the last dimension; not every exporter knows its operator."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype) * weight
+class HeadNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm, also for the older exporter of torch.onnx, which does not know its operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., head_dim) normalised, in its shape and dtype."""
+        if not is_scripting():
+            return self._forward(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        if not is_recorded():
+            return super().forward(x)
+        assert self.eps is not None
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
 
 def _real_rows(nested: Tensor) -> Tensor:
@@ -79,8 +91,8 @@ class PlainForward(nn.MultiheadAttention):
         softcap: float | None
         scale: float | None
         sinks: nn.Parameter | None
-        q_norm: nn.RMSNorm | None
-        k_norm: nn.RMSNorm | None
+        q_norm: nn.Module | None
+        k_norm: nn.Module | None
         rotary: nn.Module | None
 
     def _forward_plain(
@@ -200,7 +212,7 @@ class PlainForward(nn.MultiheadAttention):
         k = _split_heads(k, self.num_kv_heads, self.head_dim, self.batch_first)
         v = _split_heads(v, self.num_kv_heads, self.head_dim, self.batch_first)
         if self.q_norm is not None:
-            q = _rms_norm(q, self.q_norm.weight, 1e-6)
+            q = self.q_norm(q)
         if self.k_norm is not None:
-            k = _rms_norm(k, self.k_norm.weight, 1e-6)
+            k = self.k_norm(k)
         return q, k, v

@@ -349,6 +349,13 @@ def test_scripted_encoder_with_nested_padding() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_whatever_stands_for_a_norm_is_called() -> None:
+    module = attention(qk_norm=True)()
+    module.attention.q_norm, module.attention.k_norm = nn.LayerNorm(E // H), nn.Identity()
+    for run in (torch.jit.script(module), torch.jit.trace(module, (x(),))):
+        torch.testing.assert_close(run(x()), module(x()), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_scripted_dtypes(dtype: torch.dtype) -> None:
     module = attention(**EVERYTHING, rotary=RotaryEmbedding(4))().to(dtype).eval()
