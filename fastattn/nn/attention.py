@@ -326,12 +326,12 @@ class MultiheadAttention(PlainForward):
             self.bias_v = nn.Parameter(self.bias_k.new_empty(1, 1, width))
         self._reset_parameters()
 
-    def _compute_slopes(self, heads: Tensor, dtype: torch.dtype) -> Tensor:
-        """(num_heads, 1)."""
-        return slopes_of_heads(heads, self.num_heads)[:, None].to(dtype)
+    def _compute_slopes(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """(1, num_heads): the one row of their table."""
+        return slopes_of_heads(torch.arange(self.num_heads, device=rows.device), self.num_heads)[None].to(dtype)
 
     def _slopes_on(self, device: torch.device) -> Tensor | None:
-        return None if not self.alibi else self._slopes.rows(self.num_heads, device, torch.float32)[:, 0]
+        return self._slopes.rows(1, device, torch.float32)[0] if self.alibi else None
 
     # ---------------------------------------------------------------------------------------------- the steps
 

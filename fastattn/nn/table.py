@@ -33,7 +33,7 @@ class Table:
         rows = self._rows.get((device, dtype))
         if rows is None or rows.shape[-2] < length:
             rows = self._grow(length if rows is None else max(length, 2 * rows.shape[-2]), device, dtype)
-        return rows[..., :length, :]
+        return rows if rows.shape[-2] == length else rows[..., :length, :]
 
     def _grow(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         # A tensor that is born in inference mode could never be part of training again.
