@@ -46,9 +46,16 @@ def apply_rotary(x: Tensor, rotary: Rotary | tuple[Tensor, Tensor], positions: T
         )
     dtype = torch.promote_types(x.dtype, torch.float32)
     rows = positions if positions.ndim == 2 else positions[None]
-    cos, sin = (table.to(dtype)[rows][:, None] for table in (cos, sin))  # (batch or 1, 1, seqlen, rotary_dim // 2)
+    return rotate_pairs(x, cos.to(dtype)[rows][:, None], sin.to(dtype)[rows][:, None], interleaved)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates x by angles given as cos and sin, (batch or 1, 1, seqlen, rotary_dim // 2), in their dtype.
+
+    Operations that TorchScript compiles.
+    """
     half = cos.shape[-1]
-    rotated, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
+    rotated, rest = x[..., : 2 * half].to(cos.dtype), x[..., 2 * half :]
     if interleaved:
         first, second = rotated[..., 0::2], rotated[..., 1::2]
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,19 @@ from ..autograd import new_seed
 from ..functional import attention
 from .attention_checks import Window, check_cached, check_features, check_inputs, check_positions
 from .cache import KVCache
-from .checks import check_count, check_divides, check_probability
+from .checks import check_count, check_divides, check_dtype, check_probability
+from .fast_path import NoFastPath
 from .masks import check_mask, mask_and_bias, reveal_more_keys, spell_out_positions
 from .nested import forward_nested
-from .positional import alibi_slopes
+from .plain import HeadNorm, PlainForward
+from .positional import slopes_of_heads
+from .recorded import fx_leaf, is_recorded, is_scripting
 from .rotary import RotaryEmbedding, table_dtype
 from .sdpa import torch_attention
+from .table import Table
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(PlainForward):
     """torch.nn.MultiheadAttention on fastattn: same constructor, forward and state_dict, and more options.
 
     As in torch: embed_dim, num_heads, dropout (of the attention probabilities, in training only), bias,
@@ -41,16 +45,15 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     Without these the state_dict is torch's, and results and gradients equal torch's. Differences: a query
     that sees no key gives 0 where torch gives NaN; bool and float masks can be mixed; is_causal needs no
-    attn_mask alone; the shortcuts of torch.nn.TransformerEncoderLayer in evaluation, which would bypass the module,
-    are not taken.
+    attn_mask alone; the fused kernel of torch.nn.TransformerEncoderLayer in evaluation, which would bypass the
+    module, is not taken (the child `fast_path` keeps it away).
     Raises TypeError or ValueError if an argument does not fit.
     """
 
-    sinks: nn.Parameter | None
-    alibi_slopes: Tensor | None
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
-    rotary: RotaryEmbedding | None
+    if TYPE_CHECKING:
+        rotary: RotaryEmbedding | None
+
+    __jit_unused_properties__ = ("alibi_slopes",)
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         super().__init__(*torchs_own, batch_first, device, dtype)
         if num_kv_heads != num_heads:
             self._share_heads(num_kv_heads)
+            self._qkv_same_embed_dim = False
         self.add_features(
             window=window,
             softcap=softcap,
@@ -113,26 +117,40 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         """Sets what torch.nn.MultiheadAttention lacks, but for num_kv_heads; arguments as in the class."""
         check_features(self.head_dim, window, softcap, rotary, sinks, scale, backend)
-        # torch.nn.TransformerEncoderLayer and TransformerEncoder read this flag: True lets them compute
-        # attention in evaluation from our parameters, without calling the module.
-        self._qkv_same_embed_dim = False
-        self.window, self.softcap, self.scale, self.backend = window, softcap, scale, backend
+        self.fast_path = NoFastPath()
+        if "_qkv_same_embed_dim" in vars(self):  # of a module that was torch's
+            self._in_proj_is_torchs = vars(self).pop("_qkv_same_embed_dim")
+        self.window = None if window is None else (window[0], window[1])
+        self.softcap, self.scale, self.backend = softcap, scale, backend
         self.rotary = rotary
+        packed = self.in_proj_weight
+        width = self.k_proj_weight.shape[0] if packed is None else (packed.shape[0] - self.embed_dim) // 2
+        self.num_kv_heads = width // self.head_dim
         weight = self.out_proj.weight
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         logits = nn.Parameter(torch.zeros(self.num_heads, **factory)) if sinks else None
         self.register_parameter("sinks", logits)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
-        slopes = alibi_slopes(self.num_heads, weight.device) if alibi else None
-        self.register_buffer("alibi_slopes", slopes, persistent=False)
+        self.q_norm = HeadNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
+        # No buffer: load_state_dict(assign=True) would leave it on the meta device, a cast would round it.
+        self.alibi, self._slopes = bool(alibi), Table(self._compute_slopes)
 
     @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads."""
-        weight = self.in_proj_weight
-        width = self.k_proj_weight.shape[0] if weight is None else (weight.shape[0] - self.embed_dim) // 2
-        return width // self.head_dim
+    def _qkv_same_embed_dim(self) -> bool:
+        """As torch's: True says that in_proj_weight is (3 * embed_dim, embed_dim).
+
+        False in TorchScript, where `fast_path` does not keep torch.nn.TransformerEncoderLayer's kernel away.
+        """
+        return not is_scripting() and self._in_proj_is_torchs
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, value: bool) -> None:
+        self._in_proj_is_torchs = value
+
+    @property
+    def alibi_slopes(self) -> Tensor | None:
+        """(num_heads,), float32, on the device of the weights; None without ALiBi."""
+        return self._slopes_on(self.out_proj.weight.device)
 
     def extra_repr(self) -> str:
         """The sizes, and what is not torch's default; `rotary` and the norms are shown as modules."""
@@ -147,7 +165,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             "num_kv_heads": (self.num_kv_heads, self.num_heads),
             "window": (self.window, None),
             "softcap": (self.softcap, None),
-            "alibi": (self.alibi_slopes is not None, False),
+            "alibi": (self.alibi, False),
             "sinks": (self.sinks is not None, False),
             "qk_norm": (self.q_norm is not None, False),
             "scale": (self.scale, None),
@@ -166,8 +184,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-        *,
-        kv_cache: KVCache | None = None,
+        kv_cache: Any = None,  # a KVCache; TorchScript, which knows neither those nor keyword-only, reads this
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(output, weights or None), as torch.nn.MultiheadAttention.forward.
@@ -186,7 +203,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal           query i sees keys 0 to i. An attn_mask given as well should say just this. As in
                                 torch, it is not read then, unless need_weights or a key_padding_mask is given:
                                 with one of these it is what counts, and is_causal is not read
-            kv_cache            inference: keys and values are appended to this KVCache, and the queries,
+            kv_cache            a KVCache, for inference: keys and values are appended to it, and the queries,
                                 standing behind the keys already there, see all of it. key and value None:
                                 nothing is appended. S in the masks is then the cache's capacity. Needs
                                 need_weights=False
@@ -194,8 +211,45 @@ class MultiheadAttention(nn.MultiheadAttention):
 
         query, key and value may also be NestedTensors (N, L, features) with batch_first and
         need_weights=False.
+        Under torch.jit.script, torch.jit.trace and torch.onnx.export the module is plain PyTorch operations, without
+        kv_cache; in a graph of torch.fx it is one node.
         Raises TypeError or ValueError if an argument does not fit.
         """
+        if not is_scripting():
+            arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            node = fx_leaf(self, *arguments, kv_cache, positions)
+            if node is not None:
+                return node
+            if not is_recorded():
+                return self._forward(*arguments, kv_cache, positions)
+            if kv_cache is not None:
+                raise ValueError("kv_cache must be None where the module is traced or exported, got a KVCache")
+        return self._forward_plain(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+            positions,
+        )
+
+    def _forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+        kv_cache: KVCache | None,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As forward, by our kernels."""
         if isinstance(query, Tensor) and query.is_nested:
             others: dict[str, Any] = {"need_weights": need_weights, "attn_mask": attn_mask}
             others.update(key_padding_mask=key_padding_mask, kv_cache=kv_cache, positions=positions)
@@ -240,7 +294,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     # --------------------------------------------------------------------------------------------- parameters
 
     def _reset_parameters(self) -> None:
-        """As torch's, which goes by `_qkv_same_embed_dim`."""
+        """As torch's, for projections of any number of key/value heads."""
         for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
             if weight is not None:
                 nn.init.xavier_uniform_(weight)
@@ -250,6 +304,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         for extra in (self.bias_k, self.bias_v):
             if extra is not None:
                 nn.init.xavier_normal_(extra)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        vars(self).pop("_qkv_same_embed_dim", None)  # torch's method puts it where we have a property
 
     def _share_heads(self, num_kv_heads: int) -> None:
         """Replaces the projections of keys and values by those of fewer heads."""
@@ -268,13 +326,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             self.bias_v = nn.Parameter(self.bias_k.new_empty(1, 1, width))
         self._reset_parameters()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> MultiheadAttention:
-        super()._apply(fn, recurse)
-        if getattr(self, "alibi_slopes", None) is not None:
-            # Casting the module must not round the slopes, and to_empty must not lose them.
-            assert self.alibi_slopes is not None
-            self.alibi_slopes = alibi_slopes(self.num_heads, self.alibi_slopes.device)
-        return self
+    def _compute_slopes(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """(1, num_heads): the one row of their table."""
+        return slopes_of_heads(torch.arange(self.num_heads, device=rows.device), self.num_heads)[None].to(dtype)
+
+    def _slopes_on(self, device: torch.device) -> Tensor | None:
+        return self._slopes.rows(1, device, torch.float32)[0] if self.alibi else None
 
     # ---------------------------------------------------------------------------------------------- the steps
 
@@ -299,6 +356,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         packed, bias = self.in_proj_weight, self.in_proj_bias
         width = (packed.shape[0] - self.embed_dim) // 2 if packed is not None else self.k_proj_weight.shape[0]
         sizes = (self.embed_dim, width, width)
+        check_dtype("query", query, self.q_proj_weight if packed is None else packed)
         if packed is not None and query is key and key is value:
             return F.linear(query, packed, bias).split(sizes, dim=-1)
         biases = (None, None, None) if bias is None else bias.split(sizes)
@@ -309,6 +367,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         q = F.linear(query, weights[0], biases[0])
         if key is None or value is None:
             return q, None, None
+        check_dtype("key", key, weights[1])
+        check_dtype("value", value, weights[2])
         if packed is not None and key is value:
             both = F.linear(key, packed[self.embed_dim :], None if bias is None else bias[self.embed_dim :])
             return q, *both.split(width, dim=-1)
@@ -336,7 +396,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             "window": self.window,
             "mask": mask,
             "bias": bias,
-            "alibi_slopes": self.alibi_slopes,
+            "alibi_slopes": self._slopes_on(q.device),
             "softcap": self.softcap,
             "sinks": self.sinks,
             "scale": self.scale,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .attention import MultiheadAttention
 from .cache import KVCache
 from .checks import check_count, check_divides, check_probability
+from .recorded import is_scripting
 from .rotary import RotaryEmbedding
 
 POSITIONAL = ("learned", "sinusoidal", "rotary", "alibi")
@@ -59,29 +60,26 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        *,
         causal: bool,
         padding: Tensor | None = None,
         memory: Tensor | None = None,
         memory_padding: Tensor | None = None,
-        cache: LayerCache | None = None,
+        cache: Any = None,  # a LayerCache, which TorchScript does not know
     ) -> Tensor:
         """x (batch, seqlen, dim), padding (batch, seqlen) with True = padding; memory likewise."""
-        own = None if cache is None else cache.own
+        own, kept = None, None
+        if not is_scripting() and cache is not None:
+            own, kept = cache.own, cache.memory
+            if kept is not None and not kept.is_empty:
+                memory = None  # its keys and values have been projected once
         y = self.norm1(x)
         out, _ = self.attention(y, y, y, padding, need_weights=False, is_causal=causal, kv_cache=own)
         x = x + self.dropout(out)
         if self.cross_attention is not None and self.norm_memory is not None:
             y = self.norm_memory(x)
-            x = x + self._look_up(y, memory, memory_padding, None if cache is None else cache.memory)
+            out, _ = self.cross_attention(y, memory, memory, memory_padding, need_weights=False, kv_cache=kept)
+            x = x + self.dropout(out)
         return x + self.dropout(self.feed_forward(self.norm2(x)))
-
-    def _look_up(self, x: Tensor, memory: Tensor | None, padding: Tensor | None, kv_cache: KVCache | None) -> Tensor:
-        """Attention to the memory, whose keys and values are projected once if there is a cache."""
-        assert self.cross_attention is not None
-        source = memory if kv_cache is None or kv_cache.is_empty else None
-        out, _ = self.cross_attention(x, source, source, padding, need_weights=False, kv_cache=kv_cache)
-        return self.dropout(out)
 
     def new_cache(self, batch: int, capacity: int, page_size: int | None, memory_length: int | None) -> LayerCache:
         """Caches for `capacity` tokens, and for a memory of `memory_length`."""

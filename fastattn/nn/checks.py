@@ -40,6 +40,19 @@ def check_probability(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """Of the weights that multiply x, unless torch.autocast gives both the same."""
+    if x.dtype == weight.dtype:
+        return
+    device = x.device.type
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    if not casts or not x.is_floating_point() or torch.float64 in (x.dtype, weight.dtype):
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, but the weights have {weight.dtype}: they must be the same, or of floating "
+            "dtypes other than float64 under torch.autocast"
+        )
+
+
 def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
     """Integers of shape (batch, seqlen), each a row of the vocabulary.
 
@@ -58,14 +71,18 @@ def check_token_ids(name: str, ids: Any, vocab_size: int) -> None:
             raise ValueError(f"{name} must hold token ids from 0 to {vocab_size - 1}, got {wrong}")
 
 
-def real_tokens(name: str, mask: Any, shape: tuple[int, ...]) -> Tensor | None:
-    """An attention mask (True or 1 = real token) as bool, None as None."""
+def check_token_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
+    """An attention mask (True or 1 = real token) of that shape, or None."""
     if mask is None:
-        return None
+        return
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and mask.dtype not in _INTEGERS:
         raise TypeError(f"{name} must have dtype torch.bool or an integer one (1 = real token), got {mask.dtype}")
     if tuple(mask.shape) != shape:
         raise ValueError(f"{name} must have shape (batch, seqlen) = {shape}, got {tuple(mask.shape)}")
-    return mask.to(torch.bool)
+
+
+def as_bool(mask: Tensor | None) -> Tensor | None:
+    """The mask that `check_token_mask` checks, as bool; None as None."""
+    return None if mask is None else mask.to(torch.bool)

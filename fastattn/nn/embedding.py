@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .positional import LearnedPositionalEncoding, SinusoidalPositionalEncoding
+from .recorded import is_scripting
 
 
 class TokenEmbedding(nn.Module):
@@ -28,14 +29,15 @@ class TokenEmbedding(nn.Module):
         Positions count the real tokens of a row (bool (batch, seqlen), None = all), or begin at start
         (batch,).
         """
-        self.check_length(name, ids.shape[1])
+        if not is_scripting():
+            self.check_length(name, ids.shape[1])
         x = self.tokens(ids)
         if self.positions is not None:
-            positions = None
+            positions: Tensor | None = None
             if start is not None:
                 positions = start[:, None] + torch.arange(ids.shape[1], device=ids.device)
             elif real is not None:
-                positions = (real.cumsum(dim=1) - 1).clamp_min(0)
+                positions = (real.to(torch.int64).cumsum(dim=1) - 1).clamp_min(0)
             x = self.positions(x, positions)
         return self.dropout(x)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention_checks import Window
-from .blocks import Block, LayerCache, check_model_sizes, new_caches, position_options
-from .checks import check_token_ids, real_tokens
+from .blocks import Block, check_model_sizes, new_caches, position_options
+from .checks import as_bool, check_token_ids, check_token_mask
 from .embedding import TokenEmbedding
 from .generate import (
     Cached,
@@ -20,6 +20,7 @@ from .generate import (
     evaluating,
     gather_prompts,
 )
+from .recorded import fx_leaf, is_recorded, is_scripting
 from .sampling import Sampler
 
 
@@ -91,9 +92,14 @@ class TransformerLM(nn.Module):
 
         Raises TypeError or ValueError if an argument does not fit.
         """
-        check_token_ids("input_ids", input_ids, self.vocab_size)
-        real = real_tokens("attention_mask", attention_mask, tuple(input_ids.shape))
-        return self._run(input_ids, real, None)
+        if not is_scripting():
+            node = fx_leaf(self, input_ids, attention_mask)
+            if node is not None:
+                return node
+            if not is_recorded():
+                check_token_ids("input_ids", input_ids, self.vocab_size)
+                check_token_mask("attention_mask", attention_mask, tuple(input_ids.shape))
+        return self._run(input_ids, as_bool(attention_mask))
 
     @torch.no_grad()
     def generate(
@@ -127,8 +133,8 @@ class TransformerLM(nn.Module):
         check_generation(max_new_tokens, eos_token_id, self.vocab_size, use_cache, self.backend)
         check_token_ids("input_ids", input_ids, self.vocab_size)
         check_not_empty("input_ids", input_ids)
-        real = real_tokens("attention_mask", attention_mask, tuple(input_ids.shape))
-        ids, lengths = gather_prompts(input_ids, real)
+        check_token_mask("attention_mask", attention_mask, tuple(input_ids.shape))
+        ids, lengths = gather_prompts(input_ids, as_bool(attention_mask))
         total = ids.shape[1] + max(max_new_tokens - 1, 0)  # the last token is never an input
         self.embedding.check_length("input_ids with the new tokens", total)
         with evaluating(self):
@@ -138,9 +144,16 @@ class TransformerLM(nn.Module):
             new = continue_prompts(decoder, ids, lengths, max_new_tokens, sampler, eos_token_id, generator)
         return torch.cat((input_ids, new), dim=1)
 
-    def _run(self, ids: Tensor, real: Tensor | None, caches: Sequence[LayerCache] | None) -> Tensor:
-        x = self.embedding("input_ids", ids, real, None if caches is None else caches[0].own.lengths)
+    def _run(self, ids: Tensor, real: Tensor | None, caches: Any = None) -> Tensor:
+        """caches: a LayerCache for each block, or None."""
+        start: Tensor | None = None
+        if not is_scripting():
+            start = None if caches is None else caches[0].own.lengths
+        x = self.embedding("input_ids", ids, real, start)
         padding = None if real is None else ~real
         for i, block in enumerate(self.blocks):
-            x = block(x, causal=True, padding=padding, cache=None if caches is None else caches[i])
+            if is_scripting():
+                x = block(x, True, padding)
+            else:
+                x = block(x, True, padding, cache=None if caches is None else caches[i])
         return self.head(self.norm(x))

@@ -60,18 +60,32 @@ def spell_out_positions(options: dict[str, Any], seqlen_q: int, seqlen_k: int, d
     if options["causal"]:
         right = 0
     slopes, mask, bias = options["alibi_slopes"], options["mask"], options["bias"]
+    mask, bias = positions_as_masks(mask, bias, seqlen_q, seqlen_k, left, right, slopes, device)
+    return {**options, "causal": False, "window": None, "alibi_slopes": None, "mask": mask, "bias": bias}
+
+
+def positions_as_masks(
+    mask: Tensor | None,
+    bias: Tensor | None,
+    seqlen_q: int,
+    seqlen_k: int,
+    left: int | None,
+    right: int | None,
+    slopes: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(mask, bias) with a window (left, right) and ALiBi's slopes (heads,) in them."""
     distance = torch.arange(seqlen_q, device=device)[:, None] - torch.arange(seqlen_k, device=device)
-    if left is not None or right is not None:
-        visible = torch.ones_like(distance, dtype=torch.bool)
-        if left is not None:
-            visible &= distance <= left
-        if right is not None:
-            visible &= distance >= -right
+    if left is not None:
+        visible = distance <= left
+        mask = visible if mask is None else mask & visible
+    if right is not None:
+        visible = distance >= -right
         mask = visible if mask is None else mask & visible
     if slopes is not None:
         penalty = -slopes[:, None, None] * distance.abs()
         bias = penalty if bias is None else bias + penalty
-    return {**options, "causal": False, "window": None, "alibi_slopes": None, "mask": mask, "bias": bias}
+    return mask, bias
 
 
 def reveal_more_keys(options: dict[str, Any], keys: int) -> dict[str, Any]:

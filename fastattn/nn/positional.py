@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_count, check_number
+from .recorded import fx_leaf, is_recorded, is_scripting
 from .table import Table, angles
 
 
@@ -45,15 +46,22 @@ class LearnedPositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """x plus its positions' vectors; see the class."""
+        if not is_scripting():
+            node = fx_leaf(self, x, positions)
+            if node is not None:
+                return node
+            if not is_recorded():
+                self._check(x, positions)
+        if positions is None:
+            return x + self.weight[: x.shape[1]].to(x.dtype)
+        return x + nn.functional.embedding(positions, self.weight).to(x.dtype)
+
+    def _check(self, x: Tensor, positions: Tensor | None) -> None:
         _check_embeddings(x, self.dim, positions)
         if positions is None:
             if x.shape[1] > self.max_length:
                 raise ValueError(f"x must have at most max_length = {self.max_length} positions, got {x.shape[1]}")
-            return x + self.weight[: x.shape[1]].to(x.dtype)
-        self._check_range(positions)
-        return x + nn.functional.embedding(positions, self.weight).to(x.dtype)
-
-    def _check_range(self, positions: Tensor) -> None:
+            return
         if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
             return
         low, high = (int(p) for p in torch.aminmax(positions))
@@ -89,9 +97,16 @@ class SinusoidalPositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """x plus its positions' encodings; see the class."""
-        _check_embeddings(x, self.dim, positions)
+        if not is_scripting():
+            node = fx_leaf(self, x, positions)
+            if node is not None:
+                return node
+            if not is_recorded():
+                _check_embeddings(x, self.dim, positions)
+                if positions is None:
+                    return x + self._table.rows(x.shape[1], x.device, x.dtype)
         if positions is None:
-            return x + self._table.rows(x.shape[1], x.device, x.dtype)
+            positions = torch.arange(x.shape[1], device=x.device)
         return x + self._encode(positions, x.dtype)
 
     def _encode(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,10 +126,17 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     Raises TypeError or ValueError unless num_heads is a positive integer.
     """
     check_count("num_heads", num_heads)
-    power = 1 << (num_heads.bit_length() - 1)
-    slopes = [2.0 ** (-8.0 * i / power) for i in range(1, power + 1)]
-    slopes += [2.0 ** (-4.0 * i / power) for i in range(1, 2 * power + 1, 2)][: num_heads - power]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
+    return slopes_of_heads(torch.arange(num_heads, device=device), num_heads)
+
+
+def slopes_of_heads(heads: Tensor, num_heads: int) -> Tensor:
+    """`alibi_slopes` of the heads with these numbers, int64, on their device; operations that TorchScript compiles."""
+    power = 1
+    while 2 * power <= num_heads:
+        power *= 2
+    x = heads.to(torch.float32 if heads.device.type == "mps" else torch.float64)
+    exponents = torch.where(x < power, (x + 1) * (-8.0 / power), (2 * (x - power) + 1) * (-4.0 / power))
+    return torch.exp2(exponents).to(torch.float32)
 
 
 def _check_embeddings(x: Tensor, dim: int, positions: Tensor | None) -> None:

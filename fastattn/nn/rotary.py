@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import Rotary, apply_rotary
+from ..rotary import rotate_pairs
 from .checks import check_count, check_number
+from .recorded import fx_leaf, is_recorded, is_scripting
 from .table import Table, angles
 
 
@@ -65,6 +67,21 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rotated x; see the class."""
+        if not is_scripting():
+            node = fx_leaf(self, x, positions)
+            if node is not None:
+                return node
+            if not is_recorded():
+                return self._forward(x, positions)
+        if positions is None:
+            positions = torch.arange(x.shape[2], device=x.device)
+        turns = angles(positions, self.rotary_dim, self.base).unsqueeze(-3)
+        if turns.dim() == 3:
+            turns = turns.unsqueeze(0)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return rotate_pairs(x, turns.cos().to(dtype), turns.sin().to(dtype), self.interleaved)
+
+    def _forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (batch, heads, seqlen, {self.dim}), got {tuple(x.shape)}")
         dtype = table_dtype(x.dtype)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .recorded import is_tracing
+
 Compute = Callable[[Tensor, torch.dtype], Tensor]
 
 
@@ -26,12 +28,12 @@ class Table:
 
     def rows(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The first `length` rows: (..., length, width)."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_tracing():
             return self._compute(torch.arange(length, device=device), dtype)
         rows = self._rows.get((device, dtype))
         if rows is None or rows.shape[-2] < length:
             rows = self._grow(length if rows is None else max(length, 2 * rows.shape[-2]), device, dtype)
-        return rows[..., :length, :]
+        return rows if rows.shape[-2] == length else rows[..., :length, :]
 
     def _grow(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         # A tensor that is born in inference mode could never be part of training again.

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .attention_checks import Window
 from .blocks import Block, LayerCache, check_model_sizes, new_caches, position_options
-from .checks import check_count, check_token_ids, real_tokens
+from .checks import as_bool, check_count, check_dtype, check_token_ids, check_token_mask
 from .embedding import TokenEmbedding
 from .generate import Cached, Recomputed, check_generation, check_not_empty, continue_prompts, evaluating
+from .recorded import fx_leaf, is_recorded, is_scripting
 from .sampling import Sampler
 
 
@@ -111,6 +112,12 @@ class Transformer(nn.Module):
         Padding, on either side, does not influence real tokens; its own logits mean nothing.
         Raises TypeError or ValueError if an argument does not fit.
         """
+        if not is_scripting():
+            node = fx_leaf(
+                *(self, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, memory, memory_mask)
+            )
+            if node is not None:
+                return node
         if decoder_input_ids is None:
             if input_ids is None:
                 raise ValueError("decoder_input_ids must be given when input_ids is None")
@@ -118,12 +125,9 @@ class Transformer(nn.Module):
             if decoder_attention_mask is None:
                 decoder_attention_mask = attention_mask
         encoded, encoded_real = self.encode(input_ids, attention_mask, memory, memory_mask)
-        check_token_ids("decoder_input_ids", decoder_input_ids, self.vocab_size)
-        shape = tuple(decoder_input_ids.shape)
-        if shape[0] != encoded.shape[0]:
-            raise ValueError(f"decoder_input_ids must have batch {encoded.shape[0]}, got shape {shape}")
-        real = real_tokens("decoder_attention_mask", decoder_attention_mask, shape)
-        return self._decode(decoder_input_ids, real, encoded, encoded_real, None)
+        if not is_scripting():
+            self._check_decoder_inputs(decoder_input_ids, decoder_attention_mask, encoded)
+        return self._decode(decoder_input_ids, as_bool(decoder_attention_mask), encoded, encoded_real)
 
     def encode(
         self,
@@ -141,23 +145,27 @@ class Transformer(nn.Module):
                 raise ValueError("memory_mask needs memory, got a mask without it")
             if input_ids is None:
                 raise ValueError("input_ids must be given when memory is None")
-            check_token_ids("input_ids", input_ids, self.vocab_size)
-            real = real_tokens("attention_mask", attention_mask, tuple(input_ids.shape))
+            if not is_scripting():
+                self._check_tokens("input_ids", input_ids, "attention_mask", attention_mask)
+            real = as_bool(attention_mask)
             return self._encode(input_ids, real), real
-        self._check_memory(memory)
-        real = real_tokens("memory_mask", memory_mask, tuple(memory.shape[:2]))
-        return memory if self.memory_projection is None else self.memory_projection(memory), real
+        if not is_scripting():
+            self._check_memory(memory, memory_mask)
+        if self.memory_projection is not None:
+            memory = self.memory_projection(memory)
+        return memory, as_bool(memory_mask)
 
     def shift_right(self, target_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Decoder inputs that predict target_ids (batch, seqlen): each one's predecessor, first the start.
 
         attention_mask (batch, seqlen), 1 = real target: the start goes in front of the first real one.
         """
-        check_token_ids("target_ids", target_ids, self.vocab_size)
-        real = real_tokens("attention_mask", attention_mask, tuple(target_ids.shape))
+        if not is_scripting():
+            self._check_tokens("target_ids", target_ids, "attention_mask", attention_mask)
+        real = as_bool(attention_mask)
         if real is not None:
             target_ids = target_ids.masked_fill(~real, self.start_token_id)
-        return nn.functional.pad(target_ids, (1, 0), value=self.start_token_id)[:, :-1]
+        return nn.functional.pad(target_ids, (1, 0), value=float(self.start_token_id))[:, :-1]
 
     @torch.no_grad()
     def generate(
@@ -214,29 +222,47 @@ class Transformer(nn.Module):
         real: Tensor | None,
         encoded: Tensor,
         encoded_real: Tensor | None,
-        caches: Sequence[LayerCache] | None,
+        caches: Any = None,
     ) -> Tensor:
-        x = self.embedding("decoder_input_ids", ids, real, None if caches is None else caches[0].own.lengths)
+        """caches: a LayerCache for each block, or None."""
+        start: Tensor | None = None
+        if not is_scripting():
+            start = None if caches is None else caches[0].own.lengths
+        x = self.embedding("decoder_input_ids", ids, real, start)
         padding = None if real is None else ~real
         memory_padding = None if encoded_real is None else ~encoded_real
         for i, block in enumerate(self.decoder):
-            x = block(
-                x,
-                causal=True,
-                padding=padding,
-                memory=encoded,
-                memory_padding=memory_padding,
-                cache=None if caches is None else caches[i],
-            )
+            if is_scripting():
+                x = block(x, True, padding, encoded, memory_padding)
+            else:
+                cache = None if caches is None else caches[i]
+                x = block(x, True, padding, encoded, memory_padding, cache)
         return self.head(self.decoder_norm(x))
 
-    def _check_memory(self, memory: Any) -> None:
+    def _check_tokens(self, name: str, ids: Tensor, mask_name: str, mask: Tensor | None) -> None:
+        if not is_recorded():
+            check_token_ids(name, ids, self.vocab_size)
+            check_token_mask(mask_name, mask, tuple(ids.shape))
+
+    def _check_decoder_inputs(self, ids: Tensor, mask: Tensor | None, encoded: Tensor) -> None:
+        if is_recorded():
+            return
+        check_token_ids("decoder_input_ids", ids, self.vocab_size)
+        if ids.shape[0] != encoded.shape[0]:
+            raise ValueError(f"decoder_input_ids must have batch {encoded.shape[0]}, got shape {tuple(ids.shape)}")
+        check_token_mask("decoder_attention_mask", mask, tuple(ids.shape))
+
+    def _check_memory(self, memory: Any, mask: Tensor | None) -> None:
+        if is_recorded():
+            return
         if not isinstance(memory, Tensor):
             raise TypeError(f"memory must be a torch.Tensor, got {type(memory).__name__}")
         if not memory.is_floating_point():
             raise TypeError(f"memory must have a floating point dtype, got {memory.dtype}")
+        check_dtype("memory", memory, self.head.weight)
         if memory.ndim != 3 or memory.shape[-1] != self.memory_dim:
             raise ValueError(
                 f"memory must have shape (batch, memory_seqlen, memory_dim = {self.memory_dim}), "
                 f"got {tuple(memory.shape)}"
             )
+        check_token_mask("memory_mask", mask, tuple(memory.shape[:2]))

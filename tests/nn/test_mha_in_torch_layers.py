@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastattn.nn import MultiheadAttention, replace_attention
+from fastattn.nn import MultiheadAttention, RotaryEmbedding, replace_attention
 
 E, H = 16, 4
 
@@ -90,6 +91,57 @@ def test_nested_padding_stays_zero_as_in_torch(calls: list[Any]) -> None:
     assert len(calls) == 4  # per layer once with the nested, once with the padded tensor
 
 
+FEATURES: dict[str, dict[str, Any]] = {
+    "window": {"window": (1, 0)},
+    "softcap": {"softcap": 0.5},
+    "alibi": {"alibi": True},
+    "rotary": {"rotary": RotaryEmbedding(E // H)},
+    "sinks": {"sinks": True},
+    "qk_norm": {"qk_norm": True},
+    "scale": {"scale": 3.0},
+    "num_kv_heads": {"num_kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("given", ["dense", "padded", "nested", "inference_mode", "compiled"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_evaluation_computes_with_the_features(feature: str, given: str, calls: list[Any]) -> None:
+    """torch's fused kernel has none of them; the flag that it goes by is true to its name all the same."""
+    torch.manual_seed(0)
+    attention = MultiheadAttention(E, H, batch_first=True, **FEATURES[feature])
+    layer = nn.TransformerEncoderLayer(E, H, 32, dropout=0.0, batch_first=True)
+    layer.self_attn = attention
+    x = torch.randn(3, 6, E)
+    real = ~padding_mask() if given == "padded" else torch.ones(3, 6, dtype=torch.bool)
+    padding = None if given != "padded" else padding_mask()
+    y = layer.norm1(x + attention(x, x, x, padding, need_weights=False)[0])
+    expected = layer.norm2(y + layer.linear2(layer.linear1(y).relu()))
+    layer.eval()
+    calls.clear()
+    source = torch.nested.as_nested_tensor(list(x)) if given == "nested" else x
+    run = torch.compile(layer, backend="eager") if given == "compiled" else layer
+    with torch.inference_mode() if given == "inference_mode" else torch.no_grad():
+        found = run(source, src_key_padding_mask=padding)
+    found = torch.stack(found.unbind()) if given == "nested" else found
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
+    if given != "compiled":
+        assert calls
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_exported_layer_calls_our_operator(replaced: bool) -> None:
+    layer = nn.TransformerEncoderLayer(E, H, 32, batch_first=True).eval()
+    if replaced:
+        replace_attention(layer)
+    else:
+        layer.self_attn = MultiheadAttention(E, H, batch_first=True).eval()
+    with torch.no_grad():
+        program = torch.export.export(layer, (torch.randn(3, 6, E),))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert any("fastattn" in target for target in targets)
+    assert not any("_transformer_encoder_layer_fwd" in target for target in targets)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_extras_are_not_lost_in_evaluation(padded: bool, calls: list[Any]) -> None:
     model = replace_attention(make_encoder(), window=(1, 1), alibi=True)
@@ -112,14 +164,16 @@ def test_layer_built_around_our_module(padded: bool, calls: list[Any]) -> None:
     theirs = make_encoder()
     layer = nn.TransformerEncoderLayer(E, H, 32, dropout=0.0, batch_first=True)
     layer.self_attn = MultiheadAttention(E, H, batch_first=True)
-    ours = nn.TransformerEncoder(layer, 2).eval()
-    assert not ours.use_nested_tensor
-    ours.load_state_dict(theirs.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = nn.TransformerEncoder(layer, 2).eval()
+    assert ours.use_nested_tensor
+    ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(3, 6, E)
     call = {"src_key_padding_mask": padding_mask()} if padded else {}
     with torch.no_grad():
         expected, found = theirs(x, **call), ours(x, **call)
-    assert len(calls) == 2
+    assert len(calls) == (4 if padded else 2)  # a nested tensor takes a second call, with the padded one
     real = ~padding_mask() if padded else torch.ones(3, 6, dtype=torch.bool)
     torch.testing.assert_close(found[real], expected[real], rtol=1e-5, atol=1e-5)
 

@@ -383,8 +383,49 @@ CASES: list[tuple[Any, type[Exception], str]] = [
 ]
 
 
+SAME = r"but the weights have torch\.{}: they must be the same"
+CASES += [
+    (
+        lambda: attend(query=torch.randn(5, 3, 8, dtype=torch.float64)),
+        TypeError,
+        r"query has dtype torch\.float64, " + SAME.format("float32"),
+    ),
+    (
+        lambda: attend(mha().bfloat16(), query=torch.randn(5, 3, 8)),
+        TypeError,
+        r"query has dtype torch\.float32, " + SAME.format("bfloat16"),
+    ),
+    (
+        lambda: attend(mha(kdim=8, vdim=8, bias=False), key=torch.ones(5, 3, 8, dtype=torch.int64)),
+        TypeError,
+        r"key has dtype torch\.int64, " + SAME.format("float32"),
+    ),
+    (
+        lambda: attend(mha(8, 2, vdim=4), value=torch.ones(5, 3, 4).half()),
+        TypeError,
+        r"value has dtype torch\.float16, " + SAME.format("float32"),
+    ),
+    (
+        lambda: transformer(memory_dim=5)(ids(1, 2), memory=torch.randn(1, 2, 5).double()),
+        TypeError,
+        r"memory has dtype torch\.float64, " + SAME.format("float32"),
+    ),
+]
+
+
 @pytest.mark.parametrize(("call", "error", "message"), CASES, ids=[message for _, _, message in CASES])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_refused(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_autocast_casts_all_but_float64() -> None:
+    half, double = torch.randn(5, 3, 8).half(), torch.randn(5, 3, 8).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(query=half, key=half, value=half)[0].dtype == torch.bfloat16
+        assert attend(query=half)[0].dtype == torch.bfloat16
+        with pytest.raises(
+            TypeError, match=r"query has dtype torch\.float64, .* other than float64 under torch.autocast"
+        ):
+            attend(query=double)
