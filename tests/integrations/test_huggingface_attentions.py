@@ -18,7 +18,14 @@ huggingface.register()
 
 FIELDS = ("attentions", "decoder_attentions", "encoder_attentions", "cross_attentions")
 # GPT-2 and BERT of transformers 4 do not pass it on, or know their own implementations only.
-NAMES = ["Llama", "Mistral", "Gemma 2", "gpt-oss", "BART", *(["GPT-2", "BERT", "T5", "ViT"] if VERSION >= (5, 0) else [])]
+NAMES = [
+    "Llama",
+    "Mistral",
+    "Gemma 2",
+    "gpt-oss",
+    "BART",
+    *(["GPT-2", "BERT", "T5", "ViT"] if VERSION >= (5, 0) else []),
+]
 
 
 def attentions(name: str, implementation: str, side: str, **changes: Any) -> dict[str, tuple[Tensor, ...]]:

@@ -178,7 +178,9 @@ def _check_same(model: Any, inputs: dict[str, Any]) -> None:
         torch.manual_seed(0)
         output: Tensor = each(**inputs)[0]
         output.square().sum().backward()
-        results.append({"logits": output.detach()} | {n: x.grad for n, x in each.named_parameters() if x.grad is not None})
+        results.append(
+            {"logits": output.detach()} | {n: x.grad for n, x in each.named_parameters() if x.grad is not None}
+        )
     assert zoo.difference(results[1], results[0])[0] < zoo.TOLERANCE
 
 

@@ -351,7 +351,9 @@ OTHER_MEANINGS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("operation", OTHER_MEANINGS)
 def test_operations_with_another_meaning_are_refused(mask: PlannedMask, operation: str) -> None:
     """What is not on the list of those that keep it; True would mean the opposite of what it does for sdpa."""
-    with pytest.raises(ValueError, match=f'This model applies {operation} to the attention mask of attn_implementation='):
+    with pytest.raises(
+        ValueError, match=f"This model applies {operation} to the attention mask of attn_implementation="
+    ):
         OTHER_MEANINGS[operation](mask)
 
 
