@@ -98,7 +98,7 @@ def attention_forward(
     writes for "hidden", means hidden, as -inf does: rows that see nothing give 0.
 
     Returns out, (batch, seqlen_q, heads_q, head_dim_v), and None; or, where output_attentions asks for them, the
-    probabilities after dropout, (batch, heads_q, seqlen_q, seqlen_k), from `fastattn.reference`, in memory of that size.
+    probabilities after dropout, (batch, heads_q, seqlen_q, seqlen_k), by `fastattn.reference`, in memory of that size.
     Raises ValueError if the call leaves open what is to be seen; TypeError for an argument that is not known.
     """
     _check_others(module, others, attention_mask)
@@ -151,6 +151,7 @@ def attention_forward(
     out, lse = attention(query, key, value, return_lse=True, **options)
     weights = reference.attention_weights(query, key, **options) if weighted else None
     if each_query:
+        assert sinks is not None
         # What a sink takes from a row: exp(lse) / (exp(lse) + exp(sink)) is left.
         left = torch.sigmoid(lse - sinks.to(lse.dtype).squeeze(-1))[..., None]
         out = (out * left).to(out.dtype)

@@ -45,15 +45,13 @@ def guard() -> None:
     def set_attn_implementation(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         if _is_named(attn_implementation):
             check_config(self.config, attn_implementation)
-            if not any(_looks_up(sys.modules.get(type(part).__module__)) for part in self.modules()):
+            if not any(_calls(type(part)) for part in self.modules()):
                 raise ValueError(_NO_ATTENTION.format(type(self).__name__))
         switch(self, attn_implementation, *args, **kwargs)
 
     def tell(self: Any, value: Any) -> None:
-        if _checked.get() or not _is_named(value):
-            told.fset(self, value)
-            return
-        check_config(self, value)
+        if not _checked.get() and _is_named(value):
+            check_config(self, value)
         token = _checked.set(True)
         try:
             told.fset(self, value)
@@ -72,7 +70,7 @@ def check_config(config: Any, value: Any = NAME) -> None:
     """
     named = _named_configs(config, value)
     WITHOUT_SDPA.update(type(part) for part in named if not _supports_sdpa(type(part)))
-    if not any(_may_call(_modeling(type(part))) for part in named):
+    if not any(_may_call(type(part)) for part in named):
         attends = any("Attention" in x.__name__ for x in _own_classes(_modeling(type(config))))
         text = _ATTENDS_ITSELF if attends else _NO_ATTENTION
         raise ValueError(text.format(f"The model of {type(config).__name__}"))
@@ -99,12 +97,13 @@ def _named_configs(config: Any, value: Any) -> list[Any]:
     return found
 
 
-@functools.cache
-def _modeling(config: type) -> ModuleType | None:
+def _modeling(config: Any) -> ModuleType | None:
     """The Python module of the models of a config class; None where it has another name or cannot be imported."""
-    name = config.__module__.replace(".configuration_", ".modeling_")
-    if name == config.__module__ and name.startswith("transformers."):
-        return None
+    return _imported(config.__module__.replace(".configuration_", ".modeling_"))
+
+
+@functools.cache
+def _imported(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -113,7 +112,8 @@ def _modeling(config: type) -> ModuleType | None:
 
 def _own_classes(module: ModuleType | None) -> list[type]:
     """The classes of torch modules that a Python module defines."""
-    return [x for x in _classes(module) if issubclass(x, torch.nn.Module) and x.__module__ == module.__name__]
+    name = getattr(module, "__name__", None)
+    return [x for x in _classes(module) if issubclass(x, torch.nn.Module) and x.__module__ == name]
 
 
 def _classes(module: ModuleType | None) -> list[type]:
@@ -121,16 +121,26 @@ def _classes(module: ModuleType | None) -> list[type]:
 
 
 def _looks_up(module: ModuleType | None) -> bool:
-    """Whether a Python module looks up attention implementations by name, and does not miss ours in a table of its own."""
+    """Whether a Python module looks up attention implementations, and does not miss ours in a table of its own."""
     if not hasattr(module, TABLE):
         return False
     return all(NAME in x for name, x in vars(module).items() if name.endswith("_ATTENTION_CLASSES"))
 
 
-def _may_call(module: ModuleType | None) -> bool:
-    """Whether models of a Python module may call attention implementations: themselves, or by parts from elsewhere."""
+def _calls(layer: type) -> bool:
+    """Whether a class is from a Python module that looks up implementations, or inherits from one that is."""
+    modules = {base.__module__ for base in layer.__mro__} - {transformers.PreTrainedModel.__module__}  # has the table
+    return any(_looks_up(sys.modules.get(name)) for name in modules)
+
+
+def _may_call(config: Any) -> bool:
+    """Whether models of a config class may call attention implementations: themselves, or by parts from elsewhere."""
+    module = _modeling(config)
     if module is None or _looks_up(module):
         return True
+    attention = [x for x in _own_classes(module) if "Attention" in x.__name__]
+    if attention and not config.sub_configs:
+        return any(map(_calls, attention))
     part = re.compile(r"^Auto|Model$|Attention|(En|De)coderLayer")
     return any(
         part.search(x.__name__) and ".models." in x.__module__ and ".modeling_" in x.__module__

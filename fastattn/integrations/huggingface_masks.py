@@ -69,7 +69,9 @@ class PlannedMask(torch.Tensor):
     @staticmethod
     def __new__(cls, content: _Content, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> PlannedMask:
         """A tensor of this shape; `content` is shared with those detached from it."""
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        added = content.added  # torch asks for strides before it decides between a view and a copy
+        strides = None if added is None else added.stride()
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
         self._content = content
         return self
 
@@ -87,11 +89,11 @@ class PlannedMask(torch.Tensor):
         content = self._content
         if content.added is None and content.seen is not None:
             zero = torch.zeros((), dtype=self.dtype, device=self.device)
-            content.added = torch.where(content.seen(), zero, torch.finfo(self.dtype).min)
+            content.added = torch.where(content.seen(), zero, torch.finfo(self.dtype).min).contiguous()
         assert content.added is not None
         return content.added
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PlannedMask(shape={tuple(self.shape)}, dtype={self.dtype}, plan={self.plan})"
 
     def __deepcopy__(self, memo: Any) -> Tensor:

@@ -364,7 +364,7 @@ def test_booleans_are_no_masks_of_this_kind(mask: PlannedMask) -> None:
     with pytest.raises((RuntimeError, ValueError)):
         torch.where(mask, 0.0, -1.0)
     with pytest.raises((RuntimeError, TypeError, ValueError)):
-        ~mask
+        mask.bitwise_not()
 
 
 def test_copies_of_a_planned_mask(mask: PlannedMask) -> None:

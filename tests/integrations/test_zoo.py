@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 import transformers
 
 from fastattn.integrations import huggingface

@@ -260,7 +260,7 @@ def run(model: Any, side: str) -> dict[str, Tensor]:
 
 
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest, over the largest number of its tensor, and in which; gradients that are 0 but for noise count less."""
+    """The largest, over the largest number of its tensor, and in which; gradients that are only noise count less."""
     gradients = [float(x.abs().max()) for name, x in expected.items() if name != "logits" and x.numel()]
     floor = 0.01 * max(gradients, default=0.0)
     worst = (0.0, "")
@@ -375,6 +375,7 @@ def in_process(kind: str, name: str) -> Outcome:
     here, there = context.Pipe(duplex=False)
 
     def work() -> None:
+        torch.set_num_threads(1)  # those of the parent are not here
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         there.send(compare(kind, name))
 
@@ -396,7 +397,7 @@ def table(outcomes: list[Outcome]) -> str:
     for each in sorted(outcomes, key=lambda x: (OUTCOMES.index(x.outcome), x.why, x.name)):
         rows.setdefault((each.outcome, each.why), []).append(each.name)
     lines = [
-        f"Transformers {transformers.__version__}, {len(outcomes)} classes; `python -m tests.integrations.zoo` makes this table.",
+        f"Transformers {transformers.__version__}, {len(outcomes)} classes, by `python -m tests.integrations.zoo`.",
         "",
         "| outcome | sentence or reason | classes |",
         "|---|---|---|",
