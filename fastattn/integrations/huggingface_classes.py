@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import re
 import sys
+from collections.abc import Hashable
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -28,7 +28,7 @@ _NO_ATTENTION = (
     '{} has no layer that calls the attention implementation: attn_implementation="fastattn" would change nothing; '
     "leave it out"
 )
-WITHOUT_SDPA: set[type] = set()
+WITHOUT_SDPA: set[Hashable] = set()
 """Config classes with models that do not take the masks of sdpa, as far as configs of them were checked."""
 _checked: ContextVar[bool] = ContextVar("fastattn_checked", default=False)
 """Whether the library hands a name down to the parts of a config that was checked as a whole."""
@@ -68,17 +68,19 @@ def check_config(config: Any, value: Any = NAME) -> None:
 
     A model of several parts, of which one calls attention implementations, is accepted: the others stay as they are.
     """
-    named = _named_configs(config, value)
-    WITHOUT_SDPA.update(type(part) for part in named if not _supports_sdpa(type(part)))
-    if not any(_may_call(type(part)) for part in named):
+    named: list[Any] = [type(part) for part in _named_configs(config, value)]
+    WITHOUT_SDPA.update(part for part in named if not _supports_sdpa(part))
+    known = [part for part in named if _modeling(part) is not None]  # others may be mere groups of options
+    if known and not any(map(_may_call, known)):
         attends = any("Attention" in x.__name__ for x in _own_classes(_modeling(type(config))))
         text = _ATTENDS_ITSELF if attends else _NO_ATTENTION
         raise ValueError(text.format(f"The model of {type(config).__name__}"))
 
 
-def _supports_sdpa(config: type) -> bool:
+@functools.cache
+def _supports_sdpa(config: Hashable) -> bool:
     """Whether every model of this config class takes the masks of sdpa, booleans."""
-    models = [x for x in _own_classes(_modeling(config)) if getattr(x, "config_class", None) is config]
+    models = [x for x in _classes(_modeling(config)) if getattr(x, "config_class", None) is config]
     return all(getattr(model, "_supports_sdpa", True) for model in models)
 
 
@@ -98,8 +100,9 @@ def _named_configs(config: Any, value: Any) -> list[Any]:
 
 
 def _modeling(config: Any) -> ModuleType | None:
-    """The Python module of the models of a config class; None where it has another name or cannot be imported."""
-    return _imported(config.__module__.replace(".configuration_", ".modeling_"))
+    """The Python module with the models of a config class; None where none with their usual name is found."""
+    module = _imported(config.__module__.replace(".configuration_", ".modeling_"))
+    return module if any(getattr(x, "config_class", None) is config for x in _classes(module)) else None
 
 
 @functools.cache
@@ -133,17 +136,13 @@ def _calls(layer: type) -> bool:
     return any(_looks_up(sys.modules.get(name)) for name in modules)
 
 
-def _may_call(config: Any) -> bool:
+@functools.cache
+def _may_call(config: Hashable) -> bool:
     """Whether models of a config class may call attention implementations: themselves, or by parts from elsewhere."""
     module = _modeling(config)
-    if module is None or _looks_up(module):
+    if _looks_up(module):
         return True
     attention = [x for x in _own_classes(module) if "Attention" in x.__name__]
-    if attention and not config.sub_configs:
+    if attention and not config.sub_configs:  # type: ignore[attr-defined]
         return any(map(_calls, attention))
-    part = re.compile(r"^Auto|Model$|Attention|(En|De)coderLayer")
-    return any(
-        part.search(x.__name__) and ".models." in x.__module__ and ".modeling_" in x.__module__
-        for x in _classes(module)
-        if x.__module__ != module.__name__
-    )
+    return any(x.__name__.startswith("Auto") or _calls(x) for x in _classes(module) if ".models." in x.__module__)

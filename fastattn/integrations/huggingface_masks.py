@@ -123,6 +123,8 @@ class PlannedMask(torch.Tensor):
             if content.seen is not None:
                 return masks[0]._like(_Content(content.plan, content.seen), dtype)
         written = args[0] if func._schema.is_mutable else None
+        if written is not None and not written.is_floating_point():
+            raise ValueError(_NOT_KNOWN.format(f"{func.overloadpacket.__name__} to {written.dtype}"))
         if func.is_view or isinstance(written, PlannedMask):  # a view can be written through
             content = (masks[0] if written is None else written)._content
             masks[0].added()

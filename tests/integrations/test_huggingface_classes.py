@@ -61,7 +61,27 @@ def test_a_config_before_its_models_are_imported(monkeypatch: pytest.MonkeyPatch
         told._attn_implementation = "fastattn"
 
 
-def test_a_module_of_the_user_that_attends_itself() -> None:
+class OwnConfig(transformers.LlamaConfig):
+    """Of a model in another file, with no name to find it by."""
+
+
+class Subclass(transformers.LlamaForCausalLM):
+    """A model of the user by inheritance."""
+
+    config_class = transformers.LlamaConfig
+
+
+def test_classes_of_the_user_that_call_it() -> None:
+    own = OwnConfig(**zoo.shrunk(transformers.LlamaConfig).to_dict())
+    own._attn_implementation = "fastattn"
+    assert own._attn_implementation == "fastattn"
+    model = Subclass._from_config(config("LlamaForCausalLM"), attn_implementation="fastattn")
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation("fastattn")
+    assert model.config._attn_implementation == "fastattn"
+
+
+def test_a_model_of_the_user_with_nothing_that_calls_it() -> None:
     """A model class that is not of the library, with nothing from elsewhere that could call the table."""
 
     class MyModel(transformers.PreTrainedModel):

@@ -345,6 +345,7 @@ OTHER_MEANINGS: dict[str, Callable[[Tensor], Any]] = {
     '"rsub"': lambda x: 1.0 - x,
     '"exp"': lambda x: x.exp(),
     '"tril"': lambda x: x.tril(),
+    '"copy_ to torch.bool"': lambda x: torch.ones(3, 1, 6, 6, dtype=torch.bool).copy_(x),
 }
 
 
