@@ -207,6 +207,20 @@ def _check_same(model: Any, inputs: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------- masks that are spelled out
 
 
+@pytest.mark.skipif(VERSION < (5, 20), reason="classes of later versions")
+@pytest.mark.parametrize("name", ["DeepseekV4ForCausalLM", "BigBirdPegasusForCausalLM"])
+def test_compiled_models_that_compute_with_their_masks(name: str) -> None:
+    """Compiled code gets plain tensors, of the meaning that the model expects."""
+    model = zoo.randomised(zoo.build(name, zoo.configuration("causal", name), "eager"))
+    inputs, real = zoo.inputs(model, "right")
+    with torch.no_grad():
+        expected = model(**inputs).logits[real]
+        model.set_attn_implementation("fastattn")
+        found = torch.compile(model, backend="eager")(**inputs).logits[real]
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 describes masks in another way")
 @pytest.mark.parametrize("name", ["DeepseekV4ForCausalLM", "LlamaForCausalLM"])
 def test_masks_for_compiled_steps_have_the_dtype_that_the_model_knows(name: str) -> None:
