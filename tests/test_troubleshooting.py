@@ -187,7 +187,8 @@ def test_what_compilers_and_forward_mode_get() -> None:
 def test_transformers() -> None:
     program = """
 import torch
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaModel
+from transformers import __version__, masking_utils
 from fastattn.integrations import huggingface
 
 def attempt(function):
@@ -202,8 +203,11 @@ attempt(lambda: LlamaForCausalLM._from_config(llama, attn_implementation="fastat
 huggingface.register()
 model = LlamaForCausalLM._from_config(llama, attn_implementation="fastattn")
 tokens = torch.ones(1, 4, dtype=torch.int64)
-attempt(lambda: model(tokens, output_attentions=True))
-attempt(lambda: BloomForCausalLM._from_config(BloomConfig(**sizes), attn_implementation="fastattn")(tokens))
+attempt(lambda: BloomForCausalLM._from_config(BloomConfig(**sizes), attn_implementation="fastattn"))
+attempt(lambda: MambaModel._from_config(MambaConfig(), attn_implementation="fastattn"))
+queries = {"cache_position": torch.arange(4)} if __version__.startswith("4") else {"q_length": 4}
+mask = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["fastattn"](batch_size=1, kv_length=4, **queries)
+attempt(lambda: mask.logical_not())
 attempt(lambda: model(tokens, attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.int64)))
 model(tokens, attention_mask=torch.ones(1, 4, dtype=torch.int64))
 """
@@ -212,7 +216,7 @@ model(tokens, attention_mask=torch.ones(1, 4, dtype=torch.int64))
     table = PAGE.split("| message begins with |")[1].split("\n\n")[0]
     beginnings = re.findall(r"^\| (`+)(.*?)\1 \|", table, flags=re.MULTILINE)
     messages = done.stdout.splitlines()
-    assert len(messages) == len(beginnings) == 4
+    assert len(messages) == len(beginnings) == 5
     for (_, beginning), message in zip(beginnings, messages, strict=True):
         assert message.startswith(beginning), message
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..functional import attention, attention_varlen
+from ..philox import draw_seed
 
 if TYPE_CHECKING:
     from .huggingface_masks import MaskPlan
@@ -42,7 +44,8 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 def register() -> None:
     """Makes `attn_implementation="fastattn"` known to transformers, with its masks; more than once does no harm.
 
-    Raises ImportError if transformers is missing, or older than 4.57.
+    From then on the library refuses that name, with ValueError, for model classes that compute attention themselves:
+    it would change nothing. Raises ImportError if transformers is missing, or older than 4.57.
     """
     try:
         transformers = importlib.import_module("transformers")
@@ -54,8 +57,10 @@ def register() -> None:
             "fastattn.integrations.huggingface needs transformers>=4.57, with its AttentionInterface and "
             f"AttentionMaskInterface, got transformers {transformers.__version__}"
         )
+    from .huggingface_classes import guard
     from .huggingface_masks import make_mask
 
+    guard()
     # A name that only the first knows gets no masks at all, silently.
     for interface, function in zip(INTERFACES, (attention_forward, make_mask), strict=True):
         getattr(transformers, interface).register(NAME, function)
@@ -74,24 +79,27 @@ def attention_forward(
     position_bias: Tensor | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    sinks: Tensor | None = None,
+    output_attentions: bool | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention as the library's models call it, with the meaning of its eager implementation.
 
         query           (batch, heads_q, seqlen_q, head_dim)
         key, value      (batch, heads_kv, seqlen_k, head_dim), (batch, heads_kv, seqlen_k, head_dim_v)
         attention_mask  what the mask function "fastattn" returned; or (batch or 1, heads_q or 1, seqlen_q, seqlen_k),
                         bool, True = attend, or floating point, added to the scores; or None
-        s_aux           (heads_q,): attention sinks
+        s_aux, sinks    attention sinks under either name: (heads_q,), or one for each query, broadcastable to
+                        (batch, heads_q, seqlen_q, 1); differentiable
         position_bias   broadcastable to (batch, heads_q, seqlen_q, seqlen_k), added to the scores; differentiable
 
     A mask says everything about which keys are seen, as in eager; is_causal or module.is_causal counts where there is
     none. Dropout is for training only. In a mask of floats the lowest finite number of its dtype, which the library
     writes for "hidden", means hidden, as -inf does: rows that see nothing give 0.
 
-    Returns out, (batch, seqlen_q, heads_q, head_dim_v), and None for the probabilities, which are never formed.
-    Raises ValueError if they are asked for, or if the call leaves open what is to be seen; TypeError for an argument
-    that is not known.
+    Returns out, (batch, seqlen_q, heads_q, head_dim_v), and None; or, where output_attentions asks for them, the
+    probabilities after dropout, (batch, heads_q, seqlen_q, seqlen_k), by `fastattn.reference`, in memory of that size.
+    Raises ValueError if the call leaves open what is to be seen; TypeError for an argument that is not known.
     """
     _check_others(module, others, attention_mask)
     if scaling is None and (
@@ -101,8 +109,15 @@ def attention_forward(
             f"{type(module).__name__} has scale_attn_by_inverse_layer_idx or not scale_attn_weights, but passed no "
             "scaling: this version of transformers applies them in eager attention only"
         )
+    if s_aux is not None and sinks is not None:
+        raise TypeError(f"{type(module).__name__} passed both s_aux and sinks, expected one of the two names")
+    sinks = s_aux if sinks is None else sinks
+    weighted = bool(output_attentions) or _attentions_are_collected()
     dropout_p = float(dropout) if module.training else 0.0
-    scoring: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "dropout_p": dropout_p}
+    scoring: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout_p}
+    each_query = sinks is not None and sinks.ndim > 1
+    if not each_query:
+        scoring["sinks"] = sinks
     given: Any = attention_mask
     plan: MaskPlan | None = getattr(given, "plan", None)
     if plan is not None:
@@ -113,20 +128,37 @@ def attention_forward(
                 f"{tuple(query.shape)} and key {tuple(key.shape)}"
             )
         if plan.cu_seqlens is not None:
-            if position_bias is None:
+            if position_bias is None and not each_query and not weighted:
                 scoring |= {"causal": plan.causal, "window": plan.window}
                 return _packed(plan.cu_seqlens, query, key, value, scoring), None
-            given, plan = given.spelled_out(), None  # a bias counts from the start of the row, not of the sequence
+            plan = None  # a bias, for one, counts from the start of the row, not of the sequence
+    seqlen_k = key.shape[2]
     if plan is None:
+        given = given.seen() if hasattr(given, "plan") else given
         position_bias, options = _unplanned(module, query, key, given, position_bias, is_causal, sliding_window)
     else:
         n = plan.seqlen_k
-        if n != key.shape[2]:
+        if n != seqlen_k:
             key, value = key[:, :, :n], value[:, :, :n]
             if position_bias is not None and position_bias.shape[-1] != 1:
                 position_bias = position_bias[..., :n]
         options = plan.options
-    return _heads_last(attention(query, key, value, bias=position_bias, **scoring, **options)), None
+    if not (each_query or weighted):
+        return _heads_last(attention(query, key, value, bias=position_bias, **scoring, **options)), None
+    if weighted and dropout_p:
+        scoring["seed"] = draw_seed()  # one for both
+    options = {"bias": position_bias, **scoring, **options}
+    out, lse = attention(query, key, value, return_lse=True, **options)
+    weights = reference.attention_weights(query, key, **options) if weighted else None
+    if each_query:
+        assert sinks is not None
+        # What a sink takes from a row: exp(lse) / (exp(lse) + exp(sink)) is left.
+        left = torch.sigmoid(lse - sinks.to(lse.dtype).squeeze(-1))[..., None]
+        out = (out * left).to(out.dtype)
+        weights = None if weights is None else (weights * left).to(weights.dtype)
+    if weights is not None and key.shape[2] != seqlen_k:  # the unused rest of a static cache
+        weights = torch.nn.functional.pad(weights, (0, seqlen_k - key.shape[2]))
+    return _heads_last(out), weights
 
 
 def _heads_last(out: Tensor) -> Tensor:
@@ -161,8 +193,13 @@ def _unmasked(
     """The options where the model made no mask: the only thing left to go by is whether the module is causal."""
     who = type(module).__name__
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if causal is None and (seqlen_q != seqlen_k or "Cross" in who):
+        causal = False  # keys of another sequence have no order to keep
     if seqlen_q > 1 and causal is None:
-        raise ValueError(f"{who} passed attention_mask=None, and neither is_causal nor module.is_causal says the rest")
+        raise ValueError(
+            f"{who} passed attention_mask=None, and neither is_causal nor module.is_causal says the rest; expected a "
+            "mask made by transformers.masking_utils, or module.is_causal = True or False"
+        )
     if sliding_window is not None and sliding_window < seqlen_k:
         raise ValueError(
             f"{who} passed attention_mask=None with sliding_window={sliding_window} for {seqlen_k} keys: where the "
@@ -195,11 +232,6 @@ def _mask_and_bias(mask: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Te
 
 def _check_others(module: torch.nn.Module, others: dict[str, Any], attention_mask: Tensor | None) -> None:
     """Refuses arguments that would change the meaning of the call."""
-    if others.pop("output_attentions", None) or _attentions_are_collected():
-        raise ValueError(
-            f'output_attentions=True needs the probabilities, which attn_implementation="{NAME}" never forms; use '
-            'model.set_attn_implementation("eager") to get them'
-        )
     if others.keys() <= HARMLESS:
         return
     unknown = sorted(name for name, x in others.items() if x is not None and name not in (*HARMLESS, *PACKING))

@@ -3,15 +3,14 @@
 A model of that library says what a query may see by a function of positions and a two-dimensional padding mask, and
 has its attention implementation turn both into something. Here they become a `MaskPlan`, linear in the sequence,
 wherever the function is made of parts that are known; any other is spelled out by the library, as a boolean tensor.
+Both are handed to the model as a `PlannedMask`, which has the meaning of eager attention's if computed with.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
-from types import ModuleType
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
 
+from .huggingface_classes import WITHOUT_SDPA, check_config
 from .huggingface_patterns import Pattern, read_pattern
 
 
@@ -57,39 +57,52 @@ class MaskPlan:
 
 
 class PlannedMask(torch.Tensor):
-    """A bool mask (batch, 1, seqlen_q, seqlen_k), True = attend, that takes no memory until something computes with it.
+    """A mask (batch, 1, seqlen_q, seqlen_k) that takes no memory until something computes with it.
 
-    Models hand it from layer to layer like a tensor, and the attention function reads its plan. A model that slices,
-    moves or adds to it gets the tensor which the library itself would have made: slower, and right.
+    Models hand it from layer to layer like a tensor, and the attention function reads its plan. A model that computes
+    with it gets what its eager attention would: numbers of the model's dtype that are added to scores, 0 = attend, the
+    lowest = hidden. Operations that do not belong to that meaning, such as `bool`, raise ValueError.
     """
 
     _content: _Content
 
     @staticmethod
-    def __new__(cls, content: _Content, shape: torch.Size, device: torch.device) -> PlannedMask:
+    def __new__(cls, content: _Content, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> PlannedMask:
         """A tensor of this shape; `content` is shared with those detached from it."""
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        added = content.added  # torch asks for strides before it decides between a view and a copy
+        strides = None if added is None else added.stride()
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=device)
         self._content = content
         return self
 
     @property
     def plan(self) -> MaskPlan | None:
-        """The same in options; None once the tensor may have been written to."""
+        """The same in options; None where there are none, and once the tensor may have been written to."""
         return self._content.plan
 
-    def spelled_out(self) -> Tensor:
-        """The tensor itself, built once."""
-        if self._content.tensor is None:
-            self._content.tensor = self._content.build()
-        return self._content.tensor
+    def seen(self) -> Tensor:
+        """The mask for `fastattn.attention`: booleans, True = attend, or what is added to scores if it was changed."""
+        return self.added() if self._content.seen is None else self._content.seen()
+
+    def added(self) -> Tensor:
+        """The tensor itself, built once: 0 = attend, the lowest number of the dtype = hidden."""
+        content = self._content
+        if content.added is None and content.seen is not None:
+            zero = torch.zeros((), dtype=self.dtype, device=self.device)
+            content.added = torch.where(content.seen(), zero, torch.finfo(self.dtype).min).contiguous()
+        assert content.added is not None
+        return content.added
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"PlannedMask(shape={tuple(self.shape)}, dtype={self.dtype}, plan={self.plan})"
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         """A plain tensor."""
-        return self.spelled_out().clone()
+        return self.added().clone()
 
     def share_memory_(self) -> Tensor:
         """A plain tensor in shared memory; this one has no memory that could be."""
-        return self.spelled_out().clone().share_memory_()
+        return self.added().clone().share_memory_()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -97,29 +110,67 @@ class PlannedMask(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         masks = [x for x in tree_leaves((args, kwargs)) if isinstance(x, PlannedMask)]
-        if func.overloadpacket is torch.ops.aten.add:
-            raise ValueError(_NOT_CALLED.format("This model adds its mask to scores"))
         if func is torch.ops.aten.detach.default:  # reentrant checkpointing does that
-            return cls(masks[0]._content, masks[0].shape, masks[0].device)
-        if func._schema.is_mutable or func.is_view:  # a view can be written through
-            for mask in masks:
-                mask._content.plan = None
-        args, kwargs = tree_map(lambda x: x.spelled_out() if isinstance(x, PlannedMask) else x, (args, kwargs or {}))
-        return func(*args, **kwargs)
+            return masks[0]._like(masks[0]._content)
+        dtype = kwargs.get("dtype")
+        if func.overloadpacket.__name__ not in KEEP_THE_MEANING or not (dtype is None or dtype.is_floating_point):
+            to = "" if dtype is None else f" to {dtype}"
+            raise ValueError(_NOT_KNOWN.format(func.overloadpacket.__name__ + to))
+        if func.overloadpacket.__name__ in ("clone", "_to_copy") and kwargs.get("device") in (None, masks[0].device):
+            content, dtype = masks[0]._content, dtype or masks[0].dtype
+            if content.seen is not None:
+                return masks[0]._like(_Content(content.plan, content.seen), dtype)
+        written = args[0] if func._schema.is_mutable else None
+        if written is not None and not written.is_floating_point():
+            raise ValueError(_NOT_KNOWN.format(f"{func.overloadpacket.__name__} to {written.dtype}"))
+        if func.is_view or isinstance(written, PlannedMask):  # a view can be written through
+            content = (masks[0] if written is None else written)._content
+            masks[0].added()
+            content.plan = content.seen = None
+        args, kwargs = tree_map(lambda x: x.added() if isinstance(x, PlannedMask) else x, (args, kwargs))
+        result = func(*args, **kwargs)
+        if written is not None:
+            return written
+        # A part of the mask is not to be mistaken for booleans either.
+        return tree_map(lambda x: masks[0]._like(_Content(None, None, x)), result) if func.is_view else result
 
-
-_NOT_CALLED = (
-    "{} of its own, where a mask of booleans means something else, and does not call the attention implementation; "
-    'use attn_implementation="eager" for it'
-)
+    def _like(self, content: _Content, dtype: torch.dtype | None = None) -> PlannedMask:
+        shape = self.shape if content.added is None else content.added.shape
+        return PlannedMask(content, shape, dtype or self.dtype, self.device)
 
 
 @dataclass
 class _Content:
     plan: MaskPlan | None
-    build: Callable[[], Tensor]
-    tensor: Tensor | None = None
+    seen: Callable[[], Tensor] | None
+    """Gives the booleans; None where only the numbers are true."""
+    added: Tensor | None = None
+
+
+KEEP_THE_MEANING = frozenset(
+    (
+        # Parts of the mask, in other shapes and places.
+        *("slice", "select", "narrow", "split", "split_with_sizes", "unbind", "view", "_unsafe_view", "alias"),
+        *("expand", "squeeze", "unsqueeze", "permute", "transpose", "_reshape_alias", "clone", "_to_copy", "repeat"),
+        *("index", "index_select", "gather", "flip", "copy_", "slice_scatter", "select_scatter", "empty_like"),
+        # More keys and queries beside it; zeros, which padding adds, mean "attend" as in eager attention.
+        *("cat", "stack", "constant_pad_nd"),
+        # Sums with scores and biases, and numbers put in; "minimum" hides what either hides.
+        *("add", "add_", "minimum", "maximum", "where", "masked_fill", "masked_fill_", "fill_", "index_put_"),
+        *("zero_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_empty"),
+        # Questions about its numbers.
+        *("eq", "ne", "lt", "le", "gt", "ge", "isinf", "is_same_size"),
+    )
+)
+"""Operations of aten that give the same of numbers that are added to scores, whoever made them."""
+
+_NOT_KNOWN = (
+    'This model applies "{}" to the attention mask of attn_implementation="fastattn", numbers that are added to '
+    "scores (0 = attend, the lowest = hidden): not known to keep that meaning; "
+    'use attn_implementation="eager" for it'
+)
 
 
 def make_mask(
@@ -142,11 +193,16 @@ def make_mask(
         mask_function        (batch, head, query position, key position) -> may attend
         attention_mask       (batch, positions), bool, False = padding; positions past its end are padding
 
-    Returns a `PlannedMask`, or a bool tensor (batch, 1, q_length, kv_length) where no plan says the same. It reads a
-    few numbers back from the device, here so that no layer has to. Raises TypeError for a version of transformers that
-    describes its masks in another way, and ValueError for a model that computes attention itself.
+    Returns a `PlannedMask`. Where transformers compiles what it goes to, which takes plain tensors only, the mask is
+    spelled out as the model would get it otherwise: booleans as for sdpa, or numbers as for eager attention if its
+    classes have `_supports_sdpa = False`. It reads a few numbers back from the device, here so that no layer has to.
+    Raises TypeError for a version of transformers that describes its masks in another way, and ValueError for a model
+    that computes attention itself.
     """
-    _check_model(others.get("config"))
+    config = others.get("config")
+    compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if config is not None and not compiled:
+        check_config(config)
     if (q_length is None) == (cache_position is None):
         raise TypeError(
             "make_mask expects q_length and q_offset, or cache_position: this version of transformers describes its "
@@ -158,54 +214,33 @@ def make_mask(
     else:
         q_length = cache_position.shape[0]
         queries = {"cache_position": cache_position}
-    pattern = None
+    call = {
+        **{"batch_size": batch_size, "kv_length": kv_length, "kv_offset": kv_offset, "mask_function": mask_function},
+        **{**others, **queries, "attention_mask": attention_mask, "allow_is_causal_skip": False},
+    }
     # generate() compiles decoding with a static cache, and asks for a mask that is there. One row is linear anyway.
     decoding = q_length == 1 and not allow_is_causal_skip
-    if not (decoding or torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
-        pattern = read_pattern(mask_function)
+    if decoding or compiled:
+        library: Any = masking_utils.eager_mask if type(config) in WITHOUT_SDPA else masking_utils.sdpa_mask
+        skipped = attention_mask is None and not decoding and others.get("allow_is_bidirectional_skip", False)
+        return library(**{**call, "allow_is_bidirectional_skip": skipped})
+    plan = None
+    pattern = read_pattern(mask_function)
     if pattern is not None and (attention_mask is None or attention_mask.ndim == 2):
         first = _first_query(q_offset if cache_position is None else cache_position)
         real = None if attention_mask is None else _real_keys(attention_mask, kv_offset, kv_length)
         plan = None if first is None else make_plan(pattern, first - kv_offset, q_length, kv_length, real)
-        if plan is not None:
-            assert first is not None
-            given = next((x.device for x in (attention_mask, cache_position) if x is not None), None)
-            device = torch.device(others.get("device", "cpu") if given is None else given)
-            shape = torch.Size((batch_size, 1, q_length, kv_length))
-            build = partial(_spell_out, mask_function, shape, first, kv_offset, real, device)
-            return PlannedMask(_Content(plan, build), shape, device)
-    return masking_utils.sdpa_mask(
-        batch_size=batch_size,
-        kv_length=kv_length,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **{**others, **queries, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
-    )
-
-
-_HAVE_THE_TABLE_FOR_OTHER_LAYERS = ("modeling_git", "modeling_bigbird_pegasus", "modeling_informer")
-"""Modules where some layers take the table, and others add the library's mask to their own scores."""
-
-
-def _check_model(config: Any) -> None:
-    """Refuses models that ask for a mask, and then add it to scores of their own: True would count as 1."""
-    module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
-    if module is not None and _attends_itself(module):
-        raise ValueError(_NOT_CALLED.format(f"The model of {type(config).__name__} computes attention"))
-
-
-def _attends_itself(module: ModuleType) -> bool:
-    """Whether a module has attention layers that do not take the table of attention implementations."""
-    if module.__name__.rpartition(".")[2] in _HAVE_THE_TABLE_FOR_OTHER_LAYERS:
-        return True
-    return not hasattr(module, "ALL_ATTENTION_FUNCTIONS") and any(
-        isinstance(x, type)
-        and issubclass(x, torch.nn.Module)
-        and "Attention" in name
-        and x.__module__ == module.__name__
-        for name, x in vars(module).items()
-    )
+    shape = torch.Size((batch_size, 1, q_length, kv_length))
+    if plan is None:
+        tensor = masking_utils.sdpa_mask(**{**call, "allow_is_bidirectional_skip": False})
+        content, device = _Content(None, lambda: tensor), tensor.device
+    else:
+        assert first is not None
+        given = next((x.device for x in (attention_mask, cache_position) if x is not None), None)
+        device = torch.device(others.get("device", "cpu") if given is None else given)
+        build = partial(_spell_out, mask_function, shape, first, kv_offset, real, device)
+        content = _Content(plan, cache(build))
+    return PlannedMask(content, shape, others.get("dtype", torch.float32), device)
 
 
 def make_plan(pattern: Pattern, offset: int, seqlen_q: int, seqlen_k: int, real: Tensor | None) -> MaskPlan | None:

@@ -140,7 +140,7 @@ def test_packing_with_a_position_bias_is_spelled_out() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64).unbind()
     bias = torch.randn(1, 2, 5, 5, dtype=torch.float64)
     found, _ = attention_forward(nn.Module(), q, k, v, mask, position_bias=bias)
-    expected, _ = models._exact(nn.Module(), q, k, v, mask.spelled_out(), position_bias=bias)
+    expected, _ = models._exact(nn.Module(), q, k, v, mask.seen(), position_bias=bias)
     torch.testing.assert_close(found, expected)
 
 
@@ -238,7 +238,7 @@ def test_mask_functions_of_the_user() -> None:
         common |= {"input_embeds": hidden, "cache_position": torch.arange(5)}
     mask = masking_utils.create_causal_mask(**common, or_mask_function=prefix)
     index = torch.arange(5)
-    assert torch.equal(mask[0, 0], (index <= index[:, None]) | (index < 2))
+    assert torch.equal(mask[0, 0] == 0, (index <= index[:, None]) | (index < 2))
 
 
 def test_rows_of_padding_are_zero_and_never_nan() -> None:
@@ -343,68 +343,12 @@ def test_compiled_decoding() -> None:
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT", "BART"] if VERSION >= (5, 0) else ["Llama", "BART"])
-def test_output_attentions_is_refused(name: str) -> None:
-    inputs = {key: x for key, x in models.inputs(name).items() if key != "labels"}
-    if name == "BART":
-        inputs["decoder_input_ids"] = inputs["input_ids"]
-    with pytest.raises(ValueError, match=r'output_attentions=True needs the probabilities, .*"eager"'):
-        build(name, "fastattn")(**inputs, output_attentions=True)
-    assert build(name, "fastattn")(**inputs, output_attentions=False).logits.isfinite().all()
-
-
-@pytest.mark.skipif(VERSION >= (5, 0), reason="of GPT-2 in transformers 4")
-def test_output_attentions_that_are_kept_from_the_interface() -> None:
-    """It hears nothing of them; the model returns None for each, and no numbers."""
-    output = build("GPT-2", "fastattn")(**tokens("none"), output_attentions=True)
-    assert output.attentions == (None, None)
-
-
-def test_output_attentions_of_generate_is_refused() -> None:
-    with pytest.raises(ValueError, match="output_attentions=True needs the probabilities"):
-        build("Llama", "fastattn").generate(
-            **tokens("none"), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True
-        )
-
-
 def test_unknown_argument_is_refused() -> None:
     with pytest.raises(TypeError, match="LlamaAttention passed indices: unknown to fastattn"):
         build("Llama", "fastattn")(**tokens("none"), indices=torch.zeros(1))
     q, k, v = torch.randn(3, 1, 2, 5, 4).unbind()
     out, _ = attention_forward(nn.Module(), q, k, v, None, is_causal=False, head_mask=None, position_ids=torch.ones(1))
     assert out.shape == (1, 5, 2, 4)
-
-
-def test_models_that_add_their_mask_themselves_are_refused() -> None:
-    """They ask for a mask, and would count True as 1 in scores of their own."""
-    sizes = {"vocab_size": 48, "hidden_size": 32}
-    own = transformers.BloomConfig(**sizes, n_layer=1, n_head=4)
-    if VERSION < (5, 0):
-        own = transformers.DiffLlamaConfig(**models.SIZES, num_key_value_heads=2)
-    own._attn_implementation = "fastattn"
-    hidden = torch.zeros(BATCH, SEQLEN, 32)
-    call = {"config": own, "attention_mask": None, CACHE: None}
-    call |= {"inputs_embeds": hidden} if VERSION >= (5, 0) else {"input_embeds": hidden}
-    call |= {} if VERSION >= (5, 0) else {"cache_position": torch.arange(SEQLEN)}
-    model = transformers.BloomModel if VERSION >= (5, 0) else transformers.DiffLlamaModel
-    assert model.__module__ in sys.modules
-    with pytest.raises(ValueError, match=f"The model of {type(own).__name__} computes attention of its own"):
-        masking_utils.create_causal_mask(**call)
-    call["config"] = build("Llama", "fastattn").config
-    with pytest.raises(ValueError, match="This model adds its mask to scores of its own"):
-        torch.zeros(BATCH, 4, SEQLEN, SEQLEN) + masking_utils.create_causal_mask(**call)
-
-
-@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 asks for masks by other names")
-@pytest.mark.parametrize("name", ["Git", "BigBirdPegasus", "Informer"])
-def test_models_of_which_some_layers_add_their_mask_are_refused(name: str) -> None:
-    """Their modules have the table of attention implementations, for other layers."""
-    config, model = getattr(transformers, f"{name}Config")(), getattr(transformers, f"{name}Model")
-    assert model.__module__ in sys.modules
-    config._attn_implementation = "fastattn"
-    hidden = torch.zeros(BATCH, SEQLEN, 32)
-    with pytest.raises(ValueError, match=f"The model of {name}Config computes attention of its own"):
-        masking_utils.create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
 
 
 def test_own_scaling_that_is_not_passed_is_refused() -> None:
@@ -453,6 +397,34 @@ def test_calls_that_leave_the_mask_open_are_refused() -> None:
     with pytest.raises(ValueError, match="causal, for 2 queries and 5 keys"):
         attention_forward(module, q[:, :, :2], k, v, None, is_causal=True)
     assert attention_forward(module, q, k, v, None, is_causal=True, sliding_window=5)[0].isfinite().all()
+
+
+def test_keys_of_another_sequence_need_no_mask() -> None:
+    """Cross-attention that says nothing of causality sees everything, as in eager attention."""
+    q, k, v = torch.randn(3, 1, 2, 5, 4).unbind()
+    other, Cross = nn.Module(), type("MllamaTextCrossAttention", (nn.Module,), {})
+    found, _ = attention_forward(other, q[:, :, :3], k, v, None)
+    assert_same(found, fastattn.attention(q[:, :, :3], k, v).transpose(1, 2))
+    assert_same(attention_forward(Cross(), q, k, v, None)[0], fastattn.attention(q, k, v).transpose(1, 2))
+
+
+def test_sinks_of_each_query() -> None:
+    """Inkling2 computes them from the query, and names them `sinks`; also the gradients."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 4, 5, 8, dtype=torch.float64).unbind())
+    sinks = torch.randn(2, 4, 5, 1, dtype=torch.float64, requires_grad=True)
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()[None, None] & (torch.arange(5) != 0)  # the first sees nothing
+    out, _ = attention_forward(nn.Module(), q, k, v, seen, sinks=sinks)
+    scores = torch.cat([(q @ k.mT / 8**0.5).masked_fill(~seen, -torch.inf), sinks], -1)
+    expected = (scores.softmax(-1)[..., :-1] @ v).transpose(1, 2)
+    weight = torch.randn_like(out)
+    torch.testing.assert_close(out, expected)
+    for found, exact in zip(*(torch.autograd.grad(x, (q, k, v, sinks), weight) for x in (out, expected)), strict=True):
+        torch.testing.assert_close(found, exact)
+    one = torch.randn(4, dtype=torch.float64)
+    by_name, by_other_name = (attention_forward(nn.Module(), q, k, v, seen, **{n: one})[0] for n in ("sinks", "s_aux"))
+    assert torch.equal(by_name, by_other_name)
+    with pytest.raises(TypeError, match="Module passed both s_aux and sinks"):
+        attention_forward(nn.Module(), q, k, v, seen, sinks=one, s_aux=one)
 
 
 def test_padding_masks_of_the_tests_differ() -> None:

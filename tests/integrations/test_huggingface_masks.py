@@ -179,11 +179,12 @@ def test_means_what_the_library_says(name: str, function: Callable[..., Any], sa
             continue  # their tensors have one entry for each of 6 tokens
         call = describe(geometry, function, padding(kind, geometry.kv_length + geometry.kv_offset))
         expected, mask = library_mask(call), make_mask(**call)
-        assert isinstance(mask, PlannedMask) <= sayable, where
+        assert isinstance(mask, PlannedMask)
+        assert (mask.plan is not None) <= sayable, where
         assert mask.shape == expected.shape, where
         check_equal(attend(mask, geometry), attend(expected, geometry, exact=True), where)
-        if isinstance(mask, PlannedMask):
-            assert torch.equal(mask.spelled_out(), expected), where
+        assert torch.equal(mask.seen(), expected), where
+        assert torch.equal(mask.added() == 0, expected), where
 
 
 @pytest.mark.parametrize("name", said())
@@ -196,7 +197,7 @@ def test_is_planned(name: str) -> None:
             continue
         for kind in ("none", "right", "left"):
             call = describe(geometry, function, padding(kind, geometry.kv_length + geometry.kv_offset))
-            if isinstance(make_mask(**call), PlannedMask):
+            if make_mask(**call).plan is not None:  # type: ignore[attr-defined]
                 planned.add((where, kind))
     if name == "bidirectional":
         assert len(planned) == 3 * len(GEOMETRIES)
@@ -287,18 +288,84 @@ def mask() -> PlannedMask:
     call = describe(GEOMETRIES["prefill"], masking_utils.causal_mask_function, padding("left", 6))
     made = make_mask(**call)
     assert isinstance(made, PlannedMask)
+    assert made.plan is not None
     return made
 
 
 def test_computing_with_a_planned_mask(mask: PlannedMask) -> None:
-    expected = mask.spelled_out().clone()
-    assert (mask.shape, mask.ndim, mask.dtype, mask.device) == (expected.shape, 4, torch.bool, expected.device)
+    """It is what eager attention would be given, in meaning and dtype."""
+    call = describe(GEOMETRIES["prefill"], masking_utils.causal_mask_function, padding("left", 6))
+    expected = masking_utils.eager_mask(**call)
+    assert (mask.shape, mask.ndim, mask.dtype, mask.device) == (expected.shape, 4, torch.float64, expected.device)
     assert mask.contiguous() is mask  # what generate() does with it
-    assert torch.equal(mask[:, :, 2:, :4], expected[:, :, 2:, :4])
-    assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(expected, 0.0, -1.0))
-    assert torch.equal(mask.to(torch.float32), expected.to(torch.float32))
-    assert torch.equal(~mask & torch.tensor(True), ~expected)
-    assert type(mask.expand(3, 4, 6, 6)) is torch.Tensor
+    assert torch.equal(mask.added(), expected)
+    scores = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    assert torch.equal(scores + mask, scores + expected)
+    assert torch.equal(mask + scores, expected + scores)
+    assert torch.equal(mask == 0, expected == 0)
+    assert torch.equal(torch.where(scores > 0, mask, -1.0), torch.where(scores > 0, expected, -1.0))
+    more = torch.tensor([0.0, -torch.inf]).expand(3, 1, 6, 2)
+    assert torch.equal(torch.cat([mask, more.to(mask.dtype)], -1), torch.cat([expected, more.double()], -1))
+    assert torch.equal(torch.nn.functional.pad(mask, (0, 2)), torch.nn.functional.pad(expected, (0, 2)))
+    assert torch.equal(mask.masked_fill(scores[:, :1] > 0, -9.0), expected.masked_fill(scores[:, :1] > 0, -9.0))
+    assert "PlannedMask(shape=(3, 1, 6, 6), dtype=torch.float64, plan=MaskPlan(" in repr(mask)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda x: x[:, :, 2:, :4],
+    "expand": lambda x: x.expand(3, 4, 6, 6),
+    "transpose": lambda x: x.transpose(1, 2),
+    "view": lambda x: x.view(3, 6, 6),
+    "unbind": lambda x: x.unbind(0)[1],
+    "select": lambda x: x[1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_parts_of_a_planned_mask(mask: PlannedMask, view: str) -> None:
+    """They have its meaning, and are still refused where that would be lost."""
+    part, expected = VIEWS[view](mask), VIEWS[view](mask.added().clone())
+    assert part.shape == expected.shape
+    assert torch.equal(part + 0.0, expected)
+    with pytest.raises(ValueError, match="not known to keep that meaning"):
+        part.bool()
+    if part.ndim == 4 and view != "transpose":
+        assert isinstance(part, PlannedMask)
+        assert torch.equal(part.seen(), expected)
+
+
+OTHER_MEANINGS: dict[str, Callable[[Tensor], Any]] = {
+    '"_to_copy to torch.bool"': lambda x: x.bool(),
+    '"_to_copy to torch.int64"': lambda x: x.long(),
+    '"logical_not"': lambda x: x.logical_not(),
+    '"logical_and"': lambda x: x.logical_and(x),
+    '"sum"': lambda x: x.sum(-1),
+    '"all"': lambda x: x.all(),
+    '"mul"': lambda x: x * 2.0,
+    '"rsub"': lambda x: 1.0 - x,
+    '"exp"': lambda x: x.exp(),
+    '"tril"': lambda x: x.tril(),
+    '"copy_ to torch.bool"': lambda x: torch.ones(3, 1, 6, 6, dtype=torch.bool).copy_(x),
+}
+
+
+@pytest.mark.parametrize("operation", OTHER_MEANINGS)
+def test_operations_with_another_meaning_are_refused(mask: PlannedMask, operation: str) -> None:
+    """What is not on the list of those that keep it; True would mean the opposite of what it does for sdpa."""
+    with pytest.raises(
+        ValueError, match=f"This model applies {operation} to the attention mask of attn_implementation="
+    ):
+        OTHER_MEANINGS[operation](mask)
+
+
+def test_booleans_are_no_masks_of_this_kind(mask: PlannedMask) -> None:
+    """Operations that torch itself has for booleans only."""
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.zeros(3, 1, 6, 6).masked_fill(mask, 1.0)
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.where(mask, 0.0, -1.0)
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        mask.bitwise_not()
 
 
 def test_copies_of_a_planned_mask(mask: PlannedMask) -> None:
@@ -306,20 +373,46 @@ def test_copies_of_a_planned_mask(mask: PlannedMask) -> None:
     copied, shared = copy.deepcopy({"mask": mask})["mask"], mask.share_memory_()
     assert type(copied) is type(shared) is torch.Tensor
     assert shared.is_shared()
-    assert torch.equal(copied, mask.spelled_out())
+    assert torch.equal(copied, mask.added())
     assert torch.equal(shared, copied)
-    copied[:] = False
-    assert mask.spelled_out().any()
+    copied[:] = -1.0
+    assert (mask.added() == 0).any()
+
+
+def test_a_clone_or_another_precision_keeps_the_plan(mask: PlannedMask) -> None:
+    for same in (mask.clone(), mask.to(torch.bfloat16)):
+        assert isinstance(same, PlannedMask)
+        assert same.plan == mask.plan
+        assert same.shape == mask.shape
+        assert torch.equal(same.added() == 0, mask.added() == 0)
+    assert mask.to(torch.bfloat16).dtype == torch.bfloat16
+    clone = mask.clone()
+    clone[:] = 0.0
+    assert clone.plan is None
+    assert mask.plan is not None
 
 
 def test_a_changed_mask_has_no_plan(mask: PlannedMask) -> None:
     twin = mask.detach()
-    mask[:, :, :, 3] = True
+    mask[:, :, :, 3] = 0.0
     assert twin.plan is None
     assert mask.plan is None
-    changed = mask.spelled_out().clone()
-    assert changed[:, :, :, 3].all()
-    check_equal(attend(mask, GEOMETRIES["prefill"]), attend(changed, GEOMETRIES["prefill"], exact=True), "changed")
+    changed = mask.added().clone()
+    assert (changed[:, :, :, 3] == 0).all()
+    assert (changed < 0).any()
+    found = attend(mask, GEOMETRIES["prefill"])
+    check_equal(found, attend(changed, GEOMETRIES["prefill"], exact=True), "changed")
+    assert mask.masked_fill_(changed < 0, 0.0) is mask
+    assert (mask.added() == 0).all()
+
+
+def test_scores_that_a_mask_is_added_to_in_place(mask: PlannedMask) -> None:
+    """It is not the mask that changes."""
+    scores = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    expected = scores + mask.added()
+    scores += mask
+    assert torch.equal(scores, expected)
+    assert mask.plan is not None
 
 
 def test_a_detached_mask_keeps_its_plan(mask: PlannedMask) -> None:
@@ -338,7 +431,7 @@ def test_a_cache_that_counts_on_does_not_move_the_mask() -> None:
     count += 3
     assert made.plan is not None
     assert made.plan.seqlen_k == 7
-    assert torch.equal(made.spelled_out(), expected)
+    assert torch.equal(made.seen(), expected)
 
 
 @pytest.mark.skipif(VERSION >= (5, 0), reason="transformers 5 gives no cache_position")
@@ -346,8 +439,9 @@ def test_scattered_queries_are_spelled_out() -> None:
     call = describe(GEOMETRIES["prefill"], masking_utils.causal_mask_function, None)
     call["cache_position"] = torch.tensor([0, 1, 2, 4, 5, 6])
     made = make_mask(**call)
-    assert not isinstance(made, PlannedMask)
-    assert torch.equal(made, library_mask(call))
+    assert isinstance(made, PlannedMask)
+    assert made.plan is None
+    assert torch.equal(made.seen(), library_mask(call))
 
 
 def test_static_decoding_gets_a_tensor() -> None:
