@@ -84,7 +84,7 @@ def test_saved_tensors_may_come_back_in_another_layout() -> None:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
             out = short(q, k, v)
         found = torch.autograd.grad(out, (q, k, v), dout)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        torch.testing.assert_close(found, expected)  # products of few queries are summed up as rows lie
 
 
 def test_gradients_can_be_differentiated_again() -> None:

@@ -10,7 +10,7 @@
 // atomics, the same bits always.
 #pragma once
 
-#include "forward.h"
+#include "few_rows.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -47,8 +47,12 @@ struct BackwardScratch {
   static constexpr int kLanes = Panel<V>::kLanes;
 
   S *scores, *dprobs, *factors, *dbias;
-  S *dk, *dv;                      // [columns of kLanes][key][kLanes], along dim
-  S *lse, *lse_low, *delta;        // [lane], lse in the unit of scores, as the sum of two numbers
+  S *dk, *dv;                // [columns of kLanes][key][kLanes], along dim
+  S *lse, *lse_low, *delta;  // [lane], lse in the unit of scores, as the sum of two numbers
+  bool few, folded;          // the sequence has few rows; products have ALiBi and bias in them
+  Word* few_queries;         // [row][query_words], instead of q_columns where rows are few, and
+  const void** few_keys;     // [key]: rows of k
+  int query_words;
   Word *q_columns, *dout_columns;  // [word of dim][lane]
   Word *q_rows, *dout_rows;        // [columns of kLanes][lane words of a group][kLanes], along dim
   Operands<E> operands;
@@ -71,6 +75,9 @@ struct BackwardScratch {
     lse = arena.take<S>(kLanes);
     lse_low = arena.take<S>(kLanes);
     delta = arena.take<S>(kLanes);
+    query_words = few_query_words<E>(p);
+    few_queries = arena.take<Word>(int64_t(kFewRows<V>) * query_words);
+    few_keys = arena.take<const void*>(kBlockKeys);
     q_columns = arena.take<Word>(int64_t(words) * kLanes);
     dout_columns = arena.take<Word>(int64_t(words_v) * kLanes);
     q_rows = arena.take<Word>(Operands<E>::kRow * dim);
@@ -88,10 +95,24 @@ struct BackwardScratch {
   }
 };
 
+// Turns to a sequence: its scores are computed as the forward pass did.
+template <class E>
+void set_sequence(const Params& p, const Sequence& seq, BackwardScratch<E>& s) {
+  s.few = few_rows<typename E::Vector>(p, seq);
+  s.folded = folds_terms(p) && !s.few;
+}
+
+template <class E, class T>
+void find_few_keys(const Params& p, const Sequence& seq, int64_t b, int64_t head_kv, int64_t n0, int keys,
+                   BackwardScratch<E>& s) {
+  for (int n = 0; n < keys && s.few; ++n) s.few_keys[n] = key_row<const T>(p, p.k, seq, b, head_kv, n0 + n);
+}
+
 // panels: how many will read k_keys.
 template <class V, class T>
 void load_backward_block(BackwardScratch<Single<V>>& s, const T*, const Params& p, const Sequence& seq, int64_t b,
                          int64_t head_kv, int64_t n0, int keys, int64_t panels) {
+  find_few_keys<Single<V>, T>(p, seq, b, head_kv, n0, keys, s);
   load_rows<V, T>(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_copy, s.k, s.k_stride);
   load_rows<V, T>(p, p.v, int(p.head_dim_v), seq, b, head_kv, n0, keys, s.v_copy, s.v, s.v_stride);
   s.k_keys = columns_of<Single<V>>(s.k, s.k_stride, keys, int(p.head_dim), panels, s.k_keys_copy);
@@ -100,6 +121,7 @@ void load_backward_block(BackwardScratch<Single<V>>& s, const T*, const Params& 
 #ifdef __AVX512BF16__
 inline void load_backward_block(BackwardScratch<Pairs>& s, const bf16*, const Params& p, const Sequence& seq, int64_t b,
                                 int64_t head_kv, int64_t n0, int keys, int64_t) {
+  find_few_keys<Pairs, bf16>(p, seq, b, head_kv, n0, keys, s);
   load_pair_rows(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_copy, s.k, s.k_stride);
   load_pair_rows(p, p.v, int(p.head_dim_v), seq, b, head_kv, n0, keys, s.v_copy, s.v, s.v_stride);
   s.k_keys = interleave_keys(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, s.k_keys_copy);
@@ -161,7 +183,7 @@ void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Ve
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   const int lanes = panel.vectors * V::kWidth;
-  const Unit<S> unit = unit_of<S>(p, folds_terms(p));
+  const Unit<S> unit = unit_of<S>(p, s.folded);
   const T *q[kLanes], *dout[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     q[lane] = dout[lane] = nullptr;
@@ -177,7 +199,11 @@ void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Ve
     s.lse_low[lane] = lse.low;
     s.delta[lane] = *row_of<const S>(space.delta, seq, panel.b, head, query);
   }
-  Columns<E, T>::pack(q, lanes, p.q.stride_d, int(p.head_dim), s.q_columns, kLanes);
+  if (s.few) {
+    load_few_queries<E, T>(p, seq, panel, s.query_words, s.few_queries);
+  } else {
+    Columns<E, T>::pack(q, lanes, p.q.stride_d, int(p.head_dim), s.q_columns, kLanes);
+  }
   Columns<E, T>::pack(dout, lanes, p.dout.stride_d, int(p.head_dim_v), s.dout_columns, kLanes);
   auto pack = [&](const T* const* rows, int64_t stride, int dim, typename E::Word* words) {
     words += place * Operands<E>::kPanelWords * kLanes;
@@ -210,8 +236,8 @@ struct ScoreTerms {
       : lse(V::load(s.lse + lane)),
         lse_low(V::load(s.lse_low + lane)),
         delta(V::load(s.delta + lane)),
-        exponent(number(unit_of<typename V::Scalar>(p, folds_terms(p)).exponent)),
-        factor(number(stay_products(p, folds_terms(p)) ? 1 : p.scale * kLog2E)),
+        exponent(number(unit_of<typename V::Scalar>(p, s.folded).exponent)),
+        factor(number(stay_products(p, s.folded) ? 1 : p.scale * kLog2E)),
         into_cap(number(p.softcap > 0 ? p.scale / p.softcap : 0)),
         cap(number(p.softcap * kLog2E)),
         capped(p.softcap > 0) {}
@@ -324,16 +350,23 @@ void gemm_over_lanes(int keys, int lanes, const typename E::Word* words, const t
 
 // Scores and what follows from them, for keys n0 .. n0 + keys (row `at` of the block) and one panel. Returns false if
 // nothing is visible. gaps: some key is seen by no row.
-template <class E, int kVectors>
+template <class E, class T, int kVectors>
 bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel,
                      BackwardScratch<E>& s, int at, int64_t n0, int keys, typename E::Scalar* dbias,
                      const Operands<E>& to, bool& gaps) {
   using S = typename E::Scalar;
-  const bool plain = can_be_plain(p, folds_terms(p)) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
+  const bool plain = can_be_plain(p, s.folded) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   gaps = false;
-  if (!plain && !make_addend(p, seq, panel, n0, keys, folds_terms(p), s.addend, gaps)) return false;
-  make_scores<E, kVectors>(p, seq, panel, n0, keys, s.k + at * s.k_stride, s.k_stride,
-                           words_of(int(p.head_dim), E::kPerWord), s.q_columns, s.scores, nullptr);
+  if (!plain && !make_addend(p, seq, panel, n0, keys, s.folded, s.addend, gaps)) return false;
+  if (s.few) {
+    static_assert(kFewRows<typename E::Vector> <= E::Vector::kWidth);
+    for (int n = 0; n < keys; ++n) E::Vector::set(S(0)).store(s.scores + n * Panel<typename E::Vector>::kLanes);
+    few_scores<E, T>(s.few_queries, s.query_words, panel.count, int(p.head_dim),
+                     reinterpret_cast<const T* const*>(s.few_keys + at), keys, s.scores, nullptr, 0);
+  } else {
+    make_scores<E, kVectors>(p, seq, panel, n0, keys, s.k + at * s.k_stride, s.k_stride,
+                             words_of(int(p.head_dim), E::kPerWord), s.q_columns, s.scores, nullptr);
+  }
   gemm<E, kVectors, Update::kStore>(keys, words_of(int(p.head_dim_v), E::kPerWord), s.v + at * s.v_stride, s.v_stride,
                                     s.dout_columns, s.dprobs);
   const S* factors = nullptr;
@@ -347,12 +380,12 @@ bool backward_scores(const Params& p, const Sequence& seq, const Panel<typename 
 
 // One step up to dQ, which the panel's first step begins; what dK and dV need is left in the operands. Returns false,
 // and has done nothing, if nothing is visible.
-template <class E, int kVectors>
+template <class E, class T, int kVectors>
 bool backward_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, BackwardScratch<E>& s,
                    int at, int64_t n0, int keys, const Operands<E>& operands, bool begins, typename E::Scalar* dq) {
   const int dim = int(p.head_dim);
   bool gaps = false;
-  if (!backward_scores<E, kVectors>(p, seq, panel, s, at, n0, keys, nullptr, operands, gaps)) return false;
+  if (!backward_scores<E, T, kVectors>(p, seq, panel, s, at, n0, keys, nullptr, operands, gaps)) return false;
   if (p.dq.data == nullptr) return true;
   ColumnTiles<E> k = s.k_keys.from(at / E::kPerWord);
   if (gaps) k = without_gaps<E>(k, keys, dim, s.addend.seen, s.gapless);
@@ -398,8 +431,8 @@ void backward_group(const Params& p, const Sequence& seq, const BackwardJob& job
       load_panel<E, T>(p, seq, panel, panels, space, s);
       const int at = int(panel.any.first - n0) / E::kPerWord * E::kPerWord, used = int(panel.any.last - n0) - at;
       const Operands<E> to = s.operands.at(at, panels);
-      seen = panel.vectors == 2 ? backward_step<E, 2>(p, seq, panel, s, at, n0 + at, used, to, first_block, dq)
-                                : backward_step<E, 1>(p, seq, panel, s, at, n0 + at, used, to, first_block, dq);
+      seen = panel.vectors == 2 ? backward_step<E, T, 2>(p, seq, panel, s, at, n0 + at, used, to, first_block, dq)
+                                : backward_step<E, T, 1>(p, seq, panel, s, at, n0 + at, used, to, first_block, dq);
       first[panels] = at;
       last[panels] = at + used;
     }
@@ -452,6 +485,7 @@ void backward_job(const Params& p, const BackwardJob& job, const BackwardSpace& 
   Arena arena(memory);
   BackwardScratch<E> s(p, arena);
   const Sequence seq = sequence_of(p, job.b);
+  set_sequence(p, seq, s);
   const HeadGroup heads = group_of(p, job.head_kv);
   const int64_t rows = seq.q_length * heads.count, panels = (rows + kLanes - 1) / kLanes, dq_size = p.head_dim * kLanes;
   S* dq = static_cast<S*>(space.dq) + (job.part * space.panels + job.first_panel) * dq_size;

@@ -38,6 +38,7 @@ void dbias_job(const Params& p, const BiasJob& job, const BackwardSpace& space, 
                 h_end = p.dbias_size[1] == 1 ? p.heads_q : job.h + 1;
   for (int64_t b = job.b; b < b_end; ++b) {
     const Sequence seq = sequence_of(p, b);
+    set_sequence(p, seq, s);
     const int64_t last_row = p.dbias_size[2] == 1 ? seq.q_length : smaller(seq.q_length, job.first_row + kLanes);
     const int64_t last_key = p.dbias_size[3] == 1 ? seq.k_length : smaller(seq.k_length, job.first_key + kBlockKeys);
     for (int64_t head = job.h; head < h_end; ++head) {
@@ -51,9 +52,9 @@ void dbias_job(const Params& p, const BiasJob& job, const BackwardSpace& space, 
           load_panel<E, T>(p, seq, panel, 0, space, s);
           bool gaps = false;
           if (panel.vectors == 2) {
-            backward_scores<E, 2>(p, seq, panel, s, 0, n0, keys, s.dbias, s.operands.at(0, 0), gaps);
+            backward_scores<E, T, 2>(p, seq, panel, s, 0, n0, keys, s.dbias, s.operands.at(0, 0), gaps);
           } else {
-            backward_scores<E, 1>(p, seq, panel, s, 0, n0, keys, s.dbias, s.operands.at(0, 0), gaps);
+            backward_scores<E, T, 1>(p, seq, panel, s, 0, n0, keys, s.dbias, s.operands.at(0, 0), gaps);
           }
         }
       }

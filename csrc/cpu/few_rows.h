@@ -20,13 +20,18 @@ constexpr int kFewRows = V::kWidth < 8 ? V::kWidth : 8;
 // and no further, memory keeps up.
 constexpr int kFewKeys = 64;
 
-// Whether a job's sequence has few rows; not whether the job has, which depends on how the rows are shared out. Not
-// where a backward pass relies on the last digits of scores, as it sums up products in the order of forward.h.
+// Whether a sequence has few rows; not whether a job has, which depends on how the rows are shared out.
 template <class V>
-bool few_rows(const Params& p, const ForwardJob& job) {
-  if (lse_residual(p).data != nullptr) return false;
-  const int64_t rows = sequence_of(p, job.b).q_length * (p.heads_q / p.heads_kv);
+bool few_rows(const Params& p, const Sequence& seq) {
+  const int64_t rows = seq.q_length * (p.heads_q / p.heads_kv);
   return rows <= kFewRows<V> && p.k.stride_d == 1 && p.v.stride_d == 1;
+}
+
+// Words of a query, padded to whole vectors.
+template <class E>
+int few_query_words(const Params& p) {
+  constexpr int kWidth = E::Vector::kWidth;
+  return (words_of(int(p.head_dim), E::kPerWord) + kWidth - 1) / kWidth * kWidth;
 }
 
 template <class E, class T>
@@ -46,7 +51,7 @@ struct FewRowsScratch {
 
   FewRowsScratch(const Params& p, Arena& arena) {
     constexpr int kRows = kFewRows<typename E::Vector>, kLanes = Panel<typename E::Vector>::kLanes;
-    query_words = (words_of(int(p.head_dim), E::kPerWord) + kWidth - 1) / kWidth * kWidth;
+    query_words = few_query_words<E>(p);
     dim_v = int((p.head_dim_v + kNumbers - 1) / kNumbers * kNumbers);
     queries = arena.take<Word>(int64_t(kRows) * query_words);
     acc = arena.take<S>(int64_t(kRows) * dim_v);
@@ -130,10 +135,21 @@ void few_scores_tile(const typename E::Word* queries, int ld, int dim, const T* 
     for (int r = 0; r < kRows; ++r) scores[n * Panel<V>::kLanes + r] = sums[n * kRows + r];
 }
 
+// Calls f(count, first) for pieces of 4, 2 and 1 rows; count is a constant.
+template <class V, class F>
+void for_row_pieces(int rows, F f) {
+  int r = 0;
+  if constexpr (V::kWidth >= 4) {
+    for (; r + 4 <= rows; r += 4) f(Constant<4>{}, r);
+  }
+  for (; r + 2 <= rows; r += 2) f(Constant<2>{}, r);
+  if (r < rows) f(Constant<1>{}, r);
+}
+
 // ahead: rows of ahead_dim numbers to ask for meanwhile, one per key; may be null.
 template <class E, class T, int kRows>
-void few_scores(const typename E::Word* queries, int ld, int dim, const T* const* k, int keys,
-                typename E::Scalar* scores, const T* const* ahead, int ahead_dim) {
+void few_scores_piece(const typename E::Word* queries, int ld, int dim, const T* const* k, int keys,
+                      typename E::Scalar* scores, const T* const* ahead, int ahead_dim) {
   constexpr int kKeys = E::Vector::kWidth / kRows;
   for (int n = 0; n < keys; n += kKeys) {
     const int some = int(smaller(kKeys, keys - n));
@@ -144,6 +160,29 @@ void few_scores(const typename E::Word* queries, int ld, int dim, const T* const
     } else {
       few_scores_tile<E, T, kRows, false>(queries, ld, dim, k + n, some, to);
     }
+  }
+}
+
+// scores[key][row] of `rows` queries, which are ld words apart. A score depends on its query and key alone, bit for
+// bit: the backward pass computes it again among others. ahead: see above.
+template <class E, class T>
+void few_scores(const typename E::Word* queries, int ld, int rows, int dim, const T* const* k, int keys,
+                typename E::Scalar* scores, const T* const* ahead, int ahead_dim) {
+  for_row_pieces<typename E::Vector>(rows, [&](auto count, int r) {
+    few_scores_piece<E, T, decltype(count)::value>(queries + r * ld, ld, dim, k, keys, scores + r,
+                                                   r == 0 ? ahead : nullptr, ahead_dim);
+  });
+}
+
+// The queries of a panel with few rows, as `few_scores` reads them: [row][ld words], zeros where a row sees nothing.
+template <class E, class T>
+void load_few_queries(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int ld,
+                      typename E::Word* queries) {
+  for (int i = 0; i < panel.count * ld; ++i) queries[i] = 0;
+  for (int r = 0; r < panel.count; ++r) {
+    if (panel.keys[r].first < panel.keys[r].last)
+      RowOperands<E, T>::query(row_of<const T>(p.q, seq, panel.b, panel.head[r], panel.query[r]), p.q.stride_d,
+                               int(p.head_dim), queries + r * ld);
   }
 }
 
@@ -210,17 +249,6 @@ void few_outputs(const FewRowsScratch<E, T>& s, int r, const uint8_t* seen, int 
   }
 }
 
-// Calls f(count, first) for pieces of 4, 2 and 1 rows; count is a constant.
-template <class V, class F>
-void for_row_pieces(int rows, F f) {
-  int r = 0;
-  if constexpr (V::kWidth >= 4) {
-    for (; r + 4 <= rows; r += 4) f(Constant<4>{}, r);
-  }
-  for (; r + 2 <= rows; r += 2) f(Constant<2>{}, r);
-  if (r < rows) f(Constant<1>{}, r);
-}
-
 template <class E, class T>
 void few_rows_step(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, int64_t n0, int keys,
                    int next_keys, OnlineSoftmax<typename E::Vector>& state, FewRowsScratch<E, T>& s) {
@@ -229,10 +257,7 @@ void few_rows_step(const Params& p, const Sequence& seq, const Panel<typename E:
   const bool plain = can_be_plain(p, false) && panel.all.first <= n0 && n0 + keys <= panel.all.last;
   bool gaps = false;
   if (!plain && !make_addend(p, seq, panel, n0, keys, false, s.addend, gaps)) return;
-  for_row_pieces<V>(panel.count, [&](auto rows, int r) {
-    few_scores<E, T, decltype(rows)::value>(s.queries + r * s.query_words, s.query_words, dim, s.k, keys, s.scores + r,
-                                            r == 0 ? s.v : nullptr, dim_v);
-  });
+  few_scores<E, T>(s.queries, s.query_words, panel.count, dim, s.k, keys, s.scores, s.v, dim_v);
   typename V::Scalar plain_max[Panel<V>::kLanes];
   if (plain) maximum<V, 1>(s.scores, keys, plain_max);
   softmax_step<E, 1>(p, panel, n0, keys, false, plain ? plain_max : nullptr, s.scores, s.addend.values, s.factors,
@@ -263,14 +288,9 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
   set_panel(panel, p, seq, job.b, group_of(p, job.head_kv), job.first_row, job.rows, job.keys);
   OnlineSoftmax<V> state;
   reset(state);
-  for (int i = 0; i < panel.count * s.query_words; ++i) s.queries[i] = 0;
+  load_few_queries<E, T>(p, seq, panel, s.query_words, s.queries);
   for (int i = 0; i < panel.count * s.dim_v; ++i) s.acc[i] = S(0);
   for (int i = 0; i < s.dim_v; ++i) s.zeros[i] = T{};
-  for (int r = 0; r < panel.count; ++r) {
-    if (panel.keys[r].first < panel.keys[r].last)
-      RowOperands<E, T>::query(row_of<const T>(p.q, seq, job.b, panel.head[r], panel.query[r]), p.q.stride_d,
-                               int(p.head_dim), s.queries + r * s.query_words);
-  }
   auto find_keys = [&](int64_t n0, const T** rows) {
     const int keys = int(larger(0, smaller(kFewKeys, panel.any.last - n0)));
     for (int n = 0; n < keys; ++n) rows[n] = key_row<const T>(p, p.k, seq, job.b, job.head_kv, n0 + n);

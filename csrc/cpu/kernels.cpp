@@ -61,7 +61,7 @@ static size_t run_forward_scratch(const Params& p) {
 static void run_forward(const Params& p, const ForwardJob& job, const Parts& parts, void* scratch) {
   for_dtype(p.dtype, [&](auto words, auto type) {
     using V = typename decltype(words)::Vector;
-    if (few_rows<V>(p, job)) {
+    if (few_rows<V>(p, sequence_of(p, job.b))) {
       few_rows_job<decltype(words), decltype(type)>(p, job, parts, scratch);
     } else {
       forward_job<decltype(words), decltype(type)>(p, job, parts, scratch);

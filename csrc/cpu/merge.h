@@ -11,7 +11,7 @@ void merge_job(const Params& p, const ForwardJob& job, const Parts& parts) {
   using S = typename V::Scalar;
   const S lowest = S(-__builtin_inf());
   const Sequence seq = sequence_of(p, job.b);
-  const Unit<S> unit = unit_of<S>(p, folds_terms(p) && !few_rows<V>(p, job));
+  const Unit<S> unit = unit_of<S>(p, folds_terms(p) && !few_rows<V>(p, seq));
   const int64_t group = p.heads_q / p.heads_kv;
   const int dim_v = int(p.head_dim_v);
   const S* outs = static_cast<const S*>(parts.out);
