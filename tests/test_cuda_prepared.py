@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -148,3 +149,20 @@ def test_the_native_module_takes_what_it_is_handed(monkeypatch: pytest.MonkeyPat
     ):
         with pytest.raises(RuntimeError, match="failed with cuda"):
             run()
+
+
+def test_a_general_call_is_planned_once(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory it needs is known from the calls of its kind before it."""
+    asked: list[str] = []
+    find = cuda._workspace_bytes.__wrapped__
+
+    def noted(call: Any, operation: str, *rest: Any) -> int:
+        asked.append(operation)
+        return find(call, operation, *rest)
+
+    monkeypatch.setattr(cuda, "_workspace_bytes", functools.lru_cache(noted))
+    for _ in range(2):
+        q, k, v = (normal(machine, *SHAPE).requires_grad_() for _ in range(3))
+        out = fastattn.attention(q, k, v, softcap=2.0, return_lse=True, backend="cuda")[0]
+        torch.autograd.grad(out.sum(), (q, k, v))
+    assert asked == ["forward", "backward"]

@@ -183,7 +183,7 @@ class CudaBackend:
 
     def _run(self, operation: str, problem: Problem, tensors: Tensors) -> None:
         call = described(_cuda.Call, problem, tensors)
-        size = call.workspace_bytes(operation, addresses(tensors), *self._machine.processor(problem.device))
+        size = _workspace_bytes(call, operation, tuple(tensors), self._machine.processor(problem.device))
         if size:
             tensors = tensors | {"workspace": torch.empty(size, dtype=torch.uint8, device=problem.device)}
         self._machine.run(problem.device, operation, call, tensors)
@@ -216,7 +216,7 @@ class _CudaCalls(PreparedCalls):
         super().__init__(_cuda.Call, problem, inputs)
 
     def _workspace_bytes(self, operation: str, call: _cuda.Call, tensors: Tensors) -> int:
-        return call.workspace_bytes(operation, addresses(tensors), *self._machine.processor(self._problem.device))
+        return _workspace_bytes(call, operation, tuple(tensors), self._machine.processor(self._problem.device))
 
     def _run(self, step: Step, tensors: Sequence[Tensor | None]) -> None:
         device, size = self._problem.device, step.workspace_bytes
@@ -241,6 +241,16 @@ class _CudaCalls(PreparedCalls):
             inputs, wanted = Inputs(q, k, v), Needs(*needs, False, False)
             return self._backend.backward(self._problem, inputs, results, dout, None, wanted)[:3]
         return super().backward(q, k, v, results, dout, needs)
+
+
+@lru_cache(maxsize=4096)
+def _workspace_bytes(call: _cuda.Call, operation: str, names: tuple[str, ...], processor: Processor) -> int:
+    """The memory that an operation needs besides its tensors.
+
+    That depends on sizes and on which tensors there are, not on where they lie: a call is planned when it runs, once.
+    """
+    anywhere = dict.fromkeys(names, CHUNK_BYTES)
+    return call.workspace_bytes(operation, anywhere, *processor)
 
 
 def _begin_in_chunks(*tensors: Tensor) -> bool:

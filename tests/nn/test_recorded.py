@@ -281,7 +281,9 @@ def test_fx_of_the_module_itself(module: nn.Module) -> None:
         torch.fx.symbolic_trace(module)
 
 
-@pytest.mark.parametrize("record", [torch.jit.script, lambda m: torch.jit.trace(m, (x(), padding()))], ids=str)
+@pytest.mark.parametrize(
+    "record", [torch.jit.script, lambda m: torch.jit.trace(m, (x(), padding()))], ids=["script", "trace"]
+)
 def test_recording_leaves_the_module_as_it_is(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = attention(**EVERYTHING)()
     inner = model.attention
