@@ -126,7 +126,8 @@ def attention(
 
     Returns out (batch, heads_q, seqlen_q, head_dim_v) in q's dtype, its dimensions in memory in q's order; lse
     (batch, heads_q, seqlen_q), natural logarithm of the softmax's denominator, float32 (float64 for float64).
-    A query that sees no key gives out = 0, lse = -inf and zero gradients.
+    A query that sees no key gives out = 0, lse = -inf and zero gradients; with a sink, lse is the sink, and the
+    gradient of lse goes to it. In `attention_varlen`, rows behind the last sequence belong to none and have no sink.
     Differentiable in q, k, v, bias and sinks, through out and lse.
 
     Raises TypeError or ValueError that names the argument, what came and what was expected. The values inside index

@@ -114,7 +114,8 @@ def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Te
     nothing = row_sum == 0.0
     row_sum = row_sum.masked_fill(nothing, 1.0)
     probs = (weights / row_sum[..., None]).masked_fill(empty[..., None], 0.0)  # a sink may be NaN
-    return probs, (row_max + torch.log(row_sum)).masked_fill(nothing, -torch.inf), empty
+    lse = (row_max + torch.log(row_sum)).masked_fill(nothing, -torch.inf)
+    return probs, lse if sinks is None else torch.where(empty, sinks, lse), empty
 
 
 def _visibility(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -172,27 +173,34 @@ def _dense_backward(
     problem: Problem, inputs: Inputs, batches: range, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     s = _softmax(problem, inputs, batches)
-    dout, dprobs, delta = _bwd_preprocess(problem, s, dout, dlse)
+    dout, dprobs, delta, sink_delta = _bwd_preprocess(problem, s, dout, dlse)
     dscores = s.probs * (dprobs - delta[..., None])
     dbias = dsinks = None
     if inputs.bias is not None:
         dbias = dscores.sum_to_size(inputs.bias.shape)
     if inputs.sinks is not None:
-        dsinks = -(_sink_probs(inputs.sinks, s.lse) * delta).sum(dim=(0, 2))
+        dsinks = -(_sink_probs(inputs.sinks, s.lse) * sink_delta).sum(dim=(0, 2))
     draw = problem.scale * dscores * (1.0 - s.tanh * s.tanh)
     dk = draw.transpose(-2, -1) @ s.q
     dv = (s.probs * s.dropout).transpose(-2, -1) @ dout
     return draw @ s.k, _sum_groups(dk, problem), _sum_groups(dv, problem), dbias, dsinks
 
 
-def _bwd_preprocess(problem: Problem, s: _Softmax, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(dout, dprobs, delta): dout without rows that see no key, and what the gradient of the scores is made of."""
+def _bwd_preprocess(
+    problem: Problem, s: _Softmax, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dout, dprobs, delta, sink_delta): what the gradients of scores and sinks are made of.
+
+    dout and delta are 0 in rows that see no key, whatever came; sink_delta is -dlse there, as the sink is all of lse.
+    """
     dout = dout.to(problem.accumulator).masked_fill(s.empty[..., None], 0.0)
     dprobs = ((dout @ s.v.transpose(-2, -1)) * s.dropout).masked_fill(~s.visible, 0.0)
     delta = (s.probs * dprobs).sum(dim=-1)
-    if dlse is not None:  # d lse / d scores = probs, so it takes part as a shift of delta
-        delta = delta - dlse.to(delta.dtype).masked_fill(s.lse == -torch.inf, 0.0)
-    return dout, dprobs, delta
+    if dlse is None:
+        return dout, dprobs, delta, delta
+    # d lse / d scores = probs, so it takes part as a shift of delta.
+    sink_delta = delta - dlse.to(delta.dtype).masked_fill(s.lse == -torch.inf, 0.0)
+    return dout, dprobs, sink_delta.masked_fill(s.empty, 0.0), sink_delta
 
 
 def _sink_probs(sinks: Tensor, lse: Tensor) -> Tensor:
@@ -239,7 +247,7 @@ def _dense_double_backward(
 ) -> tuple[Tensor | None, ...]:
     """A name with t_ is the change of that quantity of the forward or backward pass."""
     s = _softmax(problem, inputs, batches)
-    dout, dprobs, delta = _bwd_preprocess(problem, s, dout, dlse)
+    dout, dprobs, delta, sink_delta = _bwd_preprocess(problem, s, dout, dlse)
     dscores = s.probs * (dprobs - delta[..., None])
     slope = 1.0 - s.tanh * s.tanh
     curvature = 0.0 if problem.softcap is None else -2.0 / problem.softcap * s.tanh * slope
@@ -264,7 +272,7 @@ def _dense_double_backward(
     if inputs.bias is not None:
         t_dbias = t_dscores.sum_to_size(inputs.bias.shape)
     if inputs.sinks is not None:
-        t_dsinks = -(sink_probs * ((t_sinks - t_lse) * delta + t_delta)).sum(dim=(0, 2))
+        t_dsinks = -(sink_probs * ((t_sinks - t_lse) * sink_delta + t_delta)).sum(dim=(0, 2))
     draw, t_draw = problem.scale * slope * dscores, problem.scale * (slope * t_dscores + curvature * t_raw * dscores)
     t_dk = t_draw.transpose(-2, -1) @ s.q + draw.transpose(-2, -1) @ t_q
     t_dv = (t_probs * s.dropout).transpose(-2, -1) @ dout

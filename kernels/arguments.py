@@ -129,7 +129,6 @@ class Variant:
     FLOAT32: bool  # of inputs: large scores lose no digits, see softmax.update and backward.statistics
     PRECISION: str  # of products of float32: "ieee" or "tf32x3"
     PLAIN: bool  # scores are the products times a positive scale
-    LATE: bool  # scores are scaled when they become exponents, not before; all plain ones are
     RELATIVE: bool  # see scores.tanh
     PERMUTED: bool  # see tiles.key_order
     PASS: int  # see tiles.load_block

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .arguments import VARYING, Dropout, Scores, Sequences
 from .query_tile import load_keys, place, query_tile, visible_to
-from .scores import LOG2E, kept, seen, transform
+from .scores import LOG2E, exponent_factor, kept, seen, transform
 from .sequences import (
     diagonal_offset,
     keys_of,
@@ -43,15 +43,15 @@ def statistics(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DIM: tl.constexpr,
-    LATE: tl.constexpr,
+    PLAIN: tl.constexpr,
     FLOAT32: tl.constexpr,
 ):
     """Per row: lse in units of log2 (+inf if it saw nothing, so that its probabilities are 0), and delta.
 
     delta = rowsum(dout * (out + out_residual / RESIDUAL_SCALE)) - dlse. out_residual and lse_residual may be None;
     either is inf in rows that saw nothing but a sink. All numbers per row are contiguous, (batch, heads_q, seqlen_q).
-    FLOAT32: row_lse is the sum of two numbers, (2, batch, heads_q, seqlen_q), as lse + lse_residual is; if LATE in
-    units of products, which are scaled after it is subtracted. Reads its inputs once.
+    FLOAT32: row_lse is the sum of two numbers, (2, batch, heads_q, seqlen_q), as lse + lse_residual is, in
+    units of scores (of products, if PLAIN), which are scaled after it is subtracted. Reads its inputs once.
     """
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ok = offs_r < rows
@@ -78,9 +78,9 @@ def statistics(
         sums -= tl.load(dlse + offs_r).to(tl.float32)
     tl.store(delta + offs_r, tl.where(nothing, 0.0, sums), mask=ok)
     if FLOAT32:
-        exact = (given.to(tl.float64) + low) * LOG2E
-        if LATE:
-            exact /= scale * LOG2E
+        exact = given.to(tl.float64) + low
+        if PLAIN:
+            exact /= scale
         exponent, low = split_lse(tl.where(nothing, float("inf"), exact))
         tl.store(row_lse + rows.to(tl.int64) + offs_r, low, mask=ok)
     else:
@@ -131,10 +131,8 @@ def gradient_of_scores(
     if not VARIANT.PLAIN:
         s, capped = transform(products, scores, b, head, i, j, offset, visible, MASKED, VARIANT)
     if VARIANT.FLOAT32:
-        exponent = s - row_lse - row_low
-        if VARIANT.LATE:
-            exponent *= scores.scale * LOG2E
-    elif VARIANT.LATE:
+        exponent = (s - row_lse - row_low) * exponent_factor(scores, VARIANT)
+    elif VARIANT.PLAIN:
         exponent = s * (scores.scale * LOG2E) - row_lse
     else:
         exponent = s - row_lse
@@ -373,7 +371,10 @@ def _key_step(
     base_do = dout.data + offset_of(dout, tile.batch, head, start)
     tile_q = load_block(q, base_q, rows, ok, MASKED or CAREFUL, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM, VARIANT)
     tile_do = load_block(dout, base_do, rows, ok, MASKED or CAREFUL, 0, WIDTH_V, VARIANT.HEAD_DIM_V, VARIANT)
-    products = tl.dot(tile.k, tl.trans(tile_q), input_precision=VARIANT.PRECISION)
+    if VARIANT.FLOAT32:  # summed up as in the forward pass: large scores must cancel against lse to the last digit
+        products = tl.trans(tl.dot(tile_q, tl.trans(tile.k), input_precision=VARIANT.PRECISION))
+    else:
+        products = tl.dot(tile.k, tl.trans(tile_q), input_precision=VARIANT.PRECISION)
     dprobs = tl.dot(tile.v, tl.trans(tile_do), input_precision=VARIANT.PRECISION)
 
     i = tl.minimum(offs_m, tile.seqlen_q - 1)

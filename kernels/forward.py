@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .arguments import VARYING, Array, Dropout, Scores, Sequences
 from .query_tile import load_keys, place, query_tile, rows_per_query, visible_to
-from .scores import kept, seen, transform
+from .scores import kept, seen, transform, unit_of_scores
 from .sequences import masked_block, queries_of
 from .softmax import finish, merge, split_lse, start, update
 from .tiles import any_nan, key_order, load_tile, offset_of, rounded_off, row_array, store_rows
@@ -210,7 +210,7 @@ def forward(
                 tile, k, v, k_map, v_map, begin, end, whole, cut, scores, window, dropout, paging, True, VARIANT
             )
     TYPE: tl.constexpr = tl.float32 if lse_residual is None else tl.float64
-    row_lse, normalizer = finish(row_max, row_sum, tile.factor, TYPE)
+    row_lse, normalizer = finish(row_max, row_sum, unit_of_scores(scores, VARIANT), TYPE)
     saw_nothing = row_lse == -float("inf")
     lse_rows = offset_of(row_array(lse, heads, sequences), b, tile.heads, tile.tokens)
     out_data = out.data
@@ -219,8 +219,9 @@ def forward(
         out_data += split.to(tl.int64) * stride_out
     elif sinks is not None:
         # Rows behind the last sequence belong to none, and have no sink.
-        sink = tl.load(sinks + tile.heads, mask=b < batch, other=-float("inf")).to(TYPE)
+        sink = tl.where(b < batch, tl.load(sinks + tile.heads), -float("inf")).to(TYPE)
         row_lse, share, _ = merge(row_lse, sink)
+        row_lse = tl.where(saw_nothing, sink, row_lse)  # also one that is infinite
         normalizer = tl.where(saw_nothing, 0.0, normalizer * share)  # also of a sink that is NaN
     if dropout_scale is not None:
         normalizer *= dropout_scale
@@ -284,7 +285,9 @@ def combine(
         acc = acc * old[:, None] + part * new[:, None]
     saw_nothing = total == -float("inf")
     if sinks is not None:
-        total, share, _ = merge(total, tl.load(sinks + head).to(TYPE))
+        sink = tl.load(sinks + head).to(TYPE)
+        total, share, _ = merge(total, sink)
+        total = tl.where(saw_nothing, sink, total)
         acc = tl.where(saw_nothing[:, None], 0.0, acc * share[:, None])
     store_rows(out, b, head, offs_m, ok, acc, 0, BLOCK_D, DIM)
     if out_residual is not None:

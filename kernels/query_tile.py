@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .rotary import load_rotated
-from .scores import LOG2E
+from .scores import exponent_factor
 from .sequences import diagonal_offset, key_blocks, keys_of, queries_of, tile_of, visible_keys
 from .tiles import load_block, load_rows, load_tile, offset_of
 
@@ -110,7 +110,7 @@ def query_tile(q, k, v, heads, sequences, window, scores, rotation, m_index, hea
         whole=whole,
         cut=cut,
         offset=offset,
-        factor=scores.scale * LOG2E if VARIANT.LATE else scores.scale * 0.0 + 1.0,
+        factor=exponent_factor(scores, VARIANT),
     )
 
 

@@ -1,8 +1,7 @@
 """From products of queries and keys to scores in units of log2, masks and dropout: shared by forward and backward.
 
 Plain scores stay products; their scale is folded into the exponent. What has a softcap, ALiBi, a bias or a scale that
-is not positive is transformed first; in float32, ALiBi and bias may be divided by the scale instead. Index arguments i
-(queries) and j (keys) are columns and rows, either way round.
+is not positive is transformed first. Index arguments i (queries) and j (keys) are columns and rows, either way round.
 """
 
 import triton
@@ -26,6 +25,30 @@ def tanh(x, RELATIVE: tl.constexpr):
 
 
 @triton.jit
+def exponent_factor(scores, VARIANT: tl.constexpr):
+    """What makes scores exponents of 2."""
+    if VARIANT.PLAIN:
+        factor = scores.scale * LOG2E
+    elif VARIANT.FLOAT32:
+        factor = scores.scale * 0.0 + LOG2E
+    else:
+        factor = scores.scale * 0.0 + 1.0
+    return factor
+
+
+@triton.jit
+def unit_of_scores(scores, VARIANT: tl.constexpr):
+    """What one unit of scores is in natural units."""
+    if VARIANT.PLAIN:
+        unit = scores.scale
+    elif VARIANT.FLOAT32:
+        unit = scores.scale * 0.0 + 1.0
+    else:
+        unit = scores.scale * 0.0 + LN2
+    return unit
+
+
+@triton.jit
 def at(x, batch, head, i, j):
     """Addresses of elements (i, j) of an `Array`."""
     return x.data + (offset_of(x, batch, head, i) + j.to(tl.int64) * x.column)
@@ -33,19 +56,17 @@ def at(x, batch, head, i, j):
 
 @triton.jit
 def transform(products, scores, batch, head, i, j, offset, visible, MASKED: tl.constexpr, VARIANT: tl.constexpr):
-    """(scores in units of log2, or of products if LATE; tanh of the softcap if there is one).
+    """(scores, in natural units if FLOAT32, else in units of log2; tanh of the softcap if there is one).
 
     `visible` says which elements of the bias may be read, if MASKED.
     """
+    unit = 1.0 if VARIANT.FLOAT32 else LOG2E
     capped = products
     if scores.softcap is not None:
         capped = tanh(products * (scores.scale / scores.softcap), VARIANT.RELATIVE)
-        s = capped * (scores.softcap * LOG2E)
-    elif VARIANT.LATE:
-        s = products
+        s = capped * (scores.softcap * unit)
     else:
-        s = products * (scores.scale * LOG2E)
-    unit = 1.0 / scores.scale if VARIANT.LATE else LOG2E
+        s = products * (scores.scale * unit)
     if scores.slopes is not None:
         slope = tl.load(scores.slopes.data + offset_of(scores.slopes, batch, head, batch * 0)).to(tl.float32) * unit
         s -= slope * tl.abs(i + offset - j).to(tl.float32)

@@ -8,7 +8,7 @@ multiply-add that subtracts the maximum. Source: Milakov and Gimelshein, "Online
 import triton
 import triton.language as tl
 
-from .scores import LN2, LOG2E
+from .scores import LOG2E
 
 LAZIEST = tl.constexpr(8.0)
 
@@ -61,14 +61,15 @@ def update(row_max, row_sum, acc, scores, factor, PARTS: tl.constexpr, VARIANT: 
 
 
 @triton.jit
-def finish(row_max, row_sum, factor, TYPE: tl.constexpr):
+def finish(row_max, row_sum, unit, TYPE: tl.constexpr):
     """(lse, what the accumulated values are multiplied with); lse in natural units, as callers get it.
 
-    TYPE: of lse. In tl.float64 it has the digits of which `split_lse` keeps the rest.
+    unit: what one unit of row_max is in natural units. TYPE: of lse. In tl.float64 it has the digits of which
+    `split_lse` keeps the rest.
     """
     total = tl.sum(row_sum, 1)
     nothing = total == 0.0
-    lse = tl.where(nothing, -float("inf"), row_max.to(TYPE) * factor * LN2 + tl.log(total))
+    lse = tl.where(nothing, -float("inf"), row_max.to(TYPE) * unit + tl.log(total))
     return lse, tl.where(nothing, 0.0, 1.0 / total)
 
 

@@ -37,6 +37,16 @@ inline void for_keys(const T* from, const int64_t* at, int64_t key_stride, int k
   }
 }
 
+// A finite bias times unit, within the range of finite numbers: a row of nothing but the lowest sees all keys alike, as
+// in eager attention. Infinities and NaN stay.
+template <class V>
+inline V bounded_product(V bias, V unit) {
+  using S = typename V::Scalar;
+  constexpr S kLargest = sizeof(S) == 4 ? S(3.40282347e38) : S(1.7976931348623157e308);
+  const V x = bias * unit, bounded = min(V::set(kLargest), max(V::set(-kLargest), x));
+  return select(equal(abs(bias), V::set(S(__builtin_inf()))), x, bounded);
+}
+
 // a += unit * bias. first: a holds nothing yet.
 template <class V, class T>
 void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, int lanes, int keys, bool first,
@@ -44,7 +54,7 @@ void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, i
   using S = typename V::Scalar;
   if (same) {  // one row for all lanes, as in a bias per key
     for (int n = 0; n < keys; ++n) {
-      const V x = V::set(S(to_float(bias[at[0] + n * key_stride])) * unit);
+      const V x = bounded_product(V::set(S(to_float(bias[at[0] + n * key_stride]))), V::set(unit));
       for (int lane = 0; lane < lanes; lane += V::kWidth) {
         S* to = a + n * Panel<V>::kLanes + lane;
         if (first) {
@@ -60,7 +70,7 @@ void add_bias(const T* bias, const int64_t* at, bool same, int64_t key_stride, i
   for (int lane = 0; lane < lanes; lane += V::kWidth) {
     for_keys<V>(bias, at + lane, key_stride, keys, [&](int n, V x) {
       S* to = a + n * Panel<V>::kLanes + lane;
-      x = x * factor;
+      x = bounded_product(x, factor);
       (first ? x : x + V::load(to)).store(to);
     });
   }
@@ -156,7 +166,7 @@ inline bool stay_products(const Params& p, bool folded) {
 
 template <class S>
 inline Unit<S> unit_of(const Params& p, bool folded) {
-  return stay_products(p, folded) ? unit_of_products<S>(p.scale) : unit_of_log2<S>();
+  return stay_products(p, folded) ? unit_of_products<S>(p.scale) : natural_unit<S>();
 }
 
 // Whether a step that hides nothing is plain: nothing has to be done to its scores.
@@ -189,14 +199,14 @@ void hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, A
   }
 }
 
-// Fills a.values for keys n0 .. n0 + keys, in units of log2: -inf where hidden, else ALiBi and bias, or 0 if the scores
+// Fills a.values for keys n0 .. n0 + keys: -inf where hidden, else ALiBi and bias, or 0 if the scores
 // have these already (`folded`). Returns whether any pair is visible, and in `gaps` whether some key is seen by no row.
 template <class V>
 bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, bool folded,
                  AddendScratch<V> a, bool& gaps) {
   const int lanes = panel.vectors * V::kWidth;
   if (has_terms(p) && !folded) {
-    make_terms(p, seq, panel, n0, keys, typename V::Scalar(kLog2E), a.values);
+    make_terms(p, seq, panel, n0, keys, typename V::Scalar(1), a.values);
   } else {
     for (int n = 0; n < keys; ++n)
       for (int lane = 0; lane < lanes; lane += V::kWidth) V::set(0).store(a.values + n * Panel<V>::kLanes + lane);

@@ -48,7 +48,7 @@ struct BackwardScratch {
 
   S *scores, *dprobs, *factors, *dbias;
   S *dk, *dv;                // [columns of kLanes][key][kLanes], along dim
-  S *lse, *lse_low, *delta;  // [lane], lse in the unit of scores, as the sum of two numbers
+  S *lse, *lse_low, *delta;  // [lane], lse in the unit of scores, and what it lacks as an exponent of 2
   bool few, folded;          // the sequence has few rows; products have ALiBi and bias in them
   Word* few_queries;         // [row][query_words], instead of q_columns where rows are few, and
   const void** few_keys;     // [key]: rows of k
@@ -196,7 +196,7 @@ void load_panel(const Params& p, const Sequence& seq, const Panel<typename E::Ve
     dout[lane] = row_of<const T>(p.dout, seq, panel.b, head, query);
     const Twofold<S> lse = over(load_lse<S>(p, seq, panel.b, head, query), unit.natural);
     s.lse[lane] = lse.high;
-    s.lse_low[lane] = lse.low;
+    s.lse_low[lane] = lse.low * unit.exponent;
     s.delta[lane] = *row_of<const S>(space.delta, seq, panel.b, head, query);
   }
   if (s.few) {
@@ -225,21 +225,21 @@ struct ScoreGrad {
 // What is the same for all scores of a lane.
 template <class V>
 struct ScoreTerms {
-  V lse, lse_low, delta;
+  V lse, minus_lse_low, delta;
   V exponent;       // what makes scores exponents of 2
   V factor;         // what makes products scores, to which the addend is added
-  V into_cap, cap;  // scale / softcap, and softcap in units of log2
+  V into_cap, cap;  // scale / softcap, and softcap
   bool capped;
 
   template <class Scratch>
   ScoreTerms(const Params& p, const Scratch& s, int lane)
       : lse(V::load(s.lse + lane)),
-        lse_low(V::load(s.lse_low + lane)),
+        minus_lse_low(number(0) - V::load(s.lse_low + lane)),
         delta(V::load(s.delta + lane)),
         exponent(number(unit_of<typename V::Scalar>(p, s.folded).exponent)),
-        factor(number(stay_products(p, s.folded) ? 1 : p.scale * kLog2E)),
+        factor(number(stay_products(p, s.folded) ? 1 : p.scale)),
         into_cap(number(p.softcap > 0 ? p.scale / p.softcap : 0)),
-        cap(number(p.softcap * kLog2E)),
+        cap(number(p.softcap)),
         capped(p.softcap > 0) {}
   static V number(double x) { return V::set(typename V::Scalar(x)); }
 };
@@ -264,7 +264,7 @@ inline ScoreGrad<V> score_grad(const ScoreTerms<V>& terms, const typename V::Sca
     }
   }
   ScoreGrad<V> g;
-  const V prob = exp2(((x - terms.lse) - terms.lse_low) * terms.exponent);
+  const V prob = exp2(fma(x - terms.lse, terms.exponent, terms.minus_lse_low));
   V dp = V::load(dprob);
   g.prob = prob;
   if (factor != nullptr) {
@@ -510,40 +510,45 @@ size_t backward_scratch(const Params& p) {
   return arena.used();
 }
 
+// a * b, summed up in lanes; the same whatever the strides.
+template <class V, class T>
+V row_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int dim) {
+  using S = typename V::Scalar;
+  auto part = [&](const T* row, int64_t stride, int d) {
+    if (stride == 1) return load_some<V>(row + d, dim - d);
+    S values[V::kWidth] = {};
+    for (int i = 0; i < V::kWidth && d + i < dim; ++i) values[i] = S(to_float(row[(d + i) * stride]));
+    return V::load(values);
+  };
+  V sums = V::set(S(0));
+  for (int d = 0; d < dim; d += V::kWidth) sums = fma(part(a, stride_a, d), part(b, stride_b, d), sums);
+  return sums;
+}
+
 // delta = rowsum(dout * out) - dlse of one head of a sequence; out with what rounding took from it, see Results in
-// fastattn/backends/__init__.py. Summed up in the order of the products dout * v, against which it cancels exactly
-// where a row sees but one key. -dlse for queries that saw nothing, whose dout may hold anything.
+// fastattn/backends/__init__.py. -dlse for queries that saw nothing, whose dout may hold anything.
 template <class V, class T>
 void delta_job(const Params& p, const BackwardSpace& space, int64_t b, int64_t head) {
   using S = typename V::Scalar;
-  constexpr int kLanes = kLanesOf<V>, kColumns = 16;
   const Sequence seq = sequence_of(p, b);
   const View residual = out_residual(p);
   for (int64_t i = 0; i < seq.q_length; i += V::kWidth) {
     const int rows = int(smaller(V::kWidth, seq.q_length - i));
-    bool sees[V::kWidth] = {};
-    for (int r = 0; r < rows; ++r) sees[r] = !saw_nothing<S, T>(p, seq, b, head, i + r);
-    // [column][row] from column d on.
-    auto load = [&](const View& view, int d, int columns, S* to) {
-      const T* from[V::kWidth];
-      for (int r = 0; r < V::kWidth; ++r)
-        from[r] = sees[r] ? row_of<const T>(view, seq, b, head, i + r) + d * view.stride_d : nullptr;
-      Columns<Single<V>, T>::pack(from, V::kWidth, view.stride_d, columns, to, kLanes);
-    };
-    V total = V::set(S(0)), rest = V::set(S(0));
-    for (int d = 0; d < int(p.head_dim_v); d += kColumns) {
-      const int columns = int(smaller(kColumns, p.head_dim_v - d));
-      S dout[kColumns * kLanes], out[kColumns * kLanes];
-      load(p.dout, d, columns, dout);
-      auto add = [&](const View& view, V& sum) {
-        load(view, d, columns, out);
-        for (int c = 0; c < columns; ++c) sum = fma(V::load(out + c * kLanes), V::load(dout + c * kLanes), sum);
+    V products[V::kWidth];
+    for (int r = 0; r < V::kWidth; ++r) {
+      products[r] = V::set(S(0));
+      if (r >= rows || saw_nothing<S, T>(p, seq, b, head, i + r)) continue;
+      const T* dout = row_of<const T>(p.dout, seq, b, head, i + r);
+      auto with_dout = [&](const View& view) {
+        return row_product<V>(row_of<const T>(view, seq, b, head, i + r), view.stride_d, dout, p.dout.stride_d,
+                              int(p.head_dim_v));
       };
-      add(p.out, total);
-      if (residual.data != nullptr) add(residual, rest);
+      products[r] = with_dout(p.out);
+      if (residual.data != nullptr)
+        products[r] = fma(with_dout(residual), V::set(S(1) / S(kResidualScale)), products[r]);
     }
     S totals[V::kWidth];
-    fma(rest, V::set(S(1) / S(kResidualScale)), total).store(totals);
+    sum_of_lanes(products).store(totals);
     for (int r = 0; r < rows; ++r) {
       if (p.dlse.data != nullptr) totals[r] -= *row_of<const S>(p.dlse, seq, b, head, i + r);
       *row_of<S>(space.delta, seq, b, head, i + r) = totals[r];

@@ -306,9 +306,8 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
     s.next_k = used;
     keys = next_keys;
   }
-  const Unit<S> unit = unit_of<S>(p, false);
   S inverse[Panel<V>::kLanes];
-  finish_softmax(p, unit, panel, job, state, inverse);
+  finish_softmax(p, unit_of<S>(p, false), seq, panel, job, parts, 0, state, inverse);
   for (int r = 0; r < panel.count; ++r) {
     const V factor = V::set(inverse[r]), zero = V::set(S(0));
     S* acc = s.acc + r * s.dim_v;
@@ -327,7 +326,6 @@ void few_rows_job(const Params& p, const ForwardJob& job, const Parts& parts, vo
                    residual.stride_d);
     }
   }
-  store_rows(p, unit, seq, panel, job, parts, 0, state, inverse);
 }
 
 template <class E>

@@ -24,7 +24,7 @@ struct Constant {
 
 template <class V>
 struct OnlineSoftmax {
-  typename V::Scalar row_max[Panel<V>::kLanes], row_sum[Panel<V>::kLanes], alpha[Panel<V>::kLanes];  // in units of log2
+  typename V::Scalar row_max[Panel<V>::kLanes], row_sum[Panel<V>::kLanes], alpha[Panel<V>::kLanes];
   bool begun;  // forward_step: whether there was one, which wrote the panel's acc
 };
 
@@ -64,8 +64,8 @@ V finish_scores(const Params& p, bool folded, typename V::Scalar* scores, const 
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
   const bool capped = p.softcap > 0;
-  const double factor = capped ? p.scale / p.softcap : stay_products(p, folded) ? 1 : p.scale * kLog2E;
-  const V scale = V::set(S(factor)), cap = V::set(S(p.softcap * kLog2E)), hidden = V::set(S(-__builtin_inf()));
+  const double factor = capped ? p.scale / p.softcap : stay_products(p, folded) ? 1 : p.scale;
+  const V scale = V::set(S(factor)), cap = V::set(S(p.softcap)), hidden = V::set(S(-__builtin_inf()));
   V highest = hidden;
   for (int at = 0; at < keys * kLanes; at += kLanes) {
     const V a = V::load(addend + at), raw = V::load(scores + at) * scale;
@@ -241,25 +241,6 @@ void forward_block(const Params& p, const Sequence& seq, const Panel<typename E:
   }
 }
 
-// 2 to the power of a difference of scores.
-template <class S>
-S weight_of(const Unit<S>& unit, S difference) {
-  return S(__builtin_exp2(double(difference) * double(unit.exponent)));
-}
-
-// Takes the sink, in natural units, into a row's maximum and sum, which may be those of a row that saw nothing. factor:
-// what results relative to the old maximum are multiplied with.
-template <class S>
-void add_sink(const Unit<S>& unit, S sink, S& row_max, S& row_sum, S& factor) {
-  if (sink == S(-__builtin_inf())) return;
-  sink /= unit.natural.high;
-  if (sink > row_max) {
-    factor = weight_of(unit, row_max - sink);
-    row_max = sink;
-  }
-  row_sum = row_sum * factor + weight_of(unit, sink - row_max);
-}
-
 // The sink of a head, -inf if there is none. Rows behind the last sequence of a varlen call belong to no sequence and
 // have none.
 template <class S>
@@ -268,34 +249,30 @@ S sink_of(const Params& p, int64_t b, int64_t head) {
   return static_cast<const S*>(p.sinks.data)[head * p.sinks.stride_h];
 }
 
-// Ends the softmax of a panel. inverse: what the accumulated outputs are multiplied with, 0 for a row that saw nothing.
-// A sink counts once: not in parts, but when they are merged.
-template <class V>
-void finish_softmax(const Params& p, const Unit<typename V::Scalar>& unit, const Panel<V>& panel, const ForwardJob& job,
-                    OnlineSoftmax<V>& state, typename V::Scalar* inverse) {
-  using S = typename V::Scalar;
-  const S kept = p.dropout_threshold != 0 ? S(p.dropout_scale) : S(1);
-  for (int lane = 0; lane < panel.count; ++lane) {
-    S factor = S(1);
-    // Not by the maximum, in which NaN can be lost: a row that saw anything has a sum of at least 1, or NaN.
-    const bool saw_nothing = state.row_sum[lane] == S(0);
-    if (job.part < 0)
-      add_sink(unit, sink_of<S>(p, panel.b, panel.head[lane]), state.row_max[lane], state.row_sum[lane], factor);
-    inverse[lane] = saw_nothing ? S(0) : factor / state.row_sum[lane] * kept;
-  }
-  for (int lane = panel.count; lane < Panel<V>::kLanes; ++lane) inverse[lane] = S(0);
-}
-
-// lse of a query, and what rounding took from it.
+// How a row ends: its lse, and what its accumulated outputs are multiplied with, 0 if it saw nothing.
 template <class S>
-void store_lse(const Params& p, const Unit<S>& unit, const Sequence& seq, int64_t b, int64_t head, int64_t query,
-               S row_max, S row_sum, bool saw_nothing) {
+struct RowEnd {
+  Twofold<S> lse;
+  S factor;
+  bool saw_nothing;
+
+  RowEnd(const Unit<S>& unit, S row_max, S row_sum, S sink) {
+    // Not by the maximum, in which NaN can be lost: a row that saw anything has a sum of at least 1, or NaN.
+    saw_nothing = row_sum == S(0);
+    lse = saw_nothing ? Twofold<S>{S(-__builtin_inf()), S(0)} : log_sum(unit, row_max, row_sum);
+    const S share = add_sink(sink, lse);
+    factor = saw_nothing ? S(0) : share / row_sum;
+  }
+};
+
+// Writes lse of a query, and what rounding took from it: inf if it saw nothing.
+template <class S>
+void store_lse(const Params& p, const Sequence& seq, int64_t b, int64_t head, int64_t query, const RowEnd<S>& end) {
   if (p.lse.data == nullptr) return;
-  Twofold<S> lse = log_sum(unit, row_max, row_sum);
-  if (saw_nothing) lse = {sink_of<S>(p, b, head), S(__builtin_inf())};
-  *row_of<S>(p.lse, seq, b, head, query) = lse.high;
+  *row_of<S>(p.lse, seq, b, head, query) = end.lse.high;
   const View residual = lse_residual(p);
-  if (residual.data != nullptr) *row_of<S>(residual, seq, b, head, query) = lse.low;
+  if (residual.data != nullptr)
+    *row_of<S>(residual, seq, b, head, query) = end.saw_nothing ? S(__builtin_inf()) : end.lse.low;
 }
 
 // Where a row of a job's parts, which are merged later, begins.
@@ -305,20 +282,28 @@ S* part_row(const Params& p, const ForwardJob& job, const Parts& parts, int64_t 
   return static_cast<S*>(parts.out) + at * p.head_dim_v;
 }
 
-// What remains of a panel's softmax, beside its outputs: lse, or in a part the maximum and the sum.
+// Ends the softmax of a panel: writes lse, or in a part of the keys the maximum and the sum. inverse: what the
+// accumulated outputs are multiplied with, 0 for a row that saw nothing. A sink counts once: not in parts, but when
+// they are merged.
 template <class V>
-void store_rows(const Params& p, const Unit<typename V::Scalar>& unit, const Sequence& seq, const Panel<V>& panel,
-                const ForwardJob& job, const Parts& parts, int64_t first_row, const OnlineSoftmax<V>& state,
-                const typename V::Scalar* inverse) {
+void finish_softmax(const Params& p, const Unit<typename V::Scalar>& unit, const Sequence& seq, const Panel<V>& panel,
+                    const ForwardJob& job, const Parts& parts, int64_t first_row, const OnlineSoftmax<V>& state,
+                    typename V::Scalar* inverse) {
   using S = typename V::Scalar;
+  const S kept = p.dropout_threshold != 0 ? S(p.dropout_scale) : S(1);
   const int64_t at = job.part * parts.rows_total + job.first_part_row + first_row;
-  for (int lane = 0; lane < panel.count; ++lane) {
-    if (job.part >= 0) {
-      static_cast<S*>(parts.row_max)[at + lane] = state.row_max[lane];
-      static_cast<S*>(parts.row_sum)[at + lane] = state.row_sum[lane];
+  for (int lane = 0; lane < Panel<V>::kLanes; ++lane) {
+    inverse[lane] = S(0);
+    if (lane >= panel.count) continue;
+    const S row_max = state.row_max[lane], row_sum = state.row_sum[lane];
+    const bool whole = job.part < 0;
+    const RowEnd<S> end(unit, row_max, row_sum, whole ? sink_of<S>(p, panel.b, panel.head[lane]) : S(-__builtin_inf()));
+    inverse[lane] = end.factor * kept;
+    if (whole) {
+      store_lse(p, seq, panel.b, panel.head[lane], panel.query[lane], end);
     } else {
-      store_lse(p, unit, seq, panel.b, panel.head[lane], panel.query[lane], state.row_max[lane], state.row_sum[lane],
-                inverse[lane] == S(0));
+      static_cast<S*>(parts.row_max)[at + lane] = row_max;
+      static_cast<S*>(parts.row_sum)[at + lane] = row_sum;
     }
   }
 }
@@ -336,13 +321,12 @@ V rounded_off(V x) {
 template <class E, class T>
 void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::Vector>& panel, const ForwardJob& job,
                   const Parts& parts, int64_t first_row, const typename E::Scalar* acc,
-                  OnlineSoftmax<typename E::Vector>& state) {
+                  const OnlineSoftmax<typename E::Vector>& state) {
   using V = typename E::Vector;
   using S = typename E::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
-  const Unit<S> unit = unit_of<S>(p, folds_terms(p));
   S inverse[kLanes];
-  finish_softmax(p, unit, panel, job, state, inverse);
+  finish_softmax(p, unit_of<S>(p, folds_terms(p)), seq, panel, job, parts, first_row, state, inverse);
   auto store = [&](auto* const* rows, int64_t stride, S of_nothing, auto part_of) {
     for (int lane = 0; lane < panel.count; lane += V::kWidth) {
       const V factor = V::load(inverse + lane), instead = V::set(of_nothing);
@@ -371,7 +355,6 @@ void finish_panel(const Params& p, const Sequence& seq, const Panel<typename E::
       store(rows, residual.stride_d, S(__builtin_inf()), [](V x) { return rounded_off<T>(x); });
     }
   }
-  store_rows(p, unit, seq, panel, job, parts, first_row, state, inverse);
 }
 
 template <class E, class T>

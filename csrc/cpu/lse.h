@@ -8,7 +8,6 @@ namespace fastattn {
 namespace FASTATTN_ISA {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 
 inline float log_of(float x) { return __builtin_logf(x); }
 inline double log_of(double x) { return __builtin_log(x); }
@@ -18,12 +17,6 @@ template <class S>
 struct Twofold {
   S high, low;
 };
-
-// A constant: double(x) and the part of x below it, as it lies in S.
-template <class S>
-inline Twofold<S> constant(double x, double below) {
-  return {S(x), sizeof(S) == 8 ? S(below) : S(x - double(S(x)))};
-}
 
 inline float exact_fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double exact_fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -54,21 +47,42 @@ struct Unit {
 };
 template <class S>
 inline Unit<S> unit_of_products(double scale) {
-  return {S(scale * kLog2E), constant<S>(scale, 0)};
+  return {S(scale * kLog2E), {S(scale), S(scale - double(S(scale)))}};
 }
 template <class S>
-inline Unit<S> unit_of_log2() {
-  return {S(1), constant<S>(kLn2, 2.3190468138462996e-17)};
+inline Unit<S> natural_unit() {
+  return {S(kLog2E), {S(1), S(0)}};
+}
+
+// a + b, exactly.
+template <class S>
+inline Twofold<S> sum(S a, S b) {
+  const S high = a + b;
+  if (high - high != S(0)) return {high, S(0)};
+  const S added = high - a;
+  return {high, (a - (high - added)) + (b - added)};
 }
 
 // lse, from the maximum of the scores and the sum of the exponentials relative to it.
 template <class S>
 inline Twofold<S> log_sum(const Unit<S>& unit, S row_max, S row_sum) {
-  const Twofold<S> base = times(Twofold<S>{row_max, S(0)}, unit.natural);
-  const S log = log_of(row_sum), high = base.high + log;
-  if (high - high != S(0)) return {high, S(0)};
-  const S added = high - base.high;
-  return {high, ((base.high - (high - added)) + (log - added)) + base.low};
+  const Twofold<S> base = times(Twofold<S>{row_max, S(0)}, unit.natural), lse = sum(base.high, log_of(row_sum));
+  return {lse.high, lse.low + base.low};
+}
+
+// Takes a sink into lse; returns what is left to everything else of its probability. A row that saw nothing, whose lse
+// is -inf, is all sink.
+template <class S>
+inline S add_sink(S sink, Twofold<S>& lse) {
+  if (lse.high == S(-__builtin_inf())) {
+    lse.high = sink;
+    return S(0);
+  }
+  if (sink == S(-__builtin_inf())) return S(1);
+  const S top = sink > lse.high ? sink : lse.high;
+  const double own = __builtin_exp(double(lse.high - top) + double(lse.low)), sinks = __builtin_exp(double(sink - top));
+  lse = sum(top, S(__builtin_log(own + sinks)));
+  return S(own / (own + sinks));
 }
 
 }  // namespace FASTATTN_ISA

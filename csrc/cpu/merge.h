@@ -21,20 +21,17 @@ void merge_job(const Params& p, const ForwardJob& job, const Parts& parts) {
     const int64_t row = job.first_row + r, at = job.first_part_row + r;
     const int64_t query = row / group, head = job.head_kv * group + row % group;
     auto source = [&](int64_t part) { return part * parts.rows_total + at; };
-    S row_max = lowest, row_sum = S(0), factor = S(1);
-    bool saw_nothing = true;
-    for (int64_t part = 0; part < parts.count; ++part) {
+    S row_max = lowest, row_sum = S(0), weights[kMaxParts] = {};
+    for (int64_t part = 0; part < parts.count; ++part)
       if (maxima[source(part)] > row_max) row_max = maxima[source(part)];
-      saw_nothing = saw_nothing && sums[source(part)] == S(0);
-    }
-    S weights[kMaxParts] = {};
     for (int64_t part = 0; part < parts.count; ++part) {
       if (sums[source(part)] == S(0)) continue;  // its maximum is -inf, perhaps that of all
-      weights[part] = weight_of(unit, maxima[source(part)] - row_max) * sums[source(part)];
+      const double difference = double(maxima[source(part)] - row_max) * double(unit.exponent);
+      weights[part] = S(__builtin_exp2(difference)) * sums[source(part)];
       row_sum += weights[part];
     }
-    add_sink(unit, sink_of<S>(p, job.b, head), row_max, row_sum, factor);
-    for (int64_t part = 0; part < parts.count && !saw_nothing; ++part) weights[part] = weights[part] * factor / row_sum;
+    const RowEnd<S> end(unit, row_max, row_sum, sink_of<S>(p, job.b, head));
+    for (S& weight : weights) weight *= end.factor;
     T* out = row_of<T>(p.out, seq, job.b, head, query);
     const View residual = out_residual(p);
     T* rest = residual.data == nullptr ? nullptr : row_of<T>(residual, seq, job.b, head, query);
@@ -48,10 +45,10 @@ void merge_job(const Params& p, const ForwardJob& job, const Parts& parts) {
         sum = fma(V::load(values), V::set(weights[part]), sum);
       }
       store_some(sum, columns, out + d * p.out.stride_d, p.out.stride_d);
-      const V low = saw_nothing ? V::set(S(__builtin_inf())) : rounded_off<T>(sum);
+      const V low = end.saw_nothing ? V::set(S(__builtin_inf())) : rounded_off<T>(sum);
       if (rest != nullptr) store_some(low, columns, rest + d * residual.stride_d, residual.stride_d);
     }
-    store_lse(p, unit, seq, job.b, head, query, row_max, row_sum, saw_nothing);
+    store_lse(p, seq, job.b, head, query, end);
   }
 }
 

@@ -27,7 +27,8 @@ struct RowStatisticsTraits {
   static constexpr int kRows = 4 * kThreads / kLanes;
 };
 
-// Of 8 numbers each.
+// Of 8 numbers each. What is multiplied with 0 does not count, not even NaN: out is 0 in rows that saw nothing, whose
+// dout may hold anything.
 template <class Number>
 __device__ __forceinline__ float dot(const uint4& x, const uint4& y) {
   const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
@@ -35,7 +36,7 @@ __device__ __forceinline__ float dot(const uint4& x, const uint4& y) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 a = Number::unpack(xs[i]), b = Number::unpack(ys[i]);
-    sum = fmaf(a.x, b.x, fmaf(a.y, b.y, sum));
+    sum = fmaf(a.x, a.x == 0.0f ? 0.0f : b.x, fmaf(a.y, a.y == 0.0f ? 0.0f : b.y, sum));
   }
   return sum;
 }

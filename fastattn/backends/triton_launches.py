@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -209,11 +210,11 @@ class Gradients:
             "rows": rows,
             "heads_q": p.heads_q,
             "seqlen_q": p.seqlen_q,
-            "scale": p.scale,
+            "scale": _single(p.scale),
             "BLOCK_M": block,
             "BLOCK_D": config.padded(p.head_dim_v),
             "DIM": p.head_dim_v,
-            "LATE": _scaled_late(p, self.inputs),
+            "PLAIN": _is_plain(p, self.inputs),
             "FLOAT32": self.float32,
         }
         return Launch(backward_kernels.statistics, -(-rows // block), values)
@@ -342,8 +343,7 @@ def _variant(
         HEAD_DIM_V=p.head_dim_v,
         FLOAT32=p.dtype == torch.float32,
         PRECISION=config.precision(device),
-        PLAIN=_scaled_late(p, x) and x.bias is None and x.alibi_slopes is None,
-        LATE=_scaled_late(p, x),
+        PLAIN=_is_plain(p, x),
         # An error of the tanh is multiplied by the softcap; half precision forgives more.
         RELATIVE=p.softcap is not None and (p.dtype == torch.float32 or p.softcap > 100),
         PERMUTED=shape.permuted,
@@ -358,15 +358,14 @@ def _variant(
     )
 
 
-def _scaled_late(p: Problem, x: Inputs) -> bool:
-    """Whether scores stay products until they are exponents.
+def _is_plain(p: Problem, x: Inputs) -> bool:
+    """Whether scores are products times a positive scale, by which lse may be divided."""
+    return p.scale > 1e-18 and p.softcap is None and x.bias is None and x.alibi_slopes is None
 
-    With ALiBi and bias in float32 alone, for which digits count, and divided by no scale that would cost them range.
-    """
-    smallest = 1e-18
-    if x.bias is not None or x.alibi_slopes is not None:
-        smallest = 1 / 32 if p.dtype == torch.float32 else torch.inf
-    return p.softcap is None and p.scale >= smallest
+
+def _single(x: float) -> float:
+    """The float32 number that kernels are handed: they and the interpreter, which keeps more digits, agree then."""
+    return struct.unpack("f", struct.pack("f", x))[0]
 
 
 def _wide(chosen: config.Config, *tensors: Tensor) -> bool:
@@ -394,7 +393,7 @@ def _common(p: Problem, x: Inputs) -> dict[str, Any]:
             args.OPEN if p.window_right is None else min(p.window_right, args.OPEN),
             int(p.bottom_right),
         ),
-        "scale": p.scale,
+        "scale": _single(p.scale),
         "softcap": p.softcap,
         "slopes": _slopes(p, x.alibi_slopes),
         "bias": _broadcast(x.bias),
