@@ -199,8 +199,9 @@ void hide_masked(const Params& p, const Panel<V>& panel, int64_t n0, int keys, A
   }
 }
 
-// Fills a.values for keys n0 .. n0 + keys: -inf where hidden, else ALiBi and bias, or 0 if the scores
-// have these already (`folded`). Returns whether any pair is visible, and in `gaps` whether some key is seen by no row.
+// Fills a.values for keys n0 .. n0 + keys: -inf where hidden, else ALiBi and bias, or 0 if the scores have these
+// already
+// (`folded`). Returns whether any pair is visible, and in `gaps` whether some key is seen by no row.
 template <class V>
 bool make_addend(const Params& p, const Sequence& seq, const Panel<V>& panel, int64_t n0, int keys, bool folded,
                  AddendScratch<V> a, bool& gaps) {

@@ -249,18 +249,22 @@ S sink_of(const Params& p, int64_t b, int64_t head) {
   return static_cast<const S*>(p.sinks.data)[head * p.sinks.stride_h];
 }
 
-// How a row ends: its lse, and what its accumulated outputs are multiplied with, 0 if it saw nothing.
+// How a row ends: its lse, if it is wanted or there is a sink, and what its accumulated outputs are multiplied with, 0
+// if it saw nothing.
 template <class S>
 struct RowEnd {
   Twofold<S> lse;
   S factor;
   bool saw_nothing;
 
-  RowEnd(const Unit<S>& unit, S row_max, S row_sum, S sink) {
+  RowEnd(const Unit<S>& unit, S row_max, S row_sum, S sink, bool lse_wanted) {
     // Not by the maximum, in which NaN can be lost: a row that saw anything has a sum of at least 1, or NaN.
     saw_nothing = row_sum == S(0);
-    lse = saw_nothing ? Twofold<S>{S(-__builtin_inf()), S(0)} : log_sum(unit, row_max, row_sum);
-    const S share = add_sink(sink, lse);
+    S share = S(1);
+    if (lse_wanted || sink != S(-__builtin_inf())) {
+      lse = saw_nothing ? Twofold<S>{S(-__builtin_inf()), S(0)} : log_sum(unit, row_max, row_sum);
+      share = add_sink(sink, lse);
+    }
     factor = saw_nothing ? S(0) : share / row_sum;
   }
 };
@@ -297,7 +301,8 @@ void finish_softmax(const Params& p, const Unit<typename V::Scalar>& unit, const
     if (lane >= panel.count) continue;
     const S row_max = state.row_max[lane], row_sum = state.row_sum[lane];
     const bool whole = job.part < 0;
-    const RowEnd<S> end(unit, row_max, row_sum, whole ? sink_of<S>(p, panel.b, panel.head[lane]) : S(-__builtin_inf()));
+    const S sink = whole ? sink_of<S>(p, panel.b, panel.head[lane]) : S(-__builtin_inf());
+    const RowEnd<S> end(unit, row_max, row_sum, sink, whole && p.lse.data != nullptr);
     inverse[lane] = end.factor * kept;
     if (whole) {
       store_lse(p, seq, panel.b, panel.head[lane], panel.query[lane], end);

@@ -30,7 +30,7 @@ void merge_job(const Params& p, const ForwardJob& job, const Parts& parts) {
       weights[part] = S(__builtin_exp2(difference)) * sums[source(part)];
       row_sum += weights[part];
     }
-    const RowEnd<S> end(unit, row_max, row_sum, sink_of<S>(p, job.b, head));
+    const RowEnd<S> end(unit, row_max, row_sum, sink_of<S>(p, job.b, head), p.lse.data != nullptr);
     for (S& weight : weights) weight *= end.factor;
     T* out = row_of<T>(p.out, seq, job.b, head, query);
     const View residual = out_residual(p);
