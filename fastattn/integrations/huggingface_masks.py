@@ -112,7 +112,7 @@ class PlannedMask(torch.Tensor):
             isinstance(x, bool) for x in (*args[1:], *kwargs.values())
         ):
             raise ValueError(_NOT_KNOWN.format(f"{func.__name__.strip('_')} with booleans"))
-        return torch._C._disabled_torch_function_impl(func, types, args, kwargs)  # type: ignore[call-arg]
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -19,8 +19,8 @@ class NoFastPath(nn.Module):
 
     __jit_unused_properties__ = ("_forward_pre_hooks",)
 
-    @property
-    def _forward_pre_hooks(self) -> OrderedDict[int, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def _forward_pre_hooks(self) -> OrderedDict[int, Any]:
         return OrderedDict({0: _no_op})
 
     @_forward_pre_hooks.setter
