@@ -59,7 +59,7 @@ def guard() -> None:
     @functools.wraps(finish)
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         finish(self, *args, **kwargs)
-        if _named_configs(self.config, _told(self.config)) and not _is_being_built(sys._getframe(2)):
+        if _named_configs(self.config, _told(self.config)) and not _is_being_built(sys._getframe(1).f_back):
             check_model(self)
 
     def tell(self: Any, value: Any) -> None:

@@ -26,7 +26,7 @@ from .huggingface_patterns import Pattern, read_pattern
 class MaskPlan:
     """What `fastattn.attention` is told instead of a mask.
 
-    Fields of the same names are its arguments, but for
+    Fields of the same names are its arguments, except
 
         seqlen_k    keys at or past it are hidden from every query: the unused rest of a static cache
         key_mask    (batch, 1, 1, seqlen_k), bool: the padding, where lengths alone cannot say it
