@@ -114,18 +114,18 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
     if _any_dtensor(*inputs):
         from . import sharding
 
-        sharding.check("cache", inputs, options)
+        sharding.check("cache", inputs, options, backend)
         return sharding.attend_cache(inputs, options, backend)
     return torch.ops.fastattn.cache(*args)
 
 
 def _forward_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, residual) by the operator; what DTensor cannot do is refused, and what it can it has been told."""
-    inputs, options, _ = ops.split_arguments(args)
+    """(out, lse, residual) by the operator. DTensors need strategies, which are registered first, and checks."""
+    inputs, options, backend = ops.split_arguments(args)
     if _any_dtensor(*inputs):
         from . import sharding  # registers how the operators are sharded
 
-        sharding.check("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options)
+        sharding.check("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options, backend)
     return torch.ops.fastattn.forward(*args)[:3]
 
 
@@ -254,8 +254,8 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
     return ops.run_backward(*args)
 
 
-def _replicating_new_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function for DTensors too: what the reference makes anew, such as positions, is the same on all ranks."""
+def _with_implicit_replication(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function for DTensors too: new tensors of the reference, such as positions, are equal on all ranks."""
 
     @functools.wraps(function)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
@@ -294,7 +294,7 @@ class AttentionBackward(torch.autograd.Function):
         ctx.needs = Needs(*needs)
 
     @staticmethod
-    @_replicating_new_tensors
+    @_with_implicit_replication
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         dout, dlse, *tensors = ctx.saved_tensors
         inputs, options, _ = ops.split_arguments((*tensors, *ctx.options))

@@ -8,7 +8,6 @@ not, what a mask hides does.
 from __future__ import annotations
 
 import importlib.abc
-import importlib.util
 import sys
 from itertools import pairwise
 from typing import Any
@@ -100,43 +99,49 @@ def _described(kind: str | None, inputs: Inputs, options: Options, _: str | None
 
 
 def register(module: Any) -> None:
-    """Tells torch.utils.flop_counter, `module`, of the formulas."""
+    """Tells torch.utils.flop_counter, `module`, of the formulas; more than once does no harm."""
     for name, formula in (("forward", forward_flops), ("backward", backward_flops), ("cache", cache_flops)):
-        module.register_flop_formula(getattr(torch.ops.fastattn, name), get_raw=True)(formula)
+        operator = getattr(torch.ops.fastattn, name)
+        if operator not in module.flop_registry:
+            module.register_flop_formula(operator, get_raw=True)(formula)
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads the counter as `given` would, and registers the formulas."""
+
+    def __init__(self, given: Any) -> None:
+        self._given = given
+
+    def create_module(self, spec: Any) -> Any:
+        return self._given.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._given  # for readers of its source
+        self._given.exec_module(module)
+        register(module)
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Registers the formulas as soon as the counter is imported.
+    """Registers the formulas whenever the counter is imported or reloaded.
 
-    The counter imports Triton, which takes longer than all of fastattn: who never counts should not wait for it.
+    The counter imports Triton, which takes longer than all of fastattn. Only programs that count should pay for it.
     """
 
-    def __init__(self) -> None:
-        self._asking = False
-
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != _COUNTER or self._asking:
+        if fullname != _COUNTER:
             return None
-        self._asking = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._asking = False
+        finders = [finder.find_spec for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        specs = (find_spec(fullname, path, target) for find_spec in finders)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                sys.meta_path.remove(self)
-                register(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader = _Loader(spec.loader)
         return spec
 
 
 def register_once_imported() -> None:
-    """Registers the formulas now if somebody counts already, else as soon as somebody can."""
+    """Registers the formulas now if the counter is imported already, and at each import of it from now on."""
     if _COUNTER in sys.modules:
         register(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _Watch())
+    # By name: a reload of this module makes another class.
+    others = [finder for finder in sys.meta_path if type(finder).__module__ != __name__]
+    sys.meta_path[:] = [_Watch(), *others]

@@ -44,6 +44,8 @@ def merge_states(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tenso
 
 def _without_flash_infinity(out: Tensor, lse: Tensor) -> Tensor:
     """lse with -inf for rows without keys, also where it said +inf."""
+    if out.shape[-1] == 0:
+        return lse  # no out tells an empty row from one whose sum is infinite
     nothing = (out == 0).all(dim=-1)
     return lse.masked_fill((lse == torch.inf) & (nothing.transpose(0, 1) if out.ndim == 3 else nothing), -torch.inf)
 

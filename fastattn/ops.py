@@ -136,7 +136,7 @@ def filled(results: Results) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def is_none(x: Tensor) -> bool:
-    """Whether it stands for a result that there is not."""
+    """Whether it stands for a missing result."""
     return x.ndim == 1 and x.shape[0] == 0
 
 

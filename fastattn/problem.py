@@ -87,7 +87,7 @@ class _SharedOptions(TypedDict, total=False):
 
 
 class AttentionOptions(_SharedOptions, total=False):
-    """Keyword arguments of `fastattn.attention` and `attention_varlen`, but for return_lse and backend."""
+    """Keyword arguments of `fastattn.attention` and `attention_varlen`, except return_lse and backend."""
 
     kv_lengths: Tensor | None
     dropout_p: float
@@ -95,7 +95,7 @@ class AttentionOptions(_SharedOptions, total=False):
 
 
 class CacheOptions(_SharedOptions, total=False):
-    """Keyword arguments of `fastattn.attention_with_kv_cache`, but for return_lse and backend."""
+    """Keyword arguments of `fastattn.attention_with_kv_cache`, except return_lse and backend."""
 
     cache_lengths: Required[Tensor]
     k_new: Tensor | None

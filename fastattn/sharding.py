@@ -21,12 +21,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from . import ops
+from .dispatch import choose
 from .problem import CACHE_NAMES, DIFFERENTIABLE, Inputs, Options, describe
 
 _LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward
 
 
-def check(kind: str, inputs: Inputs, options: Options) -> None:
+def check(kind: str, inputs: Inputs, options: Options, backend: str | None) -> None:
     """Refuses what cannot be computed in parts, and what no call can be: DTensor would wrap the error in its own.
 
     Raises TypeError or ValueError that names the argument.
@@ -43,7 +44,9 @@ def check(kind: str, inputs: Inputs, options: Options) -> None:
             )
         if x.device_mesh != mesh:
             raise ValueError(f"{name} must be on the mesh of the other arguments, {mesh}, got {x.device_mesh}")
-    describe(kind, inputs, options, cached=False)
+    problem = describe(kind, inputs, options, cached=False)
+    if backend is not None:
+        choose(problem, backend)
     if options.dropout_p:
         raise ValueError(
             f"dropout_p must be 0 for DTensors, got {options.dropout_p!r}: the mask depends on the batch and head in "

@@ -80,6 +80,7 @@ def test_submodules_are_attributes() -> None:
         print(fastattn.nn.MultiheadAttention.__name__, fastattn.reference.attention.__name__)
         print(fastattn.integrations.torch.use.__name__, fastattn.integrations.huggingface.register.__name__)
         print(fastattn.integrations.flash_attn.install.__name__)
+        assert dir(fastattn.nn) == sorted(fastattn.nn.__all__)
         print(*dir(fastattn))
     """)
     listed, integrations, *found, later = out.splitlines()

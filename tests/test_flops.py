@@ -180,11 +180,37 @@ def test_in_either_order_of_imports(first: str) -> None:
             assert importlib.util.find_spec("torch.utils.flop_counter") is not None  # a look is no import
         import fastattn, torch
         from torch.utils.flop_counter import FlopCounterMode
-        assert not [x for x in sys.meta_path if type(x).__module__.startswith("fastattn")]
         q = torch.randn(1, 1, 4, 8)
         with FlopCounterMode(display=False) as counter:
             fastattn.attention(q, q, q)
         print(counter.get_total_flops())
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(script)], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == (f"{2 * 4 * 4 * 16}\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("counted_first", [True, False])
+def test_reloading(counted_first: bool) -> None:
+    """Of fastattn and of the counter, in any order: the formulas stay, and one hook."""
+    script = f"""
+        import importlib, sys
+        if {counted_first}:
+            import torch.utils.flop_counter
+        import fastattn, torch
+        importlib.reload(fastattn)
+        import torch.utils.flop_counter
+        importlib.reload(fastattn)
+        for _ in range(2):
+            importlib.reload(torch.utils.flop_counter)
+        importlib.reload(fastattn.flops)
+        importlib.reload(fastattn)
+        counter = importlib.reload(torch.utils.flop_counter)
+        assert len([x for x in sys.meta_path if type(x).__module__.startswith("fastattn")]) == 1
+        assert type(counter.__loader__) is type(counter.__spec__.loader) is type(torch.__loader__)
+        q = torch.randn(1, 1, 4, 8)
+        with counter.FlopCounterMode(display=False) as counted:
+            fastattn.attention(q, q, q)
+        print(counted.get_total_flops())
     """
     done = subprocess.run([sys.executable, "-c", dedent(script)], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.returncode) == (f"{2 * 4 * 4 * 16}\n", 0), done.stderr

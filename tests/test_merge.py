@@ -103,6 +103,17 @@ def test_infinite_scores_stay_visible() -> None:
     assert merge_states(out, lse)[0].isnan().all()
 
 
+def test_without_values_nothing_says_that_a_row_is_empty() -> None:
+    """head_dim_v = 0: lse = +inf stays what it is, an infinite sum."""
+    out, lse = torch.zeros(2, 1, 1, 3, 0), torch.zeros(2, 1, 1, 3)
+    lse[0, ..., 1], lse[:, ..., 2] = torch.inf, -torch.inf
+    merged, merged_lse = merge_states(out, lse)
+    assert merged.shape == (1, 1, 3, 0)
+    assert merged_lse[..., 1].isnan().all()
+    torch.testing.assert_close(merged_lse[..., 0], torch.full((1, 1), 2.0).log())
+    assert merged_lse[..., 2].item() == -torch.inf
+
+
 @pytest.mark.parametrize("shift", [-1e30, -1e4, 1e4, 1e30])
 def test_large_lse(shift: float) -> None:
     out = torch.randn(2, 1, 1, 3, 4)

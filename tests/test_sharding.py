@@ -265,6 +265,9 @@ def refusals(mesh: Any) -> None:
         fastattn.attention(q, k, v, dropout_p=0.1, seed=3)
     with pytest.raises(ValueError, match=r"v must have shape .*, got shape \(2, 2, 9\)"):
         fastattn.attention(q, k, v[..., 0])
+    for name, sentence in (("nothing", "backend must be None or one of"), ("cuda", "backend 'cuda' cannot compute")):
+        with pytest.raises(ValueError, match=sentence):
+            fastattn.attention(q, k, v, backend=name)
     other = init_device_mesh("cpu", (2, 1))
     with pytest.raises(ValueError, match="k must be on the mesh of the other arguments"):
         fastattn.attention(q, distribute_tensor(given["k"], other, [HEADS, ALL]), v)
@@ -287,6 +290,9 @@ def refusals_of_caches(mesh: Any) -> None:
     refuse("k_cache must have a number of heads that 2 ranks can share", heads_kv=1, k_cache=HEADS, v_cache=HEADS)
     given = cache_call(paged=False)
     sharded = {name: distribute_tensor(x, mesh, [ALL]) for name, x in given.items()}
+    for name, sentence in (("nothing", "backend must be None or one of"), ("cuda", "backend 'cuda' cannot compute")):
+        with pytest.raises(ValueError, match=sentence):
+            decode(sharded, backend=name)
     with pytest.raises(TypeError, match="v_cache must be a DTensor"):
         decode({**sharded, "v_cache": given["v_cache"]})
 

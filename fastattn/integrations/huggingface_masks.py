@@ -26,7 +26,7 @@ from .huggingface_patterns import Pattern, read_pattern
 class MaskPlan:
     """What `fastattn.attention` is told instead of a mask.
 
-    Fields of the same names are its arguments, but for
+    Fields of the same names are its arguments, except
 
         seqlen_k    keys at or past it are hidden from every query: the unused rest of a static cache
         key_mask    (batch, 1, 1, seqlen_k), bool: the padding, where lengths alone cannot say it
@@ -104,7 +104,15 @@ class PlannedMask(torch.Tensor):
         """A plain tensor in shared memory; this one has no memory that could be."""
         return self.added().clone().share_memory_()
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Sees booleans that torch turns into numbers before `__torch_dispatch__`."""
+        kwargs = kwargs or {}
+        if func in (torch.nn.functional.pad, torch.where, Tensor.__setitem__) and any(
+            isinstance(x, bool) for x in (*args[1:], *kwargs.values())
+        ):
+            raise ValueError(_NOT_KNOWN.format(f"{func.__name__.strip('_')} with booleans"))
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -125,6 +133,8 @@ class PlannedMask(torch.Tensor):
         written = args[0] if func._schema.is_mutable else None
         if written is not None and not written.is_floating_point():
             raise ValueError(_NOT_KNOWN.format(f"{func.overloadpacket.__name__} to {written.dtype}"))
+        if _has_boolean_numbers(func, args, kwargs):
+            raise ValueError(_NOT_KNOWN.format(f"{func.overloadpacket.__name__} with booleans"))
         if func.is_view or isinstance(written, PlannedMask):  # a view can be written through
             content = (masks[0] if written is None else written)._content
             masks[0].added()
@@ -166,11 +176,26 @@ KEEP_THE_MEANING = frozenset(
 )
 """Operations of aten that give the same of numbers that are added to scores, whoever made them."""
 
+_NUMBERS = frozenset(("self", "other", "value", "values", "tensors", "src", "source", "fill_value"))
+"""Arguments of these operations that belong beside the mask's numbers; `mask`, `condition` and indices do not."""
+
 _NOT_KNOWN = (
     'This model applies "{}" to the attention mask of attn_implementation="fastattn", numbers that are added to '
     "scores (0 = attend, the lowest = hidden): not known to keep that meaning; "
     'use attn_implementation="eager" for it'
 )
+
+
+def _has_boolean_numbers(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether booleans, as tensors or in Python, stand where the mask has numbers: True is "attend" in them, 0 here."""
+    names = (argument.name for argument in func._schema.arguments)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return any(
+        isinstance(x, bool) or (isinstance(x, Tensor) and x.dtype == torch.bool)
+        for name, value in given.items()
+        if name in _NUMBERS
+        for x in tree_leaves(value)
+    )
 
 
 def make_mask(

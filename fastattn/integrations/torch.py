@@ -10,6 +10,7 @@ active torch's modules leave their native fast path. torch's own function runs w
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 
-from .. import sdpa
+from .. import ops, sdpa
 from ..autograd import is_plain
 from ..casting import autocast
 from ..dispatch import Report, choose, choose_cached, explain_choice
@@ -217,11 +219,17 @@ _mode = _Mode()
 def _with_mode(function: Any, *args: Any, **kwargs: Any) -> Any:
     """The body of one of torch's Python functions, with the mode on.
 
-    Such a function begins with a question whether somebody overrides it, which the mode would affirm for ever.
+    Such a function begins with a question whether somebody overrides it, which the mode would affirm for ever. What
+    others wrapped around it has run already when torch asks. A replacement that hides torch's function runs without
+    the mode.
     """
-    names = {**function.__globals__, **dict.fromkeys(_QUESTIONS, lambda *_: False)}
-    body = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__)
-    body.__kwdefaults__ = function.__kwdefaults__
+    asking = inspect.unwrap(function)
+    code = getattr(asking, "__code__", None)
+    if code is None or not set(_QUESTIONS) & set(code.co_names):
+        return function(*args, **kwargs)
+    names = {**asking.__globals__, **dict.fromkeys(_QUESTIONS, lambda *_: False)}
+    body = types.FunctionType(code, names, asking.__name__, asking.__defaults__, asking.__closure__)
+    body.__kwdefaults__ = asking.__kwdefaults__
     with use():
         return body(*args, **kwargs)
 
@@ -264,14 +272,26 @@ def _under(on: bool, function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _operators_of_torch() -> list[Any]:
-    """The operators that compute torch's scaled_dot_product_attention; which there are depends on torch's version."""
-    kinds = (
-        *("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"),
-        "fused_attention_overrideable",  # of devices that other packages add
-    )
-    packets = (getattr(torch.ops.aten, f"_scaled_dot_product_{kind}", None) for kind in kinds)
-    return [packet.default for packet in packets if packet is not None]
+_KINDS = {
+    SDPBackend.FLASH_ATTENTION: "flash_attention",
+    SDPBackend.EFFICIENT_ATTENTION: "efficient_attention",
+    SDPBackend.CUDNN_ATTENTION: "cudnn_attention",
+    SDPBackend.OVERRIDEABLE: "fused_attention_overrideable",  # of devices that other packages add
+}
+
+
+def _operator_of_torch(tensors: Any, rest: Any) -> Any:
+    """The fused operator by which torch's function would compute a call, given the arguments of fastattn's operator."""
+    q, k, v, mask, bias, *_ = tensors
+    kind = "flash_attention_for_cpu"
+    if q.device.type != "cpu":
+        options = Options(*rest[: len(Options._fields)])
+        added = mask if bias is None else bias
+        grouped = q.shape[1] != k.shape[1]
+        call = (q, k, v, added, options.dropout_p, options.causal and added is None)
+        chosen = torch._fused_sdp_choice(*call, scale=options.scale, enable_gqa=grouped)
+        kind = _KINDS.get(SDPBackend(chosen), "efficient_attention")
+    return getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
 
 
 def _translate_policies() -> None:
@@ -288,7 +308,10 @@ def _translate_policies() -> None:
 
 
 class _Policy:
-    """A policy that keeps fastattn's results if the given one would keep them, or those of torch's operators."""
+    """A policy that keeps fastattn's results if the given one would keep them, or those of torch's operator.
+
+    It asks at most once by each of the two names: a policy may count its calls.
+    """
 
     def __init__(self, given: Callable[..., Any]) -> None:
         self._given = given
@@ -297,8 +320,9 @@ class _Policy:
         answer = self._given(context, operator, *args, **kwargs)
         if operator is not torch.ops.fastattn.forward.default or _keeps(answer):
             return answer
-        others = (self._given(context, other, *args[:3]) for other in _operators_of_torch())
-        return next(filter(_keeps, others), answer)
+        tensors, rest = args[: ops.FORWARD_TENSORS], args[ops.FORWARD_TENSORS :]
+        as_torch = self._given(context, _operator_of_torch(tensors, rest), *tensors[:3])
+        return as_torch if _keeps(as_torch) else answer
 
 
 def _keeps(answer: Any) -> bool:

@@ -21,3 +21,8 @@ __all__ = [
     "alibi_slopes",
     "replace_attention",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names; the modules that define them are internal."""
+    return list(__all__)

@@ -115,7 +115,7 @@ class MultiheadAttention(PlainForward):
         scale: float | None = None,
         backend: str | None = None,
     ) -> None:
-        """Sets what torch.nn.MultiheadAttention lacks, but for num_kv_heads; arguments as in the class."""
+        """Sets what torch.nn.MultiheadAttention lacks, except num_kv_heads; arguments as in the class."""
         check_features(self.head_dim, window, softcap, rotary, sinks, scale, backend)
         self.fast_path = NoFastPath()
         if "_qkv_same_embed_dim" in vars(self):  # of a module that was torch's

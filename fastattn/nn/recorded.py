@@ -25,7 +25,11 @@ def fx_leaf(module: nn.Module, *arguments: Any) -> Any:
     for argument in arguments:
         if isinstance(argument, torch.fx.Proxy):
             tracer = argument.tracer
-            assert isinstance(tracer, torch.fx.Tracer)
+            if not isinstance(tracer, torch.fx.Tracer):
+                raise TypeError(
+                    f"a {type(module).__name__} can be traced by a torch.fx.Tracer, which knows the paths of modules, "
+                    f"got a {type(tracer).__name__}"
+                )
             path = tracer.path_of_module(module)
             if not path:
                 raise TypeError(

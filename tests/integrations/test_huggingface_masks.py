@@ -358,6 +358,55 @@ def test_operations_with_another_meaning_are_refused(mask: PlannedMask, operatio
         OTHER_MEANINGS[operation](mask)
 
 
+SEEN = torch.ones(3, 1, 6, 6, dtype=torch.bool)
+BOOLEANS: dict[str, Callable[[Tensor], Any]] = {
+    "cat": lambda x: torch.cat([x, SEEN], -1),
+    "cat first": lambda x: torch.cat([SEEN, x], -1),
+    "stack": lambda x: torch.stack([x, SEEN]),
+    "pad": lambda x: torch.nn.functional.pad(x, (0, 2), value=True),
+    "pad, False": lambda x: torch.nn.functional.pad(x, (0, 2), "constant", False),
+    "masked_fill": lambda x: x.masked_fill(SEEN, True),
+    "masked_fill_": lambda x: x.masked_fill_(SEEN, False),
+    "masked_fill, tensor": lambda x: x.masked_fill(SEEN, torch.tensor(True)),
+    "setitem": lambda x: x.__setitem__((..., 0), False),
+    "setitem, tensor": lambda x: x.__setitem__((..., 0), SEEN[..., 0]),
+    "setitem, where": lambda x: x.__setitem__(SEEN, False),
+    "setitem of a slice": lambda x: x[:, :, 1:].__setitem__(slice(1), True),
+    "eq": lambda x: x == True,  # noqa: E712
+    "ne": lambda x: x != False,  # noqa: E712
+    "eq, tensor": lambda x: x == SEEN,
+    "where": lambda x: torch.where(SEEN, x, False),
+    "where, tensor": lambda x: torch.where(SEEN, SEEN, x),
+    "fill_": lambda x: x.fill_(True),
+    "full_like": lambda x: torch.full_like(x, True),
+    "new_full": lambda x: x.new_full((2, 2), False),
+    "add": lambda x: x + True,
+    "add, tensor": lambda x: x + SEEN,
+    "minimum": lambda x: torch.minimum(x, SEEN),
+    "copy_": lambda x: x.copy_(SEEN),
+    "index_put_": lambda x: x.index_put_((torch.tensor(0),), torch.tensor(False)),
+}
+
+
+@pytest.mark.parametrize("operation", BOOLEANS)
+def test_booleans_beside_its_numbers_are_refused(mask: PlannedMask, operation: str) -> None:
+    """True is "attend" for sdpa; as a number it would be added to scores."""
+    before = mask.added().clone()
+    with pytest.raises(ValueError, match=r"This model applies .* with booleans.* to the attention mask of"):
+        BOOLEANS[operation](mask)
+    assert torch.equal(mask.added(), before)
+
+
+def test_booleans_that_choose_are_not(mask: PlannedMask) -> None:
+    expected = mask.added().clone()
+    assert torch.equal(mask[SEEN], expected[SEEN])
+    assert torch.equal(mask.masked_fill(SEEN, -1.0), expected.masked_fill(SEEN, -1.0))
+    assert torch.equal(mask.to(torch.float32, copy=True) == 0, expected == 0)
+    mask[SEEN] = 0.0
+    mask.index_put_((SEEN,), torch.tensor(1.0, dtype=mask.dtype), accumulate=True)
+    assert (mask.added() == 1).all()
+
+
 def test_booleans_are_no_masks_of_this_kind(mask: PlannedMask) -> None:
     """Operations that torch itself has for booleans only."""
     with pytest.raises((RuntimeError, ValueError)):

@@ -295,6 +295,33 @@ def test_policies_that_name_torchs_operators(name: str, preserve: bool, monkeypa
         assert a is b is None or torch.equal(a, b)
 
 
+def test_policies_that_count_are_asked_as_by_torch() -> None:
+    """Every second attention is kept, under `use` too."""
+    operators = [
+        getattr(torch.ops.aten, f"_scaled_dot_product_{x}").default for x in ("efficient_attention", "flash_attention")
+    ]
+    q, k, v = torch.randn(3, 1, 2, 4, 8).requires_grad_().unbind()
+    answers: dict[bool, list[bool]] = {}
+    for on in (False, True):
+        given = answers[on] = []
+
+        def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            if operator in (ATEN, *operators) and not context.is_recompute:
+                given.append(len(given) % 2 == 1)  # noqa: B023
+                return CheckpointPolicy.MUST_SAVE if given[-1] else CheckpointPolicy.PREFER_RECOMPUTE  # noqa: B023
+            return CheckpointPolicy.PREFER_RECOMPUTE
+
+        def region(q: Tensor) -> Tensor:
+            for _ in range(4):
+                q = F.scaled_dot_product_attention(q, k, v)
+            return q
+
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        with use(on):
+            checkpoint(region, q, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert answers[True] == answers[False] == [False, True, False, True]
+
+
 # --------------------------------------------------------------------------------------------- other people's programs
 
 

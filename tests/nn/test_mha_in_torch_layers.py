@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -234,3 +236,23 @@ def test_nested_tensors_directly() -> None:
             for found, row, other in zip(out.unbind(), rows, key.unbind(), strict=True):
                 expected, _ = module(row[None], other[None], other[None], need_weights=False, is_causal=causal)
                 torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("clear", ["clear", "assign"])
+@pytest.mark.parametrize("scripted", [False, True], ids=["eager", "script"])
+def test_clearing_hooks_does_not_bring_the_fused_kernel_back(clear: str, scripted: bool) -> None:
+    """As libraries do before they save or compile a model."""
+    layer = nn.TransformerEncoderLayer(E, H, 32, batch_first=True)
+    layer.self_attn = MultiheadAttention(E, H, batch_first=True, alibi=True)
+    layer.eval()
+    x = torch.randn(2, 7, E)
+    expected = layer(x).detach()
+    for module in layer.modules():
+        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+            if clear == "clear":
+                getattr(module, hooks).clear()
+            else:
+                setattr(module, hooks, OrderedDict())
+    with torch.no_grad():
+        for model in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            torch.testing.assert_close((torch.jit.script(model) if scripted else model)(x), expected)

@@ -281,6 +281,13 @@ def test_fx_of_the_module_itself(module: nn.Module) -> None:
         torch.fx.symbolic_trace(module)
 
 
+def test_fx_by_a_tracer_that_knows_no_modules() -> None:
+    tracer = torch.fx.proxy.GraphAppendingTracer(torch.fx.Graph())
+    proxy = torch.fx.Proxy(tracer.graph.placeholder("x"), tracer)
+    with pytest.raises(TypeError, match=r"MultiheadAttention can be traced by a torch\.fx\.Tracer, .* got a Graph"):
+        MultiheadAttention(E, H)(proxy, proxy, proxy)
+
+
 @pytest.mark.parametrize(
     "record", [torch.jit.script, lambda m: torch.jit.trace(m, (x(), padding()))], ids=["script", "trace"]
 )
