@@ -8,9 +8,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST_TRITON := build/triton-3.6.0
 # What the interpreter runs on the CPU, program by program: the meaning of the Triton kernels.
-KERNEL_TESTS := $(addprefix tests/test_,forward.py backward.py varlen.py kv_cache.py nonfinite.py dropout.py strides.py)
-NATIVE := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cpu/simd csrc/cuda csrc/cuda/ptx csrc/cuda/sm75 csrc/cuda/sm80,\
-            $(addprefix $(folder)/*,.h .cpp .cu)))
+KERNEL_TESTS := $(addprefix tests/test_,forward.py backward.py varlen.py kv_cache.py nonfinite.py dropout.py strides.py \
+                  large_scores.py)
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CPP    := $(NATIVE) $(wildcard tests/native/*.cpp tests/native/emulated/*.h)
 
 .PHONY: demo test bench bench-gpu lint format sanitize emulate clean

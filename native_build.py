@@ -89,7 +89,7 @@ def kernel_flags(instruction_set: str) -> list[str]:
 
 def cpu_module() -> Module:
     """The module fastattn._cpu."""
-    objects = {**core_objects(), "bindings": _bindings("csrc/bindings_cpu.cpp", [])}
+    objects = {**core_objects(), "bindings": _bindings("csrc/call/bindings_cpu.cpp", [])}
     return Module(objects, [compiler(), "-shared"], libraries())
 
 
@@ -193,5 +193,5 @@ def cuda_module(nvcc: Path) -> Module:
     objects["sm80_cache"] = Object("csrc/cuda/sm80/cache.cu", str(nvcc), [*common, *for_80])
     for name in ("plan", "launch"):
         objects[name] = Object(f"csrc/cuda/{name}.cpp", str(nvcc), common)
-    objects["bindings"] = _bindings("csrc/bindings_cuda.cpp", [])
+    objects["bindings"] = _bindings("csrc/call/bindings_cuda.cpp", [])
     return Module(objects, [str(nvcc), "-shared", "-cudart", "static", *host], [])

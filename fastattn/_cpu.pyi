@@ -1,4 +1,4 @@
-"""The native module built from csrc/bindings_cpu.cpp."""
+"""The native module built from csrc/call/bindings_cpu.cpp."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The native module built from csrc/bindings_cuda.cpp."""
+"""The native module built from csrc/call/bindings_cuda.cpp."""
 
 LARGEST_HEAD_DIM: int
 LARGEST_HEAD_DIM_75: int

@@ -10,7 +10,7 @@ import triton.language as tl
 from .arguments import Array
 
 RESIDUAL_SCALE = tl.constexpr(256.0)
-"""Keeps what rounding takes from small numbers above the smallest of float16 (kResidualScale in csrc/params.h)."""
+"""Keeps what rounding takes from small numbers above the smallest of float16 (kResidualScale in csrc/call/params.h)."""
 
 
 @triton.jit

@@ -7,7 +7,7 @@
 
 #include <cstddef>
 
-#include "../params.h"
+#include "../call/params.h"
 
 namespace fastattn {
 

@@ -1,7 +1,7 @@
 // What every kernel is launched with: the call, and numbers that the host derives from it once.
 #pragma once
 
-#include "../params.h"
+#include "../call/params.h"
 
 namespace fastattn {
 namespace cuda {

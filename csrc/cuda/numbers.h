@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../params.h"
+#include "../call/params.h"
 #include "ptx/arithmetic.h"
 #include "ptx/matrix.h"
 

@@ -1,7 +1,7 @@
 // Which rows a block of threads works on, and which keys they see. Positions are 32-bit: the host refuses longer calls.
 #pragma once
 
-#include "../params.h"
+#include "../call/params.h"
 #include "tiles.h"
 
 namespace fastattn {

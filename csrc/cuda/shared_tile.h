@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../params.h"
+#include "../call/params.h"
 #include "ptx/registers.h"
 #include "unrolled.h"
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "../params.h"
+#include "../call/params.h"
 #include "later_gpus.h"
 #include "ptx/async_copy.h"
 #include "ptx/memory.h"

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..problem import DIFFERENTIABLE, Inputs, Problem
 from . import Grads, Needs, Results, empty_grad
 
-# The values of fastattn::DType in csrc/params.h.
+# The values of fastattn::DType in csrc/call/params.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 Tensors = dict[str, Tensor]
-"""The tensors of a call by the names under which the native modules know them (kTensors in csrc/bindings_call.h)."""
+"""The tensors of a call by the names under which the native modules know them (kTensors in csrc/call/description.h)."""
 
 
 def native_inputs(problem: Problem, inputs: Inputs) -> Tensors:

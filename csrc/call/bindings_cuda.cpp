@@ -3,10 +3,10 @@
 #include <utility>
 #include <vector>
 
-#include "bindings_call.h"
-#include "cuda/launch.h"
-#include "cuda/plan.h"
-#include "cuda/splits.h"
+#include "../cuda/launch.h"
+#include "../cuda/plan.h"
+#include "../cuda/splits.h"
+#include "description.h"
 
 namespace fastattn {
 namespace {

@@ -1,7 +1,7 @@
 // The Python module fastattn._cpu: calls described once, then run on addresses.
-#include "bindings_call.h"
-#include "cpu/core.h"
-#include "layouts.h"
+#include "../cpu/core.h"
+#include "description.h"
+#include "layout_key.h"
 
 namespace fastattn {
 namespace {
