@@ -21,8 +21,8 @@ demo: $(STAMP)
 test: $(STAMP) $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal --backend triton $(KERNEL_TESTS)
-	$(BIN)/python -m benchmarks.compile_report --short --arch sm_80,sm_90
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benchmarks.compile_report --short --arch sm_80,sm_90
+	$(BIN)/python -m benchmarks.inspect.compile_report --short --arch sm_80,sm_90
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m benchmarks.inspect.compile_report --short --arch sm_80,sm_90
 
 bench: $(STAMP)
 	$(BIN)/python -m fastattn bench --plot benchmark.png --json benchmark.json

@@ -18,18 +18,17 @@ from fastattn.arguments import parse_device
 from .cases import DTYPES, Case
 from .harness import run_cases
 from .machine import header
+from .measurements import C, CaseResult, Findings, Run
 from .memory import method
-from .model_harness import RIVALS as MODEL_RIVALS
-from .model_harness import register, run_model_cases
-from .model_plot import plot_models
-from .model_results import OURS, ModelRun, ModelTable, model_header_lines
-from .models import MODELS, ModelCase
+from .models.harness import RIVALS as MODEL_RIVALS
+from .models.harness import register, run_model_cases
+from .models.measurements import OURS, ModelRun, ModelTable, model_header_lines
+from .models.work import MODELS, ModelCase
 from .peaks import measure_peaks
-from .plot import has_curves, plot
-from .report import CallTable, Table, header_lines, summary_lines
-from .results import C, CaseResult, Findings, Run
-from .rivals import Eager, Fastattn, Rival, Sdpa
-from .rivals_extra import FlashAttn, Flex, SdpaCudnn, SdpaEfficient, SdpaFlash, Xformers
+from .report.model_plot import plot_models
+from .report.plot import has_curves, plot
+from .report.table import CallTable, Table, header_lines, summary_lines
+from .rivals import Eager, Fastattn, FlashAttn, Flex, Rival, Sdpa, SdpaCudnn, SdpaEfficient, SdpaFlash, Xformers
 from .suites import DEFAULT_SUITE, SUITES
 from .timing import Effort, clock_for
 

@@ -13,8 +13,8 @@ from .cases import Case
 from .data import Data, make_cold_data, make_data
 from .gate import Expected, check, expect
 from .machine import last_level_cache
+from .measurements import FAILED, RAN, SKIPPED, WRONG, C, CaseResult, Measurement
 from .memory import peak_bytes
-from .results import FAILED, RAN, SKIPPED, WRONG, C, CaseResult, Measurement
 from .rivals import Call, Rival
 from .timing import Clock, Effort, clock_for, interleave
 

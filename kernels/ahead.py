@@ -1,4 +1,4 @@
-"""Compiles a launch for any GPU with none present: `benchmarks.compile_report` and the simulator's tests need it."""
+"""Compiles a launch for any GPU with none present, for `benchmarks.inspect` and the simulator's tests."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tile sizes, warps, stages and splits: pure functions of what is computed and of the architecture.
 
-The numbers come from `python -m benchmarks.compile_report`: registers, spills, shared memory and instructions per
-tensor-core instruction of each candidate, compiled for each architecture.
+The numbers come from `python -m benchmarks.inspect.compile_report`: registers, spills, shared memory and
+instructions per tensor-core instruction of each candidate, compiled for each architecture.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cuda_simulator import Simulator, named
+from benchmarks.inspect.cuda_simulator import Simulator, named
 from fastattn.backends import cuda
 from fastattn.backends.native import Tensors, addresses
 from fastattn.backends.prepared import Step

@@ -14,8 +14,8 @@ from fastattn.kernels.config import Architecture, Config, Shape, choose
 from fastattn.kernels.launch import Launch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.compile_report import ARCHITECTURES
-from benchmarks.cuda_simulator import missing, ptxsim
+from benchmarks.inspect.compile_report import ARCHITECTURES
+from benchmarks.inspect.cuda_simulator import missing, ptxsim
 
 __all__ = ["Simulator", "missing", "ptxsim"]
 

@@ -18,8 +18,8 @@ from .cases import GQA, Case
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the code out of the module, is not installed")
 
-from benchmarks import cuda_module, cuda_simulator
-from benchmarks.cuda_simulator import Simulator
+from benchmarks.inspect import cuda_module, cuda_simulator
+from benchmarks.inspect.cuda_simulator import Simulator
 from native_build import CUDA_ARCHITECTURES, HEAD_DIMS, HEAD_DIMS_75
 
 from . import cuda_machines

@@ -25,7 +25,7 @@ from .test_kv_cache import check
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from benchmarks.cuda_simulator import Simulator
+from benchmarks.inspect.cuda_simulator import Simulator
 
 from . import cuda_machines
 from .cuda_machines import Hardware

@@ -18,7 +18,7 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from benchmarks.cuda_simulator import Simulator
+from benchmarks.inspect.cuda_simulator import Simulator
 
 from .cuda_machines import Hardware
 from .test_cuda_kernels import BF16, FP16, SIZES, _case, _dims

@@ -22,7 +22,7 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from benchmarks.cuda_simulator import Simulator
+from benchmarks.inspect.cuda_simulator import Simulator
 
 from .cuda_machines import Hardware
 

@@ -23,7 +23,7 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from benchmarks import cuda_simulator
+from benchmarks.inspect import cuda_simulator
 
 from . import cuda_machines, simulator
 

@@ -23,7 +23,7 @@ from fastattn.problem import Problem
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from benchmarks.cuda_simulator import Memory, Simulator, findings
+from benchmarks.inspect.cuda_simulator import Memory, Simulator, findings
 
 from . import cuda_machines, simulator
 

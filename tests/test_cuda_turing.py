@@ -18,8 +18,8 @@ from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 
-from benchmarks import cuda_module
-from benchmarks.cuda_simulator import Simulator
+from benchmarks.inspect import cuda_module
+from benchmarks.inspect.cuda_simulator import Simulator
 
 from . import cuda_machines
 from .cuda_machines import Hardware

@@ -25,7 +25,7 @@ from fastattn.problem import Inputs, Options, describe
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.compile_report import Planned
+from benchmarks.inspect.compile_report import Planned
 
 AMPERE = Architecture("cuda", 80, 163 * 1024, 108, (3, 9))
 ARCHITECTURES = (

@@ -16,7 +16,7 @@ from benchmarks import machine, peaks, rivals, timing
 from benchmarks.cases import Case
 from benchmarks.data import Data, make_data, options
 from benchmarks.gate import check, expect
-from benchmarks.results import RAN, SKIPPED, WRONG, CaseResult, Measurement, Run
+from benchmarks.measurements import RAN, SKIPPED, WRONG, CaseResult, Measurement, Run
 from benchmarks.suites import dense, ragged
 
 CPU = torch.device("cpu")

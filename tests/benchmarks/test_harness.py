@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import harness, rivals, timing
 from benchmarks.cases import Case
 from benchmarks.data import Data
-from benchmarks.results import FAILED, RAN, SKIPPED, WRONG
+from benchmarks.measurements import FAILED, RAN, SKIPPED, WRONG
 from benchmarks.timing import Effort
 
 from .samples import CPU, Spoiled, tiny

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import fastattn
-from benchmarks import machine, report
+from benchmarks import machine
+from benchmarks.report import table as report
 
 from .samples import CPU, PEAKS
 

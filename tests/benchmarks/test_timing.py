@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report, timing
-from benchmarks.results import CaseResult, Run
+from benchmarks import timing
+from benchmarks.measurements import CaseResult, Run
+from benchmarks.report import table as report
 from benchmarks.timing import Effort, interleave
 
 from .samples import PEAKS, ScriptedClock, measured, tiny

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .model_results import OURS, ModelRun
-from .models import ModelCase
+from ..measurements import RAN, CaseResult
+from ..models.measurements import OURS, ModelRun
+from ..models.work import ModelCase
 from .plot import COLORS, machine_line
-from .results import RAN, CaseResult
 
 _WORKS = {"prefill": "prefill", "decode": "decoding", "encode": "forward", "train": "training step"}
 _NAMES = {"llama": "Llama", "mistral": "Mistral", "bert": "BERT"}

@@ -7,9 +7,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
-from .costs import flops
-from .results import RAN, CaseResult, Run
+from ..cases import Case
+from ..costs import flops
+from ..measurements import RAN, CaseResult, Run
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the curves apart in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import costs, report
-from benchmarks.results import WRONG, CaseResult, Measurement
+from benchmarks import costs
+from benchmarks.measurements import WRONG, CaseResult, Measurement
+from benchmarks.report import table as report
 from benchmarks.suites import dense
 
-from .samples import PEAKS, measured, sample_run
+from ..samples import PEAKS, measured, sample_run
 
 
 def test_the_table_is_aligned_and_gives_no_speed_to_the_wrong() -> None:

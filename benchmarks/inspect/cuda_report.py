@@ -1,6 +1,6 @@
 """Reports what the CUDA module's kernels are made of, and what a simulator counts in them: no GPU, no times.
 
-python -m benchmarks.compile_report --cuda
+python -m benchmarks.inspect.compile_report --cuda
 
 Per m16n8k16 of one warp (two m16n8k8 on compute capability 7.5): SASS instructions, those of FP32, MUFU, LDSM and LDS,
 and wavefronts of shared memory, in the main loop. That is, of the innermost loops with tensor-core instructions, the

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that need not be here, and reports what the compiler made of it.
 
-python -m benchmarks.compile_report --arch sm_80,sm_90
+python -m benchmarks.inspect.compile_report --arch sm_80,sm_90
 
 Columns: the tile (queries x keys x warps, stages), registers per thread, bytes of stack (spilled registers), shared
 memory in KiB; for the loop without masks, and in brackets the one with: instructions per m16n8k16 of tensor-core work

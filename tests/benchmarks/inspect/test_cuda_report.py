@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cuda_marks, cuda_module, cuda_report, cuda_simulator, pipes, sass
-from benchmarks.cuda_marks import Counts, Mark
+from benchmarks.inspect import cuda_marks, cuda_module, cuda_report, cuda_simulator, pipes, sass
+from benchmarks.inspect.cuda_marks import Counts, Mark
 from fastattn.backends import cuda
 
-from .. import simulator
+from ... import simulator
 
 
 def _code(name: str, *lines: str) -> str:

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic
 
-from .cases import Case
-from .costs import bytes_moved, flops
-from .peaks import Peaks
-from .results import RAN, SKIPPED, AnyCase, C, CaseResult, Findings, Measurement
+from ..cases import Case
+from ..costs import bytes_moved, flops
+from ..measurements import RAN, SKIPPED, AnyCase, C, CaseResult, Findings, Measurement
+from ..peaks import Peaks
 
 RATIO_LINE = "ratio     the rival's time over the first fastattn's, median over rounds; above 1 fastattn wins"
 

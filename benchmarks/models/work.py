@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cases import DTYPES
+from ..cases import DTYPES
 
 if TYPE_CHECKING:
-    from .rivals import Call
+    from ..rivals import Call
 
 WORKS = ("prefill", "decode", "encode", "train")
 CLASSES = {

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.plot import has_curves, plot
+from benchmarks.report.plot import has_curves, plot
 from benchmarks.suites import SUITES
 
-from .samples import sample_run
+from ..samples import sample_run
 
 
 def test_the_plot_is_a_picture_with_a_curve_for_each_rival(tmp_path: Path) -> None:

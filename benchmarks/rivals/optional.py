@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .cases import Case
-from .data import Data, hidden_pairs
-from .rivals import Rival, Sdpa
+from ..cases import Case
+from ..data import Data, hidden_pairs
+from .base import Rival, Sdpa
 
 
 class Flex(Rival):

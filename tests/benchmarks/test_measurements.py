@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import costs, results
-from benchmarks.results import FAILED, CaseResult, Measurement, Run
+from benchmarks import costs, measurements
+from benchmarks.measurements import FAILED, CaseResult, Measurement, Run
 
 from .samples import PEAKS, measured, sample_run, tiny
 
@@ -53,4 +53,4 @@ def test_a_run_survives_json(tmp_path: Path) -> None:
     assert first["rivals"][1]["seconds"] == [2.0, 2.0, 12.0]
     with pytest.raises(ValueError, match="expected a benchmark document of format 1, got 7"):
         Run.from_json({"format": 7})
-    assert results.FORMAT == 1
+    assert measurements.FORMAT == 1

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cli, model_harness, model_plot
-from benchmarks.model_results import ModelRun
-from benchmarks.models import (
+from benchmarks import cli
+from benchmarks.measurements import RAN, WRONG, CaseResult, Measurement, Run
+from benchmarks.models import harness
+from benchmarks.models.measurements import ModelRun
+from benchmarks.models.work import (
     BERT,
     LLAMA,
     MISTRAL,
@@ -26,10 +28,10 @@ from benchmarks.models import (
     prepare,
     with_attention,
 )
-from benchmarks.results import RAN, WRONG, CaseResult, Measurement, Run
+from benchmarks.report import model_plot
 from benchmarks.timing import Effort
 
-from .samples import CPU, ScriptedClock, sample_run
+from ..samples import CPU, ScriptedClock, sample_run
 
 SMALL = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8}
 TINY_LLAMA = dataclasses.replace(LLAMA, **SMALL, num_key_value_heads=2)
@@ -49,12 +51,12 @@ EFFORT = Effort(budget=0.0, min_rounds=2)
 @pytest.fixture(autouse=True)
 def transformers() -> Any:
     found = pytest.importorskip("transformers")
-    model_harness.register()
+    harness.register()
     return found
 
 
 def run_tiny(case: ModelCase) -> dict[str, Measurement]:
-    result = model_harness.run_model_case(case, model_harness.RIVALS, CPU, EFFORT, ScriptedClock())
+    result = harness.run_model_case(case, harness.RIVALS, CPU, EFFORT, ScriptedClock())
     return {m.rival: m for m in result.measurements}
 
 
@@ -186,7 +188,7 @@ def test_an_interrupted_run_keeps_what_it_found(
     finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def until_interrupted(*arguments: Any) -> Iterator[CaseResult[ModelCase]]:
-        yield from list(model_harness.run_model_cases(TINY[:finished], *arguments[1:]))
+        yield from list(harness.run_model_cases(TINY[:finished], *arguments[1:]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "MODELS", TINY)

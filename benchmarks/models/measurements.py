@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .models import ModelCase
-from .report import RATIO_LINE, Table, machine_lines, memory_cell, time_cells
-from .results import CaseResult, Findings, Measurement, result_from_json, rounds_to_json
+from ..measurements import CaseResult, Findings, Measurement, result_from_json, rounds_to_json
+from ..report.table import RATIO_LINE, Table, machine_lines, memory_cell, time_cells
+from .work import ModelCase
 
 FORMAT = "models 1"
 OURS = "fastattn"

@@ -10,12 +10,12 @@ import torch
 
 from fastattn.tolerance import bound, eager_error
 
-from .gate import Expected
-from .harness import admit, measure
-from .model_results import OURS
-from .models import Batch, ModelCase, case_dtype, in_float64, make_batch, make_model, matrices, prepare, with_attention
-from .results import CaseResult
-from .timing import Clock, Effort, clock_for
+from ..gate import Expected
+from ..harness import admit, measure
+from ..measurements import CaseResult
+from ..timing import Clock, Effort, clock_for
+from .measurements import OURS
+from .work import Batch, ModelCase, case_dtype, in_float64, make_batch, make_model, matrices, prepare, with_attention
 
 RIVALS = ("sdpa", "eager")
 """Attention implementations of the library itself."""

@@ -12,9 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fastattn
 
-from .cases import Case
-from .data import Data, hidden_pairs, join_packed, options, split
-from .machine import free_memory
+from ..cases import Case
+from ..data import Data, hidden_pairs, join_packed, options, split
+from ..machine import free_memory
 
 Call = Callable[[], tuple[Tensor, ...]]
 
