@@ -20,21 +20,19 @@ from .harness import run_cases
 from .machine import header
 from .measurements import C, CaseResult, Findings, Run
 from .memory import method
+from .models.cases import MODELS, ModelCase
 from .models.harness import RIVALS as MODEL_RIVALS
 from .models.harness import register, run_model_cases
-from .models.measurements import OURS, ModelRun, ModelTable, model_header_lines
-from .models.work import MODELS, ModelCase
+from .models.measurements import OURS, ModelRun
 from .peaks import measure_peaks
+from .report.header import header_lines, model_header_lines
 from .report.model_plot import plot_models
 from .report.plot import has_curves, plot
-from .report.table import CallTable, Table, header_lines, summary_lines
-from .rivals import Eager, Fastattn, FlashAttn, Flex, Rival, Sdpa, SdpaCudnn, SdpaEfficient, SdpaFlash, Xformers
+from .report.summary import summary_lines
+from .report.table import CallTable, ModelTable, Table
+from .rivals import DEFAULT_RIVALS, RIVALS, Fastattn, Rival
 from .suites import DEFAULT_SUITE, SUITES
 from .timing import Effort, clock_for
-
-_RIVALS: tuple[type[Rival], ...] = (Sdpa, Eager, Flex, FlashAttn, Xformers, SdpaFlash, SdpaCudnn, SdpaEfficient)
-RIVALS = {rival.name: rival for rival in _RIVALS}
-DEFAULT_RIVALS = tuple(name for name, rival in RIVALS.items() if not rival.compiles and not rival.named_only)
 
 MODEL_SUITE = "models"
 MODEL_EFFORT = Effort(min_rounds=5)

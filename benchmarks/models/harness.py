@@ -14,8 +14,9 @@ from ..gate import Expected
 from ..harness import admit, measure
 from ..measurements import CaseResult
 from ..timing import Clock, Effort, clock_for
+from .cases import ModelCase
 from .measurements import OURS
-from .work import Batch, ModelCase, case_dtype, in_float64, make_batch, make_model, matrices, prepare, with_attention
+from .work import Batch, in_float64, make_batch, make_model, matrices, prepare, with_attention
 
 RIVALS = ("sdpa", "eager")
 """Attention implementations of the library itself."""
@@ -68,6 +69,6 @@ def expect_model(case: ModelCase, model: Any, batch: Batch) -> dict[str, Expecte
     truths = prepare(case, in_float64(model), batch)()
     eager = prepare(case, with_attention(model, "eager"), batch)()
     return {
-        name: Expected(truth, bound(truth, eager_error(other, truth), case_dtype(case)))
+        name: Expected(truth, bound(truth, eager_error(other, truth), case.torch_dtype))
         for name, truth, other in zip(names, truths, eager, strict=True)
     }

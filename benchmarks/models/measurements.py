@@ -1,16 +1,15 @@
-"""What a run on whole models found: its JSON document and its table."""
+"""What a run on whole models found, as data: saved to JSON and read back without loss."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..measurements import CaseResult, Findings, Measurement, result_from_json, rounds_to_json
-from ..report.table import RATIO_LINE, Table, machine_lines, memory_cell, time_cells
-from .work import ModelCase
+from ..measurements import CaseResult, Findings, result_from_json, rounds_to_json
+from .cases import ModelCase
 
 FORMAT = "models 1"
 OURS = "fastattn"
@@ -19,7 +18,7 @@ OURS = "fastattn"
 
 @dataclass
 class ModelRun(Findings[ModelCase]):
-    """A whole run: where and with what it was made, and the results."""
+    """A whole run: the header with machine and versions, and the results."""
 
     header: dict[str, Any]
     results: list[CaseResult[ModelCase]]
@@ -48,24 +47,3 @@ class ModelRun(Findings[ModelCase]):
     def load(cls, path: Path) -> ModelRun:
         """Reads a JSON document back."""
         return cls.from_json(json.loads(path.read_text()))
-
-
-class ModelTable(Table[ModelCase]):
-    """Work on models: tokens per second, padding not counted."""
-
-    columns = ("ms", "quartiles", "ratio", "tokens/s", "MiB")
-    widths = (8, 17, 7, 9, 8)
-
-    def figures(self, result: CaseResult[ModelCase], m: Measurement) -> tuple[str, ...]:
-        """Time, ratio, rate, memory."""
-        return (*time_cells(result, m), f"{result.case.tokens / m.median:.0f}", memory_cell(m))
-
-
-def model_header_lines(header: Mapping[str, Any], cases: Iterable[ModelCase]) -> Iterator[str]:
-    """Machine, versions, sizes of the models, and how to read the table."""
-    yield from machine_lines(header)
-    yield f"models    random weights, Transformers {header['transformers']}, attn_implementation as named"
-    for shape in dict.fromkeys(case.shape for case in cases):
-        heads = f"{shape.num_attention_heads}/{shape.num_key_value_heads} heads"
-        yield f"          {shape.family}: {shape.num_hidden_layers} layers, hidden {shape.hidden_size}, {heads}"
-    yield RATIO_LINE

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..measurements import RAN, CaseResult
+from ..models.cases import ModelCase
 from ..models.measurements import OURS, ModelRun
-from ..models.work import ModelCase
 from .plot import COLORS, machine_line
 
 _WORKS = {"prefill": "prefill", "decode": "decoding", "encode": "forward", "train": "training step"}

@@ -1,20 +1,19 @@
-"""What is measured: fastattn's backends and other exact attention, behind one small interface."""
+"""What is measured: fastattn's backends and other exact attention, one file for each.
 
-from .base import Call, Eager, Fastattn, PerSequence, Rival, Sdpa, eager_attention
-from .optional import FlashAttn, Flex, SdpaCudnn, SdpaEfficient, SdpaFlash, Xformers
+`RIVALS` has the others by name. A new one is a file here and a row there.
+"""
 
-__all__ = [
-    "Call",
-    "Eager",
-    "Fastattn",
-    "FlashAttn",
-    "Flex",
-    "PerSequence",
-    "Rival",
-    "Sdpa",
-    "SdpaCudnn",
-    "SdpaEfficient",
-    "SdpaFlash",
-    "Xformers",
-    "eager_attention",
-]
+from .base import Call, PerSequence, Rival
+from .eager import Eager, eager_attention
+from .fastattn import Fastattn
+from .flash_attn import FlashAttn
+from .flex import Flex
+from .sdpa import Sdpa
+from .sdpa_kernels import SdpaCudnn, SdpaEfficient, SdpaFlash
+from .xformers import Xformers
+
+__all__ = ["DEFAULT_RIVALS", "RIVALS", "Call", "Eager", "Fastattn", "PerSequence", "Rival", "Sdpa", "eager_attention"]
+
+_RIVALS: tuple[type[Rival], ...] = (Sdpa, Eager, Flex, FlashAttn, Xformers, SdpaFlash, SdpaCudnn, SdpaEfficient)
+RIVALS = {rival.name: rival for rival in _RIVALS}
+DEFAULT_RIVALS = tuple(name for name, rival in RIVALS.items() if not rival.compiles and not rival.named_only)

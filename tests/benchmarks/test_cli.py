@@ -15,7 +15,7 @@ import fastattn
 from benchmarks import cli
 from benchmarks.cases import Case
 from benchmarks.measurements import RAN, Run
-from benchmarks.rivals import base
+from benchmarks.rivals import sdpa
 from benchmarks.suites import SUITES, dense
 
 from .samples import PEAKS, tiny
@@ -100,7 +100,7 @@ def test_a_wrong_result_of_fastattn_fails_the_run(
 def test_a_wrong_rival_does_not_fail_the_run(
     command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(base, "scaled_dot_product_attention", lambda q, k, v, **_: q)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", lambda q, k, v, **_: q)
     assert command("--suite", "long", "--rivals", "sdpa", "--budget", "0.001") == cli.OK
     assert "wrong: out is off by" in capsys.readouterr().out
 

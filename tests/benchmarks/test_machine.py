@@ -14,7 +14,7 @@ import torch
 
 import fastattn
 from benchmarks import machine
-from benchmarks.report import table as report
+from benchmarks.report.header import header_lines
 
 from .samples import CPU, PEAKS
 
@@ -28,7 +28,7 @@ def test_the_header_tells_machine_and_versions() -> None:
     assert facts["cores"] >= 1
     assert facts["gpu"] is None
     json.dumps(facts)
-    text = "\n".join(report.header_lines(facts | {"clock": "wall time", "memory_method": None}, PEAKS))
+    text = "\n".join(header_lines(facts | {"clock": "wall time", "memory_method": None}, PEAKS))
     for words in (
         str(facts["cpu"]),
         torch.__version__,
@@ -40,7 +40,7 @@ def test_the_header_tells_machine_and_versions() -> None:
     assert "float32 200, bfloat16 400" in text
     assert "too low" not in text
     disturbed = dataclasses.replace(PEAKS, quiet=False)
-    assert "too low" in "\n".join(report.header_lines(facts | {"clock": "wall time", "memory_method": None}, disturbed))
+    assert "too low" in "\n".join(header_lines(facts | {"clock": "wall time", "memory_method": None}, disturbed))
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")

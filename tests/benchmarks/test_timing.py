@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import timing
 from benchmarks.measurements import CaseResult, Run
-from benchmarks.report import table as report
+from benchmarks.report.summary import summary_lines
+from benchmarks.report.table import CallTable
 from benchmarks.timing import Effort, interleave
 
 from .samples import PEAKS, ScriptedClock, measured, tiny
@@ -52,10 +53,10 @@ def test_disturbed_rounds_are_kept_and_reported_where_too_few_were_quiet() -> No
     clock = ScriptedClock(waits=[0.0, 1.0, 2.0, 2.0])
     found = interleave({"A": lambda: None}, clock, Effort(budget=0.0, min_rounds=3))
     assert found == timing.Samples({"A": [1.0] * 3}, dropped=0, quiet=False)
-    table = report.CallTable([tiny()], ["fastattn"], PEAKS)
+    table = CallTable([tiny()], ["fastattn"], PEAKS)
     result = CaseResult(tiny(), [measured("fastattn", [1.0], ours=True)], quiet=False)
     assert all(row.endswith(" ~") for row in table.rows(result))
-    assert "~ 1 case disturbed" in "\n".join(report.summary_lines(Run({}, PEAKS, [result])))
+    assert "~ 1 case disturbed" in "\n".join(summary_lines(Run({}, PEAKS, [result])))
 
 
 def test_waiting_for_a_core_is_noticed() -> None:

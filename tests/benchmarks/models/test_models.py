@@ -15,19 +15,9 @@ import torch
 from benchmarks import cli
 from benchmarks.measurements import RAN, WRONG, CaseResult, Measurement, Run
 from benchmarks.models import harness
+from benchmarks.models.cases import BERT, LLAMA, MISTRAL, MODELS, ModelCase
 from benchmarks.models.measurements import ModelRun
-from benchmarks.models.work import (
-    BERT,
-    LLAMA,
-    MISTRAL,
-    MODELS,
-    ModelCase,
-    in_float64,
-    make_batch,
-    make_model,
-    prepare,
-    with_attention,
-)
+from benchmarks.models.work import in_float64, make_batch, make_model, prepare, with_attention
 from benchmarks.report import model_plot
 from benchmarks.timing import Effort
 

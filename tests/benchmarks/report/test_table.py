@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from benchmarks import costs
 from benchmarks.measurements import WRONG, CaseResult, Measurement
-from benchmarks.report import table as report
+from benchmarks.report.summary import summary_lines
+from benchmarks.report.table import CallTable
 from benchmarks.suites import dense
 
 from ..samples import PEAKS, measured, sample_run
@@ -12,7 +13,7 @@ from ..samples import PEAKS, measured, sample_run
 
 def test_the_table_is_aligned_and_gives_no_speed_to_the_wrong() -> None:
     run = sample_run()
-    table = report.CallTable([result.case for result in run.results], ["fastattn", "sdpa", "eager"], PEAKS)
+    table = CallTable([result.case for result in run.results], ["fastattn", "sdpa", "eager"], PEAKS)
     head = table.head()
     rows = [row for result in run.results for row in table.rows(result)]
     timed, wrong = [row for row in rows if "wrong" not in row], [row for row in rows if "wrong" in row]
@@ -36,7 +37,7 @@ def test_the_table_is_aligned_and_gives_no_speed_to_the_wrong() -> None:
 
 def test_the_table_prints_rates_and_shares() -> None:
     case = dense("tiny", seqlen=1024, dtype="bfloat16")
-    table = report.CallTable([case], ["fastattn"], PEAKS)
+    table = CallTable([case], ["fastattn"], PEAKS)
     (row,) = table.rows(CaseResult(case, [measured("fastattn", [1e-2], ours=True)]))
     # 4 * 8 * 1024^2 * 64 operations and 4 * 8 * 1024 * 64 * 2 bytes in 10 ms, of 400 GFLOP/s and 30 GB/s.
     assert row.split()[-5:] == ["214.7", "54%", "0.42", "1%", "1.0"]
@@ -45,7 +46,7 @@ def test_the_table_prints_rates_and_shares() -> None:
 def test_the_summary_names_means_worst_cases_and_what_did_not_run() -> None:
     run = sample_run()
     run.results[0].measurements[0] = Measurement("fastattn", True, WRONG, "out is off by 3", {"out": 3.0})
-    lines = list(report.summary_lines(run))
+    lines = list(summary_lines(run))
     assert any(line.split() == ["tiny", "sdpa", "1.22", "(2", "cases)"] for line in lines)
     assert any(line.split()[:2] == ["0.500", "sdpa"] for line in lines)
     assert "  xformers, 3 cases: not installed" in lines

@@ -15,7 +15,9 @@ import fastattn
 from benchmarks import rivals
 from benchmarks.cases import Case
 from benchmarks.data import make_data
-from benchmarks.rivals import optional
+from benchmarks.rivals import flex, gpu_package
+from benchmarks.rivals.flash_attn import FlashAttn
+from benchmarks.rivals.xformers import Xformers
 
 from ..conftest import is_right_if_willing
 from ..samples import CPU, FEATURES, name_of, tiny, unequal_lengths, verdict_on
@@ -28,8 +30,8 @@ def test_flex_attention_is_told_every_feature(case: Case, monkeypatch: pytest.Mo
     from torch.nn.attention.flex_attention import flex_attention
 
     # Compiling takes seconds for each shape, and the masks and layouts made here are the same without.
-    monkeypatch.setattr(optional, "_compiled_flex", lambda _: flex_attention)
-    is_right_if_willing(optional.Flex(), case)
+    monkeypatch.setattr(flex, "_compiled_flex", lambda _: flex_attention)
+    is_right_if_willing(flex.Flex(), case)
 
 
 def fake_flash_attn(log: list[dict[str, Any]]) -> SimpleNamespace:
@@ -76,7 +78,7 @@ def test_flash_attn_is_called_as_documented(
 ) -> None:
     log: list[dict[str, Any]] = []
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(log))
-    assert verdict_on(optional.FlashAttn(), case).right
+    assert verdict_on(FlashAttn(), case).right
     assert log == [{"shape": torch.Size(shape), "causal": case.causal, "window_size": window_size}]
 
 
@@ -112,22 +114,22 @@ def test_xformers_is_called_as_documented(case: Case, monkeypatch: pytest.Monkey
     ops = fake_xformers()
     monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    assert verdict_on(optional.Xformers(), case).right
+    assert verdict_on(Xformers(), case).right
 
 
 @pytest.mark.parametrize(
     ("rival", "case", "sentence"),
     [
-        (optional.FlashAttn(), tiny(mask="bool"), "no dense mask"),
-        (optional.FlashAttn(), tiny(head_dim=320), "head_dim <= 256"),
+        (FlashAttn(), tiny(mask="bool"), "no dense mask"),
+        (FlashAttn(), tiny(head_dim=320), "head_dim <= 256"),
         (
-            optional.FlashAttn(),
+            FlashAttn(),
             tiny(causal=True, seqlen_k=40, causal_alignment="top-left"),
             "bottom-right only",
         ),
-        (optional.Xformers(), tiny(heads=4, heads_kv=2), "no grouped heads"),
-        (optional.Xformers(), tiny(window=(3, 3)), "dense cases only"),
-        (optional.Xformers(), tiny(mask="additive", causal=True), "dense cases only"),
+        (Xformers(), tiny(heads=4, heads_kv=2), "no grouped heads"),
+        (Xformers(), tiny(window=(3, 3)), "dense cases only"),
+        (Xformers(), tiny(mask="additive", causal=True), "dense cases only"),
     ],
 )
 def test_gpu_packages_say_what_they_cannot_do(
@@ -135,7 +137,7 @@ def test_gpu_packages_say_what_they_cannot_do(
 ) -> None:
     data = make_data(case, CPU)
     assert rival.why_not(case, data) is not None  # not installed, or no CUDA device
-    monkeypatch.setattr(optional, "_why_no_gpu_package", lambda *_: None)
+    monkeypatch.setattr(gpu_package, "why_unavailable", lambda *_: None)
     assert sentence in (rival.why_not(case, data) or "")
     assert rival.why_not(tiny(causal=True), data) is None
 
@@ -149,4 +151,4 @@ def test_gpu_packages_say_what_they_cannot_do(
 )
 def test_gpu_packages_say_where_they_run(package: str, dtype: str, sentence: str) -> None:
     case = tiny(dtype=dtype)
-    assert sentence in (optional._why_no_gpu_package(package, case, make_data(case, CPU)) or "")
+    assert sentence in (gpu_package.why_unavailable(package, case, make_data(case, CPU)) or "")

@@ -11,7 +11,7 @@ import fastattn
 from benchmarks import rivals
 from benchmarks.cases import Case
 from benchmarks.data import make_data
-from benchmarks.rivals import base
+from benchmarks.rivals import eager
 
 from ..conftest import is_right_if_willing
 from ..samples import CPU, FEATURES, name_of, tiny
@@ -46,5 +46,5 @@ def test_eager_refuses_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> Non
     case = tiny(mode="train")
     data = make_data(case, CPU)
     assert rivals.Eager().why_not(case, data) is None
-    monkeypatch.setattr(base, "free_memory", lambda _: 6 * 2 * 24 * 24 * 4 - 1)
+    monkeypatch.setattr(eager, "free_memory", lambda _: 6 * 2 * 24 * 24 * 4 - 1)
     assert "are free" in (rivals.Eager().why_not(case, data) or "")
