@@ -23,13 +23,13 @@ ALIGNMENTS = ("bottom-right", "top-left")
 class Case:
     """One attention call, hashable and printable.
 
-    Sizes are in elements. `mode` "forward" is the forward pass alone, "train" is forward and backward.
-    `mask` is a dense (seqlen_q, seqlen_k) mask shared by all heads: "bool" (True = attend) or "additive", in
-    `dtype`.
-    For varlen, lengths_q and lengths_k hold the length of every sequence, and seqlen_q, seqlen_k the longest.
-    `cold` asks for keys and values that no cache holds when a call starts.
+    Sizes are in elements.
+    mode: "forward" is the forward pass only, "train" is forward and backward.
+    mask: a dense (seqlen_q, seqlen_k) mask shared by all heads, "bool" (True = attend) or "additive" (in `dtype`).
+    lengths_q, lengths_k: for varlen, the length of each sequence; seqlen_q and seqlen_k are then the longest.
+    cold: keys and values are in no cache when a call starts.
 
-    Raises ValueError, naming the field, when the fields do not describe a call.
+    Raises ValueError, naming the field, if the fields do not describe a call.
     """
 
     family: str
@@ -89,12 +89,12 @@ class Case:
 
     @property
     def train(self) -> bool:
-        """Whether the backward pass belongs to the call."""
+        """Whether the call includes the backward pass."""
         return self.mode == "train"
 
     @property
     def varlen(self) -> bool:
-        """Whether sequences of unequal length are packed one behind the other."""
+        """Whether sequences of different lengths are packed one after the other."""
         return self.lengths_q is not None
 
     @property
@@ -106,13 +106,13 @@ class Case:
 
     @property
     def window_bounds(self) -> tuple[int | None, int | None]:
-        """(left, right): keys seen on either side of the diagonal, None = all; causal closes the right."""
+        """(left, right): keys visible on each side of the diagonal, None = all. Causal means right = 0."""
         left, right = self.window or (None, None)
         return left, 0 if self.causal else right
 
     @property
     def name(self) -> str:
-        """Everything that tells the case from others, but for its family; unique within a family."""
+        """Everything except the family that distinguishes the case. Unique within a family."""
         return " ".join(self._words())
 
     def _words(self) -> Iterator[str]:
@@ -140,7 +140,7 @@ class Case:
         return word if self.lengths_q == self.lengths_k else f"{word}x{sum(self.lengths_k)}"
 
     def to_json(self) -> dict[str, Any]:
-        """All fields and the name, as JSON can hold them."""
+        """All fields and the name, in types that JSON has."""
         return {"name": self.name, **asdict(self)}
 
     @classmethod

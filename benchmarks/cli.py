@@ -93,13 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class _Common:
-    """What runs of all kinds need."""
+    """What all kinds of runs need."""
 
     device: torch.device
     effort: Effort
 
     def header(self) -> dict[str, Any]:
-        """The machine, and how it is measured."""
+        """The machine, and the methods of measurement."""
         return {
             **header(self.device),
             "clock": clock_for(self.device).name,
@@ -117,7 +117,7 @@ class _Calls(_Common):
     plot = staticmethod(plot)
 
     def measure(self) -> Run:
-        """Measures the machine's ceilings, then every case, printing each result as it comes."""
+        """Measures the machine's ceilings, then every case, and prints each result at once."""
         peaks = measure_peaks(self.device, {case.dtype for case in self.cases})
         found = Run(self.header(), peaks, [])
         table = CallTable(self.cases, [rival.name for rival in self.rivals], peaks)
@@ -128,7 +128,7 @@ class _Calls(_Common):
 
 @dataclass(frozen=True)
 class _Models(_Common):
-    """Whole models of Transformers, whose version is given."""
+    """Whole models. transformers: the version of the library."""
 
     cases: list[ModelCase]
     rivals: list[str]
@@ -136,7 +136,7 @@ class _Models(_Common):
     plot = staticmethod(plot_models)
 
     def measure(self) -> ModelRun:
-        """Measures every case, printing each result as it comes."""
+        """Measures every case and prints each result at once."""
         found = ModelRun({**self.header(), "transformers": self.transformers}, [])
         table = ModelTable(self.cases, [OURS, *self.rivals])
         _print_lines([*model_header_lines(found.header, self.cases), "", table.head()])
@@ -145,9 +145,10 @@ class _Models(_Common):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs what the arguments ask for.
+    """Runs the command.
 
-    Returns 0; 1 if a result of fastattn was wrong or missing; 2, with a sentence on stderr, for bad values.
+    Returns 0 if all is well, 1 if a result of fastattn was wrong or missing, 2 for bad arguments. The reason for 2 is
+    a sentence on stderr.
     """
     try:
         plan = _plan_models(args) if args.suite == MODEL_SUITE else _plan_calls(args)
@@ -172,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _collect(found: Findings[C], results: Iterable[CaseResult[C]], table: Table[C]) -> None:
-    """Adds results as they come. An interrupt (Ctrl-C) ends the run, and leaves what it found."""
+    """Adds each result at once. An interrupt (Ctrl-C) ends the run and keeps the results so far."""
     try:
         for result in results:
             found.results.append(result)
@@ -182,7 +183,7 @@ def _collect(found: Findings[C], results: Iterable[CaseResult[C]], table: Table[
 
 
 def _plan_calls(args: argparse.Namespace) -> _Calls:
-    """What is to be run. Raises ValueError with a sentence for a value that makes no sense."""
+    """The run that the arguments describe. Raises ValueError with a sentence for an invalid value."""
     _check(args)
     cases = _cases(args.suite, args.family, args.dtype)
     if args.plot is not None and not has_curves(cases):
@@ -211,14 +212,14 @@ def _plan_models(args: argparse.Namespace) -> _Models:
 
 
 def _model_rivals(given: str) -> list[str]:
-    """The library's own implementations among the rivals asked for; the others know attention calls only."""
+    """The library's own implementations among the chosen rivals. The others support attention calls only."""
     if given == "none":
         return []
     return [name for name in _names("--rivals", given, RIVALS) if name in MODEL_RIVALS]
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises ValueError for a value that makes no sense in any suite."""
+    """Raises ValueError for a value that is invalid in every suite."""
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {args.threads}")
     if not args.budget > 0:
@@ -231,7 +232,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _cases(suites: str | None, families: str | None, dtypes: str | None) -> list[Case]:
-    """The cases of the suites, each once, that are of one of the families and one of the dtypes."""
+    """The cases of the suites that have one of the families and one of the dtypes, without duplicates."""
     everything = suites is None and families is not None
     names = _names("--suite", suites or DEFAULT_SUITE, {**SUITES, MODEL_SUITE: None}, groups=())
     if MODEL_SUITE in names:
@@ -241,7 +242,7 @@ def _cases(suites: str | None, families: str | None, dtypes: str | None) -> list
 
 
 def _narrowed(cases: Iterable[AnyKind], families: str | None, dtypes: str | None) -> list[AnyKind]:
-    """Those of one of the families and one of the dtypes, each once."""
+    """The cases that have one of the families and one of the dtypes, without duplicates."""
     found = list(dict.fromkeys(cases))
     if families is not None:
         wanted = _names("--family", families, dict.fromkeys(case.family for case in found), groups=())
@@ -255,7 +256,7 @@ def _narrowed(cases: Iterable[AnyKind], families: str | None, dtypes: str | None
 
 
 def _names(option: str, given: str, known: Mapping[str, object], groups: Sequence[str] = ("all",)) -> list[str]:
-    """The names in a list separated by commas; where "all" is one of the groups, it stands for every name."""
+    """The names in a list separated by commas. "all" means every name, if it is one of the groups."""
     names = [name.strip() for name in given.split(",")]
     if names == ["all"] and "all" in groups:
         return list(known)
@@ -270,7 +271,7 @@ def _listing() -> Iterator[str]:
         yield f"{suite} ({len(cases)} cases)"
         for case in cases if suite != "all" else ():
             yield f"  {case.family}: {case.name}"
-    yield "  every case of the suites above but for quick and sweep60"
+    yield "  every case of the suites above except quick and sweep60"
     yield f"{MODEL_SUITE} ({len(MODELS)} cases, stands alone)"
     for model_case in MODELS:
         yield f"  {model_case.family}: {model_case.name}"

@@ -1,9 +1,9 @@
-"""What an attention call costs at least: floating point operations and bytes moved.
+"""The least that an attention call costs: floating point operations and bytes moved.
 
-One multiply-add counts as two operations. Only the matrix products are counted (the softmax is a fraction
-of about 1 / head_dim of them), and only over the pairs (query, key) that causal rule, window and lengths let
-through: a kernel that computes hidden pairs gets no credit for them. A dense mask hides nothing here, since
-its pairs cannot be known to be hidden without looking.
+* One multiply-add counts as two operations.
+* Only the matrix products count. The softmax is about 1 / head_dim of them.
+* Only visible pairs (query, key) count, by causal rule, window and lengths. Computing hidden pairs earns no credit.
+* A dense mask hides nothing here: a kernel must read it to know.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def visible_keys(i: int, seqlen_q: int, seqlen_k: int, case: Case) -> range:
 
 
 def visible_pairs(case: Case) -> int:
-    """Pairs (query, key) that are computed, per query head, summed over the batch."""
+    """Visible pairs (query, key) per query head, summed over the batch."""
     return sum(_pairs(seqlen_q, seqlen_k, case) for seqlen_q, seqlen_k in case.sequences)
 
 
@@ -35,7 +35,7 @@ def keys_read(case: Case) -> int:
     """Keys that some query sees, per key/value head, summed over the batch."""
     total = 0
     for seqlen_q, seqlen_k in case.sequences:
-        # Both ends of the visible range move with i by one, so that the union over i has no gap.
+        # Both ends of the visible range advance by one with i, so the union over i has no gap.
         ranges = [visible_keys(i, seqlen_q, seqlen_k, case) for i in (0, seqlen_q - 1)]
         total += max(0, ranges[1].stop - ranges[0].start)
     return total
@@ -60,21 +60,21 @@ def flops(case: Case) -> int:
 
 
 def forward_bytes(case: Case) -> int:
-    """q, the visible k and v and the mask read once, out written once; training writes the lse as well."""
+    """q, visible k and v and the mask are read once, out is written once. Training also writes the lse."""
     sizes = _tensor_bytes(case)
     total = sizes["q"] + sizes["k"] + sizes["v"] + sizes["mask"] + sizes["out"]
     return total + (sizes["lse"] if case.train else 0)
 
 
 def backward_bytes(case: Case) -> int:
-    """q, k, v, out, dout, lse and the mask read once, dq, dk and dv written once."""
+    """q, k, v, out, dout, lse and the mask are read once, dq, dk and dv are written once."""
     sizes = _tensor_bytes(case)
     read = sizes["q"] + sizes["k"] + sizes["v"] + 2 * sizes["out"] + sizes["lse"] + sizes["mask"]
     return read + sizes["q"] + sizes["k"] + sizes["v"]
 
 
 def bytes_moved(case: Case) -> int:
-    """Bytes that one call in the case's mode moves if every tensor crosses the memory bus once per pass."""
+    """Bytes that one call moves in the case's mode, if each tensor crosses the memory bus once per pass."""
     return forward_bytes(case) + (backward_bytes(case) if case.train else 0)
 
 

@@ -16,9 +16,9 @@ from .costs import keys_read
 class Data(NamedTuple):
     """The tensors of one call.
 
-    Dense: q (batch, heads_q, seqlen_q, head_dim), k and v likewise with heads_kv, dout like out.
+    Dense: q (batch, heads_q, seqlen_q, head_dim); k and v with heads_kv and seqlen_k; dout has the shape of out.
     Varlen: q (total_q, heads_q, head_dim) and so on, with cu_seqlens (batch + 1,) int32.
-    mask (bool, True = attend) and bias are (seqlen_q, seqlen_k); dout is there for training only.
+    mask (bool, True = attend) and bias are (seqlen_q, seqlen_k). Only training has dout.
     """
 
     q: Tensor
@@ -54,20 +54,20 @@ def make_data(case: Case, device: torch.device, seed: int = 0) -> Data:
 
 
 def make_cold_data(case: Case, device: torch.device, cache_bytes: int) -> list[Data]:
-    """So many copies of a case's tensors that, used in turn, none is still in a cache of that size.
+    """Copies of a case's tensors, enough that none is still in a cache of that size when its turn comes again.
 
-    All copies hold the same values, so that one verdict on the results holds for each.
+    All copies hold the same values, so one check of the results covers them all.
     """
     first = make_data(case, device)
     kv_bytes = keys_read(case) * case.heads_kv * (case.head_dim + case.head_dim_v) * case.torch_dtype.itemsize
-    # Twice the cache between two uses: caches are not evicted in strict order of age.
+    # Twice the cache size between two uses, because caches do not evict strictly by age.
     copies = 1 + max(1, -(-2 * cache_bytes // kv_bytes))
     others = [first._replace(k=_clone(first.k), v=_clone(first.v)) for _ in range(copies - 1)]
     return [first, *others]
 
 
 def options(case: Case, data: Data) -> dict[str, Any]:
-    """The keyword arguments that state the case to `fastattn.attention` and its siblings."""
+    """The keyword arguments that describe the case to `fastattn.attention` and its siblings."""
     return {
         "causal": case.causal,
         "window": case.window,
@@ -78,7 +78,7 @@ def options(case: Case, data: Data) -> dict[str, Any]:
 
 
 def split(case: Case, data: Data) -> list[Data]:
-    """The call as dense calls: itself, or for varlen one of batch 1 for each sequence. All are views."""
+    """The call as dense calls: itself, or for varlen one call of batch 1 per sequence. All are views."""
     if not case.varlen:
         return [data]
     q, dout = split_packed(data.q, case.lengths_q), split_packed(data.dout, case.lengths_q)
@@ -87,7 +87,7 @@ def split(case: Case, data: Data) -> list[Data]:
 
 
 def split_packed(x: Tensor | None, lengths: Sequence[int] | None) -> list[Any]:
-    """(total, heads, dim) cut into views (1, heads, length, dim); a dense tensor (no lengths) stays whole."""
+    """Views (1, heads, length, dim) of a packed (total, heads, dim). Without lengths the tensor stays whole."""
     if x is None:
         return [None] * len(lengths or (0,))
     if lengths is None:
@@ -101,7 +101,7 @@ def join_packed(parts: Sequence[Tensor]) -> Tensor:
 
 
 def hidden_pairs(case: Case, seqlen_q: int, seqlen_k: int, mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """bool (seqlen_q, seqlen_k), True where causal rule, window or mask hide the key; None if nowhere."""
+    """bool (seqlen_q, seqlen_k), True where causal rule, window or mask hide the key. None if none is hidden."""
     left, right = case.window_bounds
     offset = seqlen_k - seqlen_q if case.causal_alignment == "bottom-right" else 0
     distance = torch.arange(seqlen_q, device=device)[:, None] + offset - torch.arange(seqlen_k, device=device)
@@ -122,7 +122,7 @@ def _shape(case: Case, heads: int, lengths: tuple[int, ...] | None, seqlen: int,
 
 
 def _diagonal(case: Case) -> Tensor:
-    """True at one key that each query sees under any causal rule: no row of a random mask is empty."""
+    """True at one visible key of each query, so that no row of a random mask is empty."""
     offset = case.seqlen_k - case.seqlen_q if case.causal_alignment == "bottom-right" else 0
     positions = (torch.arange(case.seqlen_q) + offset).clamp(0, case.seqlen_k - 1)
     return positions[:, None] == torch.arange(case.seqlen_k)

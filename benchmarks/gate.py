@@ -1,6 +1,6 @@
-"""The correctness gate: no result is timed that is not right.
+"""The correctness gate: only a correct result is timed.
 
-Right means: every output is within the bound of `fastattn.tolerance`; the truth is `fastattn.reference` in float64.
+A result is correct if each output is within the bound of `fastattn.tolerance` around `fastattn.reference` in float64.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .rivals import eager_attention
 
 OUTPUTS = ("out", "dq", "dk", "dv")
 SCORES_AT_ONCE = 2**22
-"""How many scores are evaluated together, unless one key/value head has more: 32 MiB in float64, a few times."""
+"""Scores that are evaluated together: 32 MiB in float64, a few times. One key/value head may have more."""
 
 
 class Expected(NamedTuple):
-    """One output in float64 and how far a result may be from it."""
+    """One output in float64, and the largest error that a result may have."""
 
     values: Tensor
     limit: float
@@ -33,7 +33,7 @@ class Expected(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """errors: the largest absolute error of each output. problems: a sentence for each one that is wrong."""
+    """errors: the largest absolute error of each output. problems: a sentence for each wrong output."""
 
     errors: dict[str, float]
     problems: tuple[str, ...]
@@ -45,7 +45,7 @@ class Verdict:
 
 
 def check(expected: dict[str, Expected], results: Sequence[Tensor]) -> Verdict:
-    """Compares the outputs of one call, in the order of OUTPUTS, with what they should be."""
+    """Compares the outputs of one call, in the order of OUTPUTS, with the expected ones."""
     if len(results) != len(expected):
         return Verdict({}, (f"{len(results)} outputs instead of {len(expected)}",))
     errors, problems = {}, []
@@ -60,9 +60,9 @@ def check(expected: dict[str, Expected], results: Sequence[Tensor]) -> Verdict:
 
 
 def expect(case: Case, data: Data) -> dict[str, Expected]:
-    """Evaluates the case in float64 and, for the limits, by eager attention in its own dtype.
+    """Evaluates the case in float64, and for the limits with eager attention in its own dtype.
 
-    Works through a few key/value heads of a sequence at a time: only their scores are in memory.
+    It evaluates a few key/value heads of a sequence at a time, so that only their scores are in memory.
     """
     count = 4 if case.train else 1
     shapes = ((*data.q.shape[:-1], case.head_dim_v), data.q.shape, data.k.shape, data.v.shape)[:count]
@@ -78,7 +78,7 @@ def expect(case: Case, data: Data) -> dict[str, Expected]:
 
 
 class _Slices(NamedTuple):
-    """The part of the outputs that a group fills: the sequence's number in `split`, batch entry, heads."""
+    """The part of the outputs that a group fills: index of the sequence in `split`, batch entry, heads."""
 
     sequence: int
     batch: slice
@@ -103,7 +103,7 @@ def _groups(case: Case, data: Data) -> Iterator[tuple[_Slices, Data]]:
 
 
 def _store(case: Case, outputs: Sequence[Tensor], at: _Slices, values: Sequence[Tensor]) -> None:
-    """Writes one group's results into the whole outputs; dk and dv have the keys' lengths and heads."""
+    """Writes the results of one group into the whole outputs. dk and dv have the lengths and heads of the keys."""
     lengths = (case.lengths_q, case.lengths_q, case.lengths_k, case.lengths_k)
     heads = (at.queries, at.queries, at.keys, at.keys)
     for output, value, length, head in zip(outputs, values, lengths, heads, strict=False):

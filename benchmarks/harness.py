@@ -20,7 +20,7 @@ from .timing import Clock, Effort, clock_for, interleave
 
 logger = logging.getLogger(__name__)
 
-# Larger than most, for machines that do not tell the size of their last cache.
+# Larger than most caches, for machines that do not report the size of theirs.
 _ASSUMED_CACHE = 2**26
 
 
@@ -44,7 +44,7 @@ def run_cases(
 def run_case(
     case: Case, rivals: Sequence[Rival], device: torch.device, effort: Effort, clock: Clock
 ) -> CaseResult[Case]:
-    """Measures every rival that can do the case and does it right."""
+    """Measures each rival that supports the case and computes it correctly."""
     copies = _copies(case, device)
     expected = expect(case, copies[0])
     verdicts = {rival.name: _admit_rival(rival, case, copies, expected) for rival in rivals}
@@ -54,7 +54,7 @@ def run_case(
 def measure(
     case: C, verdicts: Mapping[str, Admitted | Measurement], device: torch.device, effort: Effort, clock: Clock
 ) -> CaseResult[C]:
-    """Times those that were admitted, in turn, then their memory; the others stay as they were judged."""
+    """Times the admitted rivals by turns, then measures their memory. The other verdicts stay unchanged."""
     admitted = {name: v for name, v in verdicts.items() if isinstance(v, Admitted)}
     calls = dict(zip(admitted, in_turn([a.calls for a in admitted.values()]), strict=True))
     samples = interleave(calls, clock, effort)
@@ -75,7 +75,7 @@ def measure(
 
 
 def _copies(case: Case, device: torch.device) -> list[Data]:
-    """The tensors; several copies for a cold case on the CPU (on CUDA the clock flushes the cache)."""
+    """The tensors, in several copies for a cold case on the CPU. On CUDA the clock flushes the cache."""
     if case.cold and device.type == "cpu":
         return make_cold_data(case, device, last_level_cache() or _ASSUMED_CACHE)
     return [make_data(case, device)]
@@ -93,12 +93,12 @@ def _admit_rival(
 def admit(
     name: str, ours: bool, prepare: Callable[[], list[Call]], expected: dict[str, Expected]
 ) -> Admitted | Measurement:
-    """Prepares a rival's calls and compares the results of one with what they should be."""
+    """Prepares a rival's calls and compares the results of one call with the expected ones."""
     try:
         calls = prepare()
         verdict = check(expected, calls[0]())
     except Exception as error:
-        # Whatever a rival raises is a finding about it and must not end the run.
+        # An exception of a rival is a result and must not end the run.
         logger.info("%s failed", name, exc_info=True)
         return Measurement(name, ours, FAILED, _first_line(error))
     if not verdict.right:
@@ -107,7 +107,7 @@ def admit(
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of the error at the bottom: compilers wrap the one that says what is the matter."""
+    """The first line of the innermost error: compilers wrap the one that names the cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -115,9 +115,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def in_turn(calls: Sequence[Sequence[Call]]) -> list[Callable[[], object]]:
-    """For each rival a call that takes the next copy of the tensors, counted over all rivals together.
+    """For each rival a call that uses the next copy of the tensors. One counter serves all rivals.
 
-    Were each rival to count for itself, the second would find in the caches what the first has just read.
+    With a counter each, the second rival would find in the caches what the first has just read.
     """
     turn = count()
 

@@ -1,4 +1,4 @@
-"""What the machine is and what runs on it: the header of every report."""
+"""The machine and the software: the header of every report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastattn.backends import cpu as cpu_backend
 
 
 def header(device: torch.device) -> dict[str, Any]:
-    """Everything needed to judge and repeat a measurement; None where the machine does not tell."""
+    """Everything needed to judge and repeat a measurement. None for what the machine does not report."""
     commit, dirty = git_state(Path(__file__))
     gpu = None if device.type != "cuda" else torch.cuda.get_device_properties(device)
     return {
@@ -43,7 +43,7 @@ def header(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_model() -> str | None:
-    """The processor's name as the system tells it."""
+    """The name of the processor as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -60,7 +60,7 @@ def usable_cores() -> int | None:
 
 
 def last_level_cache() -> int | None:
-    """Bytes of the largest cache that core 0 uses, where the system tells."""
+    """Bytes of the largest cache that core 0 uses, if the system reports it."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
@@ -87,9 +87,9 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def git_state(file: Path) -> tuple[str | None, bool | None]:
-    """(commit, dirty) of the checkout that tracks the file; (None, None) for an installed copy.
+    """(commit, dirty) of the checkout that tracks the file, (None, None) for an installed copy.
 
-    The file must be tracked: an installed copy may lie in a virtual environment inside another checkout.
+    The file must be tracked, because an installed copy may be in a virtual environment inside another checkout.
     """
     folder = file.resolve().parent
     if _git(folder, "ls-files", "--error-unmatch", file.name) is None:

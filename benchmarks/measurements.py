@@ -1,4 +1,4 @@
-"""What a run found, as data: saved to JSON and read back without loss."""
+"""What a run found, as data. It is saved to JSON and read back without loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 class AnyCase(Protocol):
-    """What reports need of a case: an attention call (`Case`), or work on a whole model (`ModelCase`); hashable."""
+    """What reports need of a case. It is an attention call (`Case`) or work on a model (`ModelCase`), and hashable."""
 
     @property
     def family(self) -> str:
@@ -37,9 +37,11 @@ C = TypeVar("C", bound=AnyCase)
 class Measurement:
     """One rival on one case.
 
-    status: "ran"; "wrong" (its result did not pass the gate); "failed" (it raised); "skipped" (it says that
-    it cannot do the case). reason: a sentence for the last three. errors: largest absolute error per output.
-    seconds: time per call, one sample per round. peak_bytes: memory beyond the inputs, None if not measured.
+    status: "ran", "wrong" (did not pass the gate), "failed" (raised) or "skipped" (does not support the case).
+    reason: a sentence for the last three.
+    errors: largest absolute error per output.
+    seconds: time per call, one sample per round.
+    peak_bytes: memory beyond the inputs, None if not measured.
     """
 
     rival: str
@@ -66,10 +68,10 @@ class Measurement:
 
 @dataclass
 class CaseResult(Generic[C]):
-    """All rivals on one case. The first of ours that ran is what the ratios compare with.
+    """All rivals on one case. Ratios compare with the first of ours that ran.
 
-    dropped_rounds: rounds left out because other processes disturbed them. quiet: False if so many were
-    disturbed that they had to be kept, which makes the figures doubtful.
+    dropped_rounds: rounds excluded because other processes disturbed them.
+    quiet: False if so many rounds were disturbed that they are included, which makes the figures doubtful.
     """
 
     case: C
@@ -79,14 +81,14 @@ class CaseResult(Generic[C]):
 
     @property
     def baseline(self) -> Measurement | None:
-        """The measurement of ours that the others are compared with; None if none of ours ran."""
+        """The measurement of ours that the others are compared with. None if none of ours ran."""
         return next((m for m in self.measurements if m.ours and m.status == RAN), None)
 
     def ratio(self, measurement: Measurement) -> float | None:
         """Time of the rival over time of ours: the median over the rounds of the ratio within a round.
 
-        Above 1 ours is faster. Both samples of a round were taken one right after the other, so that a slow
-        moment of the machine cancels out.
+        Above 1 ours is faster. Both samples of a round are taken in direct succession, so a slow moment of the machine
+        cancels out.
         """
         ours = self.baseline
         if ours is None or measurement.status != RAN:
@@ -95,7 +97,7 @@ class CaseResult(Generic[C]):
 
 
 class Comparison(NamedTuple):
-    """Ours against one rival on one case; ratio above 1 means that ours is faster."""
+    """Ours against one rival on one case. A ratio above 1 means that ours is faster."""
 
     case: AnyCase
     rival: str
@@ -103,7 +105,7 @@ class Comparison(NamedTuple):
 
 
 class Findings(Generic[C]):
-    """What the results of a run say together."""
+    """Statistics over the results of a run."""
 
     results: list[CaseResult[C]]
 
@@ -116,7 +118,7 @@ class Findings(Generic[C]):
                     yield Comparison(result.case, measurement.rival, ratio)
 
     def worst(self, count: int = 10) -> list[Comparison]:
-        """The cases on which ours does worst against the fastest of its rivals, the worst first."""
+        """The cases with the lowest ratio of ours to its fastest rival, lowest first."""
         fastest: dict[AnyCase, Comparison] = {}
         for found in self.comparisons():
             if found.case not in fastest or found.ratio < fastest[found.case].ratio:
@@ -142,14 +144,14 @@ class Findings(Generic[C]):
 
 @dataclass
 class Run(Findings[Case]):
-    """A whole run: where and with what it was made, the machine's ceilings, the results."""
+    """A whole run: the header with machine and versions, the measured ceilings, the results."""
 
     header: dict[str, Any]
     peaks: Peaks
     results: list[CaseResult[Case]]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, raw samples included, with the derived figures beside them."""
+        """Everything: raw samples and the derived figures."""
         return {
             "format": FORMAT,
             "header": self.header,
@@ -185,7 +187,7 @@ def _result_to_json(result: CaseResult[Case]) -> dict[str, Any]:
 
 
 def rounds_to_json(result: CaseResult[Any]) -> dict[str, Any]:
-    """All of a result but its case, raw samples included, with the derived figures beside them."""
+    """A result without its case: raw samples and the derived figures."""
     rivals = []
     for m in result.measurements:
         derived = {} if m.status != RAN else {"median_seconds": m.median, "ratio": result.ratio(m)}

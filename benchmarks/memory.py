@@ -1,4 +1,4 @@
-"""Peak memory of one call, beyond what was in use before it; the outputs belong to it."""
+"""Peak memory of one call, beyond the memory in use before it. The outputs count."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def method(device: torch.device) -> str | None:
-    """How the peak is measured on that device; None where this machine offers no way."""
+    """How the peak is measured on that device. None if this machine offers no way."""
     if device.type == "cpu" and not _can_reset_peak():
         return None
     return METHODS.get(device.type)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Runs the call once and returns its peak in bytes; None where this machine has no way to measure it.
+    """Runs the call once and returns its peak in bytes. None if this machine has no way to measure it.
 
-    On the CPU everything counts that becomes resident, a library's own scratch memory included, to within a
-    few hundred KiB. What a warmed-up library keeps from call to call is not seen.
+    On the CPU all memory counts that becomes resident, including a library's scratch memory, to within a few hundred
+    KiB. Memory that a library keeps from call to call does not count.
     """
     if device.type == "cuda":
         return _cuda_peak(call, device)
@@ -50,7 +50,7 @@ def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
 
 def _resident_peak(call: Callable[[], object]) -> int:
     _return_free_heap()
-    _CLEAR_REFS.write_text("5")  # resets VmHWM to the present resident size
+    _CLEAR_REFS.write_text("5")  # resets VmHWM to the current resident size
     before = _status_bytes("VmRSS")
     result = call()
     peak = _status_bytes("VmHWM")
@@ -67,7 +67,7 @@ def _can_reset_peak() -> bool:
 
 
 def _return_free_heap() -> None:
-    """Gives freed pages back to the system, so that reusing them counts; only glibc has the function."""
+    """Returns freed pages to the system, so that reusing them counts. Only glibc has the function."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""Ceilings of the machine, as measured; the report prints what share of them a figure reaches."""
+"""Measured ceilings of the machine. The report prints the share of them that a result reaches."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from .timing import Clock, Effort, clock_for, interleave
 
 @dataclass(frozen=True)
 class Peaks:
-    """flops: operations per second of torch.mm by dtype. read_bandwidth: bytes per second of torch.sum.
+    """Each is the best of several runs. The bandwidths are measured on more memory than the caches hold.
 
-    multiply_adds: operations per second, by dtype, of the instructions that fastattn's CPU kernels multiply with, and
-    of nothing else, on all threads; empty on other devices.
-    copy_bandwidth: bytes read plus written per second by Tensor.copy_. Each is the best of several runs, with
-    operands of the sizes given; the bandwidths are over more memory than the caches hold.
-    quiet: False if other processes had the cores meanwhile, so that the ceilings are too low.
+    flops: operations per second of torch.mm, by dtype, on square matrices of matmul_size.
+    read_bandwidth: bytes per second of torch.sum, over buffer_bytes.
+    copy_bandwidth: bytes read plus bytes written per second by Tensor.copy_.
+    quiet: False if other processes had the cores, so that the ceilings are too low.
+    multiply_adds: operations per second, by dtype, of the multiply-add instructions of fastattn's CPU kernels, alone
+    and on all threads. Empty on other devices.
     """
 
     flops: dict[str, float]
@@ -35,9 +36,9 @@ class Peaks:
     multiply_adds: dict[str, float] = field(default_factory=dict)
 
     def flops_ceiling(self, dtype: str) -> float:
-        """What multiply-adds alone reach, where it was measured.
+        """The rate of multiply-adds alone, if it was measured.
 
-        Else the faster of torch.mm in the dtype and in float32, as a kernel may always convert to float32.
+        Otherwise the faster of torch.mm in the dtype and in float32, because a kernel may convert to float32.
         """
         if dtype in self.multiply_adds:
             return self.multiply_adds[dtype]
@@ -47,7 +48,7 @@ class Peaks:
 def measure_peaks(
     device: torch.device, dtypes: Iterable[str], *, runs: int = 10, matmul_size: int | None = None
 ) -> Peaks:
-    """Measures the ceilings for these dtypes; takes a few seconds on two CPU cores."""
+    """Measures the ceilings for these dtypes, in a few seconds on two CPU cores."""
     stopwatch = _Stopwatch(clock_for(device), runs)
     size = matmul_size or (8192 if device.type == "cuda" else 2048)
     wanted = dict.fromkeys([*dtypes, "float32"])
@@ -80,7 +81,7 @@ class _Stopwatch:
 
 
 def _matmul_flops(size: int, dtype: torch.dtype, device: torch.device, stopwatch: _Stopwatch) -> float:
-    # A dtype without fast units would take minutes at full size, and its rate does not depend on it.
+    # A dtype without fast units needs minutes at full size, and its rate does not depend on the size.
     small = torch.randn(256, 256, device=device).to(dtype)
     rate = 2 * 256**3 / stopwatch.best(lambda: small @ small)
     if 2 * size**3 / rate > 2.0:
@@ -90,7 +91,7 @@ def _matmul_flops(size: int, dtype: torch.dtype, device: torch.device, stopwatch
 
 
 def _multiply_adds(dtype: torch.dtype, stopwatch: _Stopwatch) -> float:
-    steps = 2_000_000  # some 10 ms
+    steps = 2_000_000  # about 10 ms
     operations = cpu_backend.multiply_adds(dtype, steps)
     return operations / stopwatch.best(lambda: cpu_backend.multiply_adds(dtype, steps))
 

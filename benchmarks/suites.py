@@ -22,7 +22,7 @@ def dense(
     head_dim: int = 64,
     **options: Any,
 ) -> Case:
-    """A case whose sequences are all of one length; heads_kv and seqlen_k default to heads and seqlen."""
+    """A case whose sequences all have one length. heads_kv and seqlen_k default to heads and seqlen."""
     return Case(
         family,
         batch,
@@ -64,7 +64,7 @@ def _square(mode: str) -> list[Case]:
     ]
 
 
-# Lengths as they come out of a tokenizer: most short, a few long.
+# Lengths as a tokenizer returns them: most short, a few long.
 RAGGED_LENGTHS = (37, 512, 129, 64, 300, 1024, 17, 85)
 
 
@@ -134,8 +134,9 @@ def _sweep() -> list[Case]:
     return lengths + head_dims
 
 
-# (mode, dtype, batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, causal): every size, dtype, mode and
-# kind of grouping occurs several times, in company that differs; torch's own attention supports each line.
+# (mode, dtype, batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim, causal)
+# Every size, dtype, mode and kind of grouping occurs several times, in different combinations.
+# torch's own attention supports each row.
 _SWEEP60 = (
     ("forward", "float32", 1, 8, 8, 1, 1, 64, False),
     ("forward", "float32", 1, 1, 1, 16, 16, 32, False),
@@ -236,7 +237,7 @@ def _quick() -> list[Case]:
 
 
 def _gpu() -> list[Case]:
-    """What kernels for GPUs are compared on: 16384 tokens however long the sequences, 2048 numbers per token."""
+    """Cases for GPU kernels: 16384 tokens for every sequence length, 2048 elements per token."""
     square = [
         dense(
             f"gpu-{mode}-{'causal' if causal else 'full'}",

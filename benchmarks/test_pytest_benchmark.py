@@ -27,13 +27,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @lru_cache(maxsize=1)
 def _prepared(case: Case, device: torch.device) -> tuple[Data, dict[str, Expected]]:
-    """Tensors and expected results; the rivals of one case come one after the other and share them."""
+    """Tensors and expected results. The rivals of one case run in succession and share them."""
     data = make_data(case, device)
     return data, expect(case, data)
 
 
 def test_case(benchmark: Any, request: pytest.FixtureRequest, case: Case, rival: Rival) -> None:
-    """Times one call whose result has been found right."""
+    """Times one call, after a check of its result."""
     device = torch.device(request.config.getoption("bench_device", default="cpu"))
     data, expected = _prepared(case, device)
     reason = rival.why_not(case, data)

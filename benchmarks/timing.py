@@ -1,4 +1,4 @@
-"""Interleaved timing: every round runs each rival once, so that whatever the machine does hits all alike."""
+"""Interleaved timing: each round runs every rival once, so that disturbances affect all of them equally."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 
 Thunk = Callable[[], object]
 
-# A thread that waits for a core holds up all others at the end of a parallel region, so that little is much.
+# One thread that waits for a core delays all others at the end of a parallel region, so the limit is low.
 MOST_WAITING = 0.02
-"""Share of a round that the threads together may wait for a core; with more the round is disturbed."""
+"""Share of a round that the threads together may wait for a core. A round with more is disturbed."""
 
 _THREADS = Path("/proc/self/task")
 
 
 class Effort(NamedTuple):
-    """How long to measure one case: about `budget` seconds, but from min_rounds to max_rounds rounds.
+    """How long to measure one case: about `budget` seconds, within min_rounds to max_rounds rounds.
 
-    While fewer than min_rounds of the rounds were quiet, it goes on for up to `patience` times the budget.
+    While fewer than min_rounds rounds were quiet, it continues for up to `patience` times the budget.
     """
 
     budget: float = 2.0
@@ -32,9 +32,9 @@ class Effort(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """seconds: per call and rival, one sample a round. dropped: disturbed rounds that are left out of them.
+    """seconds: per call and rival, one sample per round. dropped: how many disturbed rounds are excluded.
 
-    quiet is False if too few rounds were quiet, so that disturbed ones had to be kept.
+    quiet: False if too few rounds were quiet, so that disturbed ones are included.
     """
 
     seconds: dict[str, list[float]]
@@ -52,7 +52,7 @@ class Clock(Protocol):
         """Seconds per call, over `repeats` calls in a row."""
 
     def waited(self) -> float:
-        """Seconds, summed over threads, that this process was ready to run but others had the cores."""
+        """Seconds, summed over threads, in which this process was ready to run but had no core."""
 
 
 class WallClock:
@@ -69,7 +69,7 @@ class WallClock:
         return (time.perf_counter() - start) / repeats
 
     def waited(self) -> float:
-        """The scheduler's count of time spent waiting in its queues; 0 where the system does not tell."""
+        """Time spent waiting in the scheduler's queues. 0 if the system does not report it."""
         return sum(_queued_nanoseconds(path) for path in _THREADS.glob("*/schedstat")) / 1e9
 
 
@@ -81,10 +81,10 @@ def _queued_nanoseconds(path: Path) -> int:
 
 
 class CudaClock:
-    """CUDA events around each call; before it, the L2 cache is filled with something else.
+    """CUDA events around each call. Before the call, the L2 cache is filled with other data.
 
-    That takes some 0.2 ms, in which the host begins to launch the call: what it needs for that is left out, unless it
-    needs longer.
+    The fill takes about 0.2 ms, during which the host launches the call. The samples therefore exclude the launch,
+    except the part beyond 0.2 ms.
     """
 
     name = "CUDA events, L2 flushed before each call"
@@ -108,7 +108,7 @@ class CudaClock:
         return total / repeats
 
     def waited(self) -> float:
-        """0: the events leave out what the host does."""
+        """0: the events exclude the work of the host."""
         return 0.0
 
 
@@ -123,10 +123,9 @@ class _Round(NamedTuple):
 
 
 def interleave(calls: Mapping[str, Thunk], clock: Clock, effort: Effort) -> Samples:
-    """Samples in rounds A B C, A B C, ... until the effort is spent; disturbed rounds are dropped.
+    """Samples in rounds A B C, A B C, ... until the effort is spent. Disturbed rounds are dropped.
 
-    A first round, which does not count, warms up and finds out how often a short call must be repeated to be
-    measurable.
+    The first round does not count. It warms up and determines how often a short call must be repeated.
     """
     repeats = {name: _repeats(clock.seconds(call, 1), clock) for name, call in calls.items()}
     rounds: list[_Round] = []

@@ -1,1 +1,8 @@
-"""What compilers made of the kernels: registers, spills, instructions and counts of a simulator. No times."""
+"""What compilers made of the kernels: registers, spills, instructions, and counts from a simulator. No timing.
+
+* compile_report: the command; reports on the Triton kernels itself
+* cuda_report: reports on the CUDA module, with the limits in cuda_marks
+* cuda_module, sass: read PTX and machine code
+* pipes: a model of which pipe of a GPU bounds a loop
+* cuda_simulator: runs the CUDA module's kernels on CPU tensors
+"""

@@ -1,15 +1,23 @@
-"""Compiles every Triton kernel for GPUs that need not be here, and reports what the compiler made of it.
+"""Compiles every Triton kernel for any GPU, without one, and reports what the compiler made of it.
 
 python -m benchmarks.inspect.compile_report --arch sm_80,sm_90
 
-Columns: the tile (queries x keys x warps, stages), registers per thread, bytes of stack (spilled registers), shared
-memory in KiB; for the loop without masks, and in brackets the one with: instructions per m16n8k16 of tensor-core work
-and warp, instructions per 32 scores, MUFU instructions of a lane per score, and loads and stores of spilled registers.
+Columns of a kernel:
 
-Exits with 1 if a kernel does not compile, takes more stack than ALLOWED_STACK, spills more than ALLOWED_SPILLS in its
-main loop, or takes more shared memory than there is.
+* the tile: queries x keys x warps, stages
+* registers per thread, bytes of stack (spilled registers), shared memory in KiB
 
-With --cuda it reports on the CUDA C++ module instead, see cuda_report.py; then it exits with 1 if a mark is not met.
+Columns of the loop over full blocks, and in brackets of the loop over masked blocks:
+
+* instructions per m16n8k16 of tensor-core work and warp
+* instructions per 32 scores
+* MUFU instructions of a lane per score
+* loads and stores of spilled registers
+
+It exits with 1 if a kernel does not compile, needs more stack than ALLOWED_STACK, spills more than ALLOWED_SPILLS in
+its main loop, or needs more shared memory than the GPU has.
+
+With --cuda it reports on the CUDA C++ module instead, see cuda_report.py. Then it exits with 1 if a mark is not met.
 """
 
 from __future__ import annotations
@@ -29,7 +37,7 @@ from fastattn.backends import Needs, empty_results
 from fastattn.problem import Inputs, Options, Problem, describe
 
 from . import cuda_report
-from .sass import Code, Loop, inspect, inspect_amd
+from .sass import Code, Loop, disassemble, disassemble_amd
 
 try:
     import triton
@@ -53,7 +61,7 @@ ARCHITECTURES = {
     "sm_120": Architecture("cuda", 120, 99 * 1024, 170, compiler()),
     "gfx942": Architecture("hip", 0, 64 * 1024, 304, compiler()),
 }
-"""Shared memory that one program can have, and multiprocessors. Source: the makers' programming guides."""
+"""Shared memory available to one program, and multiprocessors. Source: the vendors' programming guides."""
 
 Build = Callable[[torch.dtype], tuple[Problem, Inputs]]
 
@@ -65,7 +73,7 @@ class Workload:
     name: str
     build: Build
     backward: bool = False
-    dtype: torch.dtype | None = None  # bfloat16, or float16 where there is none
+    dtype: torch.dtype | None = None  # default: bfloat16, or float16 if the GPU has no bfloat16
 
 
 def _dense(head_dim: int, seqlen_q: int = 1024, heads: tuple[int, int] = (8, 8), **given: Any) -> Build:
@@ -129,34 +137,34 @@ ALL = (
 )
 
 ALLOWED_STACK = {64: 640, 96: 640, 128: 640, 256: 1152, 512: 1152}
-"""Bytes of stack per thread by head_dim: what is put aside before the main loop. Where the compiler despairs of a tile,
-it takes thousands."""
+"""Bytes of stack per thread by head_dim, for values saved before the main loop. A tile that is too large needs
+thousands."""
 
 ALLOWED_SPILLS = {64: 32, 96: 80, 128: 64, 256: 128, 512: 256}
-"""Loads and stores of spilled registers in the main loop by head_dim; next to none at 64 without other features."""
+"""Loads and stores of spilled registers in the main loop by head_dim; almost none at 64 without other features."""
 
 
 class Planned(Gpu):
-    """A GPU that is not here: nothing runs on it, but it is planned for."""
+    """A GPU that is not present. Launches are planned for it, and nothing runs."""
 
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
 
     def architecture(self, device: torch.device) -> Architecture:
-        """The one that is planned for."""
+        """The architecture of the plans."""
         return self._architecture
 
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """As there."""
+        """See `Gpu`."""
         return why_not_architecture(self._architecture, dtype)
 
     def why_unavailable(self) -> str | None:
-        """It is not asked to run anything."""
+        """Always available, because nothing runs."""
         return None
 
 
 def launches(workload: Workload, architecture: Architecture, dtype: torch.dtype) -> list[Launch]:
-    """The launches of a workload, as the backend would make them on such a device."""
+    """The launches of a workload, as the backend makes them on such a device."""
     machine = Planned(architecture)
     problem, given = workload.build(dtype)
     inputs = triton_launches.in_memory(given)
@@ -170,7 +178,7 @@ def launches(workload: Workload, architecture: Architecture, dtype: torch.dtype)
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one kernel."""
+    """One compiled kernel."""
 
     workload: Workload
     launch: Launch
@@ -199,8 +207,8 @@ class Line:
             f"{self.code.registers:4} {self.code.stack:6} {self.shared_memory / 1024:7.1f}"
         )
         if variant is not None and self.code.loops:
-            plain, masked = self.code.loops[0], self.code.loops[-1]
-            pairs = [*zip(self.per_loop(plain), self.per_loop(masked), strict=True), (plain.spills, masked.spills)]
+            full, masked = self.code.loops[0], self.code.loops[-1]
+            pairs = [*zip(self.per_loop(full), self.per_loop(masked), strict=True), (full.spills, masked.spills)]
             text += "".join(f"  {a:6.2f} ({b:6.2f})" for a, b in pairs[:3]) + f"  {pairs[3][0]:3} ({pairs[3][1]:3})"
         return text + f"  {self.seconds:4.1f} s"
 
@@ -216,14 +224,14 @@ def compiled(workload: Workload, name: str) -> Iterator[Line]:
         start = time.perf_counter()
         kernel = compile_ahead(launch, target(architecture.vendor, architecture.capability))
         if architecture.vendor == "cuda":
-            code = inspect(kernel.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
+            code = disassemble(kernel.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
         else:
-            code = inspect_amd(kernel.asm["amdgcn"])
+            code = disassemble_amd(kernel.asm["amdgcn"])
         yield Line(workload, launch, kernel.metadata.shared, code, time.perf_counter() - start)
 
 
 def complaints(line: Line, name: str) -> Iterator[str]:
-    """What is not as it must be."""
+    """A sentence for each limit that a kernel exceeds."""
     head_dim = line.launch.arguments["VARIANT"].HEAD_DIM if "VARIANT" in line.launch.arguments else 64
     allowed = ALLOWED_STACK[head_dim]
     spills = 2 if line.workload.name == "head_dim 64" else ALLOWED_SPILLS[head_dim]
@@ -267,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for complaint in complaints(line, name):
                         failed += 1
                         print(f"  WRONG: {complaint}")
-            except Exception as error:  # whatever a compiler throws is a result here
+            except Exception as error:  # an exception of the compiler is a result here
                 failed += 1
                 print(f"{workload.name}\n  WRONG: does not compile: {type(error).__name__}: {error}")
         print()

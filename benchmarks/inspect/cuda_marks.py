@@ -1,7 +1,7 @@
-"""The marks that the CUDA kernels are held to on compute capability 8.0, in bfloat16.
+"""The marks of the CUDA kernels: limits for compute capability 8.0 in bfloat16. None of them is a time.
 
-Those of whole kernels are what FlashAttention-2 takes for the same call, counted in the same simulator: one head, 1024
-queries and keys. None of them is a time.
+The limits of whole kernels are the counts of FlashAttention-2 for the same call in the same simulator: one head, 1024
+queries and keys.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ MAIN_LOOP = {
     ("gradient_of_queries", 64): 3.0,
     ("gradient_of_keys", 64): 3.1,
 }
-"""SASS instructions per m16n8k16 in the loop without masks, at most."""
+"""Upper limits of SASS instructions per m16n8k16 in the loop over full blocks."""
 
 BETTER_MAIN_LOOP = {("forward", 64): 3.5, ("forward", 128): 2.7}
-"""What was hoped for."""
+"""Goals below the limits."""
 
 
 class Counts(NamedTuple):
-    """What a whole kernel takes.
+    """Counts over a whole kernel.
 
-    products: m16n8k16 of warps (m16n8k8 on compute capability 7.5). instructions: of PTX, by warps, per product, a
-    multiplication and an addition that machine code fuses counted as one. without_moves: the same without `mov`, most
-    of which machine code lacks. mufu: exponentials and the like per visible score. wavefronts: of shared memory, per
-    product.
+    products: m16n8k16 of warps (m16n8k8 on compute capability 7.5).
+    instructions: PTX instructions of warps per product. A multiplication and an addition that fuse count as one.
+    without_moves: the same without `mov`. Machine code has few of them.
+    mufu: special-function instructions, such as exponentials, per visible score.
+    wavefronts: of shared memory, per product.
     """
 
     products: int
@@ -44,11 +45,11 @@ FLASH_ATTENTION_2 = {
     (128, False): {"instructions": 3.62, "mufu": 1.066, "wavefronts": 1.55, "global_bytes": 4722688},
     (128, True): {"instructions": 3.84, "mufu": 1.203, "wavefronts": 1.58, "global_bytes": 2887680},
 }
-"""Its forward pass by head_dim and causal."""
+"""Counts of its forward pass by head_dim and causal."""
 
 
 class Mark(NamedTuple):
-    """A figure and what it may be at most; `wish` says that nothing is wrong with one that misses it."""
+    """A figure and its upper limit. wish: the limit is a goal, and missing it is no error."""
 
     title: str
     figure: float
@@ -57,7 +58,7 @@ class Mark(NamedTuple):
 
     @property
     def met(self) -> bool:
-        """By the figure before it is rounded."""
+        """Decided on the figure before rounding."""
         return self.figure <= self.limit
 
     def __str__(self) -> str:
@@ -79,7 +80,7 @@ def of_loop(kernel: str, head_dim: int, instructions: float) -> list[Mark]:
 
 
 def of_whole(kernel: str, head_dim: int, causal: bool, counts: Counts) -> list[Mark]:
-    """Marks of what a whole kernel takes."""
+    """Marks of the counts over a whole kernel."""
     call = f"{kernel} d{head_dim} {'causal' if causal else 'full'}"
     found = [Mark(f"{call}: bank conflicts", counts.conflicts, 0)]
     if kernel == "forward":

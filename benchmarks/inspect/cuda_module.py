@@ -1,6 +1,6 @@
-"""What the CUDA module holds as it was built: its kernels as PTX and as machine code, and what they take.
+"""Reads the CUDA module as built: its kernels as PTX and as machine code, and the resources that they use.
 
-The tools that look into it come with Triton.
+The tools for this come with Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import sass
 
 
 class Usage(NamedTuple):
-    """What a kernel takes: registers and bytes of stack per thread, bytes of static shared memory per block."""
+    """Resources of a kernel: registers and bytes of stack per thread, bytes of static shared memory per block."""
 
     registers: int
     stack: int
@@ -24,12 +24,12 @@ class Usage(NamedTuple):
 
 
 def usage(architecture: str) -> dict[str, Usage]:
-    """Of the kernels that the module has machine code of for an architecture, as "sm_80"."""
+    """Resources of each kernel that has machine code for an architecture such as "sm_80"."""
     return usage_in(_tool("cuobjdump", "--dump-resource-usage", _module()), architecture)
 
 
 def usage_in(text: str, architecture: str) -> dict[str, Usage]:
-    """The same, from what cuobjdump prints."""
+    """The same, from the output of cuobjdump."""
     pattern = re.compile(r"Function (fastattn_\w+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) ")
     units = text.split("arch = ")
     found = [row for unit in units if unit.startswith(f"{architecture}\n") for row in pattern.findall(unit)]
@@ -37,7 +37,7 @@ def usage_in(text: str, architecture: str) -> dict[str, Usage]:
 
 
 def loops(architecture: str) -> dict[str, list[sass.Loop]]:
-    """The loops of tensor-core instructions of each kernel, see `sass.loops`."""
+    """The loops with tensor-core instructions of each kernel, see `sass.loops`."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         _tool("cuobjdump", "-xelf", architecture, _module(), cwd=folder)

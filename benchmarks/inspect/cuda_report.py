@@ -1,11 +1,16 @@
-"""Reports what the CUDA module's kernels are made of, and what a simulator counts in them: no GPU, no times.
+"""Reports on the CUDA module: machine code of its kernels, and counts from a simulator. No GPU, no timing.
 
 python -m benchmarks.inspect.compile_report --cuda
 
-Per m16n8k16 of one warp (two m16n8k8 on compute capability 7.5): SASS instructions, those of FP32, MUFU, LDSM and LDS,
-and wavefronts of shared memory, in the main loop. That is, of the innermost loops with tensor-core instructions, the
-one with the fewest instructions for each of these: the others are for blocks with masks or done again, which only adds.
-The whole kernels are counted in a simulator of PTX, where there is one (`ptxsim`), every block of every grid.
+Counts of the main loop are per m16n8k16 of one warp (two m16n8k8 on compute capability 7.5):
+
+* SASS instructions, and those of FP32, MUFU, LDSM and LDS
+* wavefronts of shared memory
+
+The main loop is the one over full blocks: of the innermost loops with tensor-core instructions, the one with the fewest
+instructions per m16n8k16. Masked blocks only add instructions.
+
+Whole kernels are counted in the PTX simulator `ptxsim`, if it is available: every block of every grid.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ SEQLEN = 1024
 _WIDTH = 52  # of the longest name
 MARKED = "sm_80"
 GPUS = {"sm_75": "T4", "sm_80": "A100", "sm_90": "H100"}
-"""Whose limits are told for the code of an architecture."""
+"""The GPU whose limits are printed for the code of an architecture."""
 
 
 class Name(NamedTuple):
@@ -42,18 +47,18 @@ class Name(NamedTuple):
 
 
 def parsed(name: str) -> Name | None:
-    """The parts of a name as fastattn_sm80_forward_bf16_general_d64; None of kernels without tensor cores."""
+    """The parts of a name as fastattn_sm80_forward_bf16_general_d64. None for kernels without tensor cores."""
     found = re.fullmatch(r"fastattn_sm(\d+)_(\w+)_(bf16|fp16)(_general)?_d(\d+)", name)
     return Name(f"sm_{found[1]}", found[2], found[3], bool(found[4]), int(found[5])) if found else None
 
 
 def main_loop(loops: Sequence[Loop]) -> Loop:
-    """The one without masks."""
+    """The loop over full blocks."""
     return min(loops, key=lambda loop: loop.total / pipes.products(loop))
 
 
 class Static(NamedTuple):
-    """A kernel's machine code. work: of its main loop; None if it has none."""
+    """A kernel's machine code. work: of its main loop, None if it has none."""
 
     name: str
     usage: cuda_module.Usage
@@ -65,7 +70,7 @@ class Static(NamedTuple):
 
 
 def statics(architecture: str) -> list[Static]:
-    """Of all kernels that the module has machine code of for an architecture."""
+    """All kernels that have machine code for an architecture."""
     loops = cuda_module.loops(architecture)
     return [
         Static(name, usage, pipes.work(main_loop(loops[name])) if loops[name] else None)
@@ -74,7 +79,7 @@ def statics(architecture: str) -> list[Static]:
 
 
 def static_marks(found: Sequence[Static], architecture: str) -> Iterator[Mark]:
-    """Nothing is spilled; and on compute capability 8.0, what main loops may take."""
+    """No spills, and on compute capability 8.0 the limits of main loops."""
     spilled = max((x.usage.stack for x in found), default=0)
     yield Mark(f"{architecture}: bytes of stack, the largest of {len(found)} kernels", spilled, 0)
     for x in found:
@@ -84,7 +89,7 @@ def static_marks(found: Sequence[Static], architecture: str) -> Iterator[Mark]:
 
 
 def counts_of(counters: dict[str, Any], scores: int) -> Counts:
-    """A launch's counters, as the simulator gives them, for so many visible scores."""
+    """The simulator's counters of a launch, relative to its products and visible scores."""
     classes = counters["by_class"]
     products, instructions = classes["tensor"], counters["warp_instrs"] - counters["fused_mul_add_pairs"]
     return Counts(
@@ -99,7 +104,7 @@ def counts_of(counters: dict[str, Any], scores: int) -> Counts:
 
 
 def simulated(head_dim: int, causal: bool) -> tuple[dict[str, Counts], int]:
-    """Runs a forward and a backward pass of one head in bfloat16; counts by name of kernel, and findings."""
+    """Runs forward and backward of one head in bfloat16. Returns counts by kernel, and the number of findings."""
     torch.manual_seed(0)
     machine = cuda_simulator.Simulator(80)
     backend = CudaBackend(machine)
@@ -161,7 +166,7 @@ def _print_simulated() -> list[Mark]:
 
 
 def report(architectures: Sequence[str], simulate: bool) -> int:
-    """Prints the report; returns how many marks are not met, wishes aside."""
+    """Prints the report. Returns how many marks are not met, goals excluded."""
     if reason := CudaBackend(cuda_simulator.Simulator()).why_unavailable():
         print(reason)
         return 0

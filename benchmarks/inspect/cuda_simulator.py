@@ -1,7 +1,7 @@
-"""Runs the CUDA backend's kernels on CPU tensors, in a simulator of PTX: what the built module would launch.
+"""Runs the kernels of the CUDA module on CPU tensors, in a simulator of PTX.
 
-The PTX is the module's own, taken out of it; grids, shared memory and arguments are those that its host code plans.
-Needs the simulator, `ptxsim`, on the path.
+The PTX is extracted from the module. Grids, shared memory and arguments are the plans of its host code.
+It needs the simulator `ptxsim` on the path.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from . import cuda_module
 
 
 def ptxsim() -> Any:
-    """The simulator. Raises ImportError where there is none."""
+    """The simulator. Raises ImportError if it is not available."""
     import ptxsim
 
     return ptxsim
 
 
 def missing() -> str | None:
-    """Why there is no simulator. One that is there and broken raises."""
+    """Why the simulator is not available. A broken simulator raises."""
     try:
         ptxsim()
     except ModuleNotFoundError as error:
@@ -46,10 +46,12 @@ def named(tensors: Sequence[torch.Tensor | None], workspace: torch.Tensor | None
 
 
 class Simulator:
-    """See `fastattn.backends.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like.
+    """See `fastattn.backends.cuda.Machine`.
 
-    kernels and counters: what has run, and what each launch took (see the simulator). `shared_bytes` says how much
-    dynamic shared memory each kernel was launched with; `tensors` are those of the last call.
+    findings: races, reads of uninitialised memory and the like.
+    kernels, counters: the launched kernels, and the simulator's counters of each launch.
+    shared_bytes: dynamic shared memory of each kernel.
+    tensors: those of the last call.
     """
 
     device = "cpu"
@@ -97,12 +99,12 @@ class Simulator:
             self.findings += findings(counters)
 
     def launch(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """Runs a kernel; returns the simulator's counters."""
+        """Runs a kernel and returns the simulator's counters."""
         return kernels(self.capability)[name].launch(name, *arguments, **options)
 
 
 def findings(counters: Any) -> list[Any]:
-    """What the simulator found in a launch, but for notes, which may be legitimate."""
+    """The simulator's findings in a launch, except notes, which may be legitimate."""
     return [found for found in counters.findings if not found[0].startswith("note:")]
 
 
@@ -118,7 +120,7 @@ class Memory:
                 self.arrays.append((start, size, torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))
 
     def fields(self, argument: bytes) -> dict[int, Any]:
-        """A kernel's argument, with addresses turned into the simulator's pointers."""
+        """A kernel's argument, with addresses replaced by the simulator's pointers."""
         from fastattn import _cuda
 
         words = np.frombuffer(argument, np.uint64)
@@ -129,7 +131,7 @@ class Memory:
         return fields
 
     def pointer(self, address: int) -> Any:
-        """The simulator's pointer to an address, which must lie in one of the storages."""
+        """The simulator's pointer for an address, which must be in one of the storages."""
         for start, size, array in self.arrays:
             if start <= address < start + size:
                 return ptxsim().Ptr(array, address - start)
@@ -138,13 +140,13 @@ class Memory:
 
 @lru_cache
 def kernels(capability: int) -> dict[str, Any]:
-    """The module's PTX for a compute capability, times 10, by the names of its kernels: as the driver would choose."""
+    """The module's PTX by kernel name, as the driver chooses it for a compute capability (times 10)."""
     units = sorted((unit for unit in _units() if unit.target <= capability), key=lambda unit: unit.target)
     return {name: unit for unit in units for name in unit.names}
 
 
 def ptx(name: str, capability: int) -> str:
-    """The PTX of one kernel, without those that were compiled with it."""
+    """The PTX of one kernel, without the other kernels of its compilation unit."""
     head, *entries = re.split(r"(?m)^(?=\.visible \.entry )", kernels(capability)[name].text)
     (entry,) = (x for x in entries if x.split()[2].split("(")[0] == name)
     return head + entry
@@ -156,7 +158,7 @@ def _units() -> list[_Lazy]:
 
 
 class _Lazy:
-    """PTX that is read when a kernel of it is first launched. target: of which compute capability, times 10."""
+    """PTX that is parsed at the first launch. target: its compute capability, times 10."""
 
     def __init__(self, text: str) -> None:
         self.text = text

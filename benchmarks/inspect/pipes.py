@@ -1,7 +1,6 @@
-"""A model of what bounds a loop on a GPU: cycles that each pipe of a multiprocessor is busy with its instructions.
+"""A model of what bounds a loop on a GPU: the cycles in which each pipe of a multiprocessor is busy.
 
-It knows no latencies, caches or dependences: the largest number is the least time that the loop can take, not the time
-that it takes.
+It ignores latencies, caches and dependences. The largest number is therefore a lower bound of the time.
 """
 
 from __future__ import annotations
@@ -16,8 +15,13 @@ _PRODUCT = 16 * 8 * 16  # multiply-adds of one m16n8k16
 
 
 class Rates(NamedTuple):
-    """Per clock and multiprocessor: multiply-adds of half precision on tensor cores, lanes of float32 and of special
-    functions, words of 4 bytes of shared memory, and instructions that warps issue."""
+    """Throughput per clock and multiprocessor.
+
+    tensor: multiply-adds of half precision on tensor cores.
+    fp32, mufu: lanes of float32 and of special functions.
+    shared: words of 4 bytes of shared memory.
+    issue: instructions issued by warps.
+    """
 
     tensor: float
     fp32: int
@@ -35,7 +39,7 @@ RATES = {
 
 
 class Work(NamedTuple):
-    """What a loop does for one m16n8k16 of one warp: instructions of a kind each, and wavefronts of shared memory."""
+    """What a loop executes per m16n8k16 of one warp: instructions by kind, and wavefronts of shared memory."""
 
     instructions: float
     fp32: float
@@ -46,7 +50,7 @@ class Work(NamedTuple):
 
 
 def work(loop: Loop) -> Work:
-    """Counts a loop's instructions. Two m16n8k8, which compute capability 7.5 has, are one m16n8k16."""
+    """Counts a loop's instructions. Two m16n8k8 (compute capability 7.5) count as one m16n8k16."""
     names, unit = loop.instructions, products(loop)
     fp32 = sum(names[name] for name in _FP32)
     wavefronts = sum(count * _wavefronts(opcode) for opcode, count in loop.opcodes.items())
@@ -55,14 +59,14 @@ def work(loop: Loop) -> Work:
 
 
 def products(loop: Loop) -> float:
-    """How many m16n8k16 of half precision a warp computes in a pass."""
+    """The m16n8k16 of half precision that a warp computes in one iteration."""
     sizes = {"16816": 1.0, "1688": 0.5}
     found = [(opcode.split("."), count) for opcode, count in loop.opcodes.items() if opcode.startswith("HMMA")]
     return sum(sizes[parts[1]] * count for parts, count in found)
 
 
 def _wavefronts(opcode: str) -> int:
-    """Of an instruction of a whole warp, without conflicts and without words that lanes share."""
+    """Wavefronts of one instruction of a warp, without bank conflicts and without words that lanes share."""
     name, *suffixes = opcode.split(".")
     if name not in _SHARED:
         return 0
@@ -72,7 +76,7 @@ def _wavefronts(opcode: str) -> int:
 
 
 def cycles(of: Work, rates: Rates) -> dict[str, float]:
-    """Cycles per m16n8k16 of one warp that each pipe of a multiprocessor is busy."""
+    """Cycles per m16n8k16 of one warp in which each pipe of a multiprocessor is busy."""
     return {
         "tensor": _PRODUCT / rates.tensor,
         "FP32": 32 * of.fp32 / rates.fp32,

@@ -1,6 +1,6 @@
-"""What the machine code of a compiled kernel holds: registers, spills, and the instructions of its main loops.
+"""Reads the machine code of a compiled kernel: registers, spills, and the instructions of its main loops.
 
-For NVIDIA with the disassembler that Triton brings, for AMD from the assembler text.
+For NVIDIA it uses the disassembler that comes with Triton, for AMD the assembler text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LOCAL = ("LDL", "STL")
 
 
 class Loop(NamedTuple):
-    """A loop that holds tensor-core instructions and no other such loop: how many of each opcode, suffixes included."""
+    """An innermost loop with tensor-core instructions: the count of each opcode, suffixes included."""
 
     opcodes: Counter[str]
 
@@ -41,15 +41,15 @@ class Loop(NamedTuple):
 
 
 class Code(NamedTuple):
-    """registers: per thread. stack: bytes per thread, which spills take. loops: the shortest first."""
+    """registers: per thread. stack: bytes per thread, for spills. loops: the shortest first."""
 
     registers: int
     stack: int
     loops: list[Loop]
 
 
-def inspect(cubin: bytes, tools: Path) -> Code:
-    """Disassembles a kernel for NVIDIA; `tools` is the folder of nvdisasm and cuobjdump."""
+def disassemble(cubin: bytes, tools: Path) -> Code:
+    """Disassembles a kernel for NVIDIA. tools: the folder of nvdisasm and cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -59,21 +59,21 @@ def inspect(cubin: bytes, tools: Path) -> Code:
     return Code(registers, stack, loops(text))
 
 
-def inspect_amd(assembly: str) -> Code:
-    """The same of AMD's assembler text, without loops."""
+def disassemble_amd(assembly: str) -> Code:
+    """The same for AMD's assembler text, without loops."""
     return Code(
         _number(r"\.vgpr_count:\s+(\d+)", assembly), _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly), []
     )
 
 
 def kernels(text: str) -> dict[str, str]:
-    """The output of nvdisasm about several kernels, by their names."""
+    """The output of nvdisasm for several kernels, by their names."""
     parts = re.split(r"(?m)^\s*\.section\s+\.text\.(\w+).*$", text)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def loops(text: str) -> list[Loop]:
-    """Innermost loops with tensor-core instructions in the output of nvdisasm about a kernel, the shortest first."""
+    """Innermost loops with tensor-core instructions in the output of nvdisasm for one kernel, the shortest first."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []

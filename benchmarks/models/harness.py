@@ -19,11 +19,11 @@ from .measurements import OURS
 from .work import Batch, in_float64, make_batch, make_model, matrices, prepare, with_attention
 
 RIVALS = ("sdpa", "eager")
-"""Attention implementations of the library itself."""
+"""The attention implementations of the library itself."""
 
 
 def register() -> str:
-    """Makes fastattn known to transformers, whose version it returns.
+    """Registers fastattn in transformers and returns the version of transformers.
 
     Raises ImportError, with a sentence, if transformers is missing or too old.
     """
@@ -36,7 +36,7 @@ def register() -> str:
 def run_model_cases(
     cases: Sequence[ModelCase], rivals: Sequence[str], device: torch.device, effort: Effort
 ) -> Iterator[CaseResult[ModelCase]]:
-    """Yields the result of each case as soon as it is known; `register` comes first."""
+    """Yields the result of each case as soon as it is known. Call `register` first."""
     clock = clock_for(device)
     for case in cases:
         yield run_model_case(case, rivals, device, effort, clock)
@@ -45,7 +45,7 @@ def run_model_cases(
 def run_model_case(
     case: ModelCase, rivals: Sequence[str], device: torch.device, effort: Effort, clock: Clock
 ) -> CaseResult[ModelCase]:
-    """Measures fastattn and the rivals, all on the same weights, where their results are right."""
+    """Measures fastattn and the rivals on the same weights, if their results are correct."""
     model, batch = make_model(case, device), make_batch(case, device)
     expected = expect_model(case, model, batch)
     verdicts = {
@@ -61,9 +61,9 @@ def run_model_case(
 
 
 def expect_model(case: ModelCase, model: Any, batch: Batch) -> dict[str, Expected]:
-    """The outputs of `prepare` in float64, and how far a result may be off, by the rule of `fastattn.tolerance`.
+    """The outputs of `prepare` in float64, with the limits of `fastattn.tolerance`.
 
-    The limits follow from eager attention in the model's own dtype.
+    The limits follow from the error of eager attention in the model's own dtype.
     """
     names = ("loss", *matrices(model)) if case.work == "train" else ("logits",)
     truths = prepare(case, in_float64(model), batch)()

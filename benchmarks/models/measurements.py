@@ -24,7 +24,7 @@ class ModelRun(Findings[ModelCase]):
     results: list[CaseResult[ModelCase]]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, raw samples included, with the derived figures beside them."""
+        """Everything: raw samples and the derived figures."""
         results = []
         for result in self.results:
             entry = {"case": result.case.to_json(), "tokens": result.case.tokens, **rounds_to_json(result)}

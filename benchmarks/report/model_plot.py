@@ -1,4 +1,4 @@
-"""Speed of whole models beside eager attention's, as bars. Needs matplotlib."""
+"""Speed of whole models against other attention, as bars. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES = {"llama": "Llama", "mistral": "Mistral", "bert": "BERT"}
 
 
 def plot_models(run: ModelRun, path: Path) -> None:
-    """Writes a PNG: for each case the rivals' time over ours, one panel for each dtype. Raises ValueError if empty."""
+    """Writes a PNG with the rivals' time over ours, one panel per dtype. Raises ValueError if there are no bars."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -45,7 +45,7 @@ def _draw(panel: Any, dtype: str, results: Sequence[CaseResult[ModelCase]], riva
     for number, name in enumerate(rivals):
         ratios = [_ratio(result, name) for result in results]
         places = [row + (number - (len(rivals) - 1) / 2) * height for row in range(len(results))]
-        # The first colour is ours, as in the other plots.
+        # The other plots use the first colour for ours.
         bars = panel.barh(places, ratios, height, color=COLORS[number + 1], label=f"{name}'s time / {OURS}'s")
         panel.bar_label(bars, [f"{ratio:.2f}" if ratio else "" for ratio in ratios], padding=2, fontsize=8)
     panel.axvline(1.0, color="black", linewidth=1.0)
@@ -58,7 +58,7 @@ def _draw(panel: Any, dtype: str, results: Sequence[CaseResult[ModelCase]], riva
 
 
 def _ratio(result: CaseResult[ModelCase], rival: str) -> float:
-    """0, which draws no bar, where the rival did not run."""
+    """The ratio, or 0 (no bar) if the rival did not run."""
     return next((result.ratio(m) or 0.0 for m in result.measurements if m.rival == rival and m.status == RAN), 0.0)
 
 

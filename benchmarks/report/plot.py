@@ -11,14 +11,14 @@ from ..cases import Case
 from ..costs import flops
 from ..measurements import RAN, CaseResult, Run
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the curves apart in print.
+# Okabe and Ito's colours, distinct for colour-blind readers. Markers distinguish the curves in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = tuple(zip(COLORS, "os^DvPX", strict=True))
 _MOST_COLUMNS = 4
 
 
 def curves(results: Sequence[CaseResult[Case]]) -> dict[str, list[CaseResult[Case]]]:
-    """Results that differ in the sequence length alone, at least two of a kind, by title, shortest first."""
+    """Groups of two or more results that differ only in the sequence length, shortest first, by title."""
     groups: dict[Hashable, dict[int, CaseResult[Case]]] = {}
     for result in results:
         if not result.case.varlen:
@@ -33,7 +33,7 @@ def has_curves(cases: Sequence[Case]) -> bool:
 
 
 def plot(run: Run, path: Path) -> None:
-    """Writes a PNG. Raises ValueError if no two cases differ in the sequence length alone."""
+    """Writes a PNG. Raises ValueError if no two cases differ only in the sequence length."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,7 +61,7 @@ def plot(run: Run, path: Path) -> None:
 
 
 def _kind(case: Case) -> Hashable:
-    """Everything but the lengths and the family; whether the two lengths go together belongs to it."""
+    """Everything except the lengths and the family. Whether the two lengths are equal is included."""
     fields = case.to_json()
     del fields["name"], fields["family"], fields["seqlen_k"], fields["seqlen_q"]
     return (*fields.values(), "square" if case.seqlen_q == case.seqlen_k else case.seqlen_q)
@@ -116,6 +116,6 @@ def _draw(
 
 
 def machine_line(header: Mapping[str, Any]) -> str:
-    """Where, with what and when a run was made."""
+    """Machine, versions and date of a run."""
     where = header["gpu"] or f"{header['cpu']}, {header['threads']} threads"
     return f"{where}; torch {header['torch']}, fastattn {header['fastattn']}; {header['date']}"
