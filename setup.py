@@ -1,4 +1,7 @@
-"""Builds the native modules with ninja. Sources and flags are in native_build.py, metadata in pyproject.toml."""
+"""Builds the native modules with ninja, and finds the packages.
+
+Sources and flags are in native_build.py, metadata in pyproject.toml.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a build in isolation does not look here by itself
@@ -64,6 +67,19 @@ def ninja_program() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
+def packages() -> list[str]:
+    """The packages of fastattn, and those of the folders that are installed inside it (package-dir, pyproject.toml)."""
+    found = find_packages(str(ROOT), include=["fastattn", "fastattn.*"])
+    for folder in ("benchmarks", "kernels"):
+        inside = find_packages(str(ROOT / folder))
+        found += [f"fastattn.{folder}", *(f"fastattn.{folder}.{name}" for name in inside)]
+    return found
+
+
 MODULES = modules()
 
-setup(ext_modules=[Extension(name, sources=[]) for name in MODULES], cmdclass={"build_ext": NinjaBuild})
+setup(
+    packages=packages(),
+    ext_modules=[Extension(name, sources=[]) for name in MODULES],
+    cmdclass={"build_ext": NinjaBuild},
+)

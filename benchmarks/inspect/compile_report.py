@@ -14,8 +14,12 @@ Columns of the loop over full blocks, and in brackets of the loop over masked bl
 * MUFU instructions of a lane per score
 * loads and stores of spilled registers
 
-It exits with 1 if a kernel does not compile, needs more stack than ALLOWED_STACK, spills more than ALLOWED_SPILLS in
-its main loop, or needs more shared memory than the GPU has.
+It exits with 1 if a kernel
+
+* does not compile
+* needs more stack than ALLOWED_STACK
+* spills more than ALLOWED_SPILLS in its main loop
+* needs more shared memory than the GPU has
 
 With --cuda it reports on the CUDA C++ module instead, see cuda_report.py. Then it exits with 1 if a mark is not met.
 """
