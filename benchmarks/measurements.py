@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from typing_extensions import Self
 
 from .cases import Case
 from .costs import bytes_moved, flops
@@ -104,10 +107,28 @@ class Comparison(NamedTuple):
     ratio: float
 
 
-class Findings(Generic[C]):
-    """Statistics over the results of a run."""
+class Findings(ABC, Generic[C]):
+    """The results of a run: statistics over them, and the JSON document that holds them."""
 
     results: list[CaseResult[C]]
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Everything: raw samples and the derived figures."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
+        """The run that `to_json` described. Raises ValueError for a document of another format."""
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON document."""
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a JSON document back."""
+        return cls.from_json(json.loads(path.read_text()))
 
     def comparisons(self) -> Iterator[Comparison]:
         """Ours against every rival that ran, case by case."""
@@ -160,21 +181,12 @@ class Run(Findings[Case]):
         }
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Run:
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
         """The run that `to_json` described. Raises ValueError for a document of another format."""
         if document.get("format") != FORMAT:
             raise ValueError(f"expected a benchmark document of format {FORMAT}, got {document.get('format')!r}")
         results = [result_from_json(Case.from_json(entry["case"]), entry) for entry in document["results"]]
         return cls(document["header"], Peaks(**document["peaks"]), results)
-
-    def save(self, path: Path) -> None:
-        """Writes the JSON document."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Run:
-        """Reads a JSON document back."""
-        return cls.from_json(json.loads(path.read_text()))
 
 
 def _result_to_json(result: CaseResult[Case]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from typing_extensions import Self
 
 from ..measurements import CaseResult, Findings, result_from_json, rounds_to_json
 from .cases import ModelCase
@@ -32,18 +32,9 @@ class ModelRun(Findings[ModelCase]):
         return {"format": FORMAT, "header": self.header, "results": results}
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> ModelRun:
+    def from_json(cls, document: Mapping[str, Any]) -> Self:
         """The run that `to_json` described. Raises ValueError for a document of another format."""
         if document.get("format") != FORMAT:
             raise ValueError(f"expected a benchmark document of format {FORMAT!r}, got {document.get('format')!r}")
         results = [result_from_json(ModelCase.from_json(entry["case"]), entry) for entry in document["results"]]
         return cls(document["header"], results)
-
-    def save(self, path: Path) -> None:
-        """Writes the JSON document."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> ModelRun:
-        """Reads a JSON document back."""
-        return cls.from_json(json.loads(path.read_text()))
