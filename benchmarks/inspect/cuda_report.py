@@ -37,12 +37,12 @@ GPUS = {"sm_75": "T4", "sm_80": "A100", "sm_90": "H100"}
 
 
 class Name(NamedTuple):
-    """What a kernel's name says. general: for calls with softcap or ALiBi."""
+    """The parts of a kernel's name. has_score_mod: for calls with softcap or ALiBi."""
 
     architecture: str
     kernel: str
     dtype: str
-    general: bool
+    has_score_mod: bool
     head_dim: int
 
 
@@ -84,7 +84,7 @@ def static_marks(found: Sequence[Static], architecture: str) -> Iterator[Mark]:
     yield Mark(f"{architecture}: bytes of stack, the largest of {len(found)} kernels", spilled, 0)
     for x in found:
         name = parsed(x.name)
-        if name and architecture == MARKED and name.dtype == "bf16" and not name.general and x.work:
+        if name and architecture == MARKED and name.dtype == "bf16" and not name.has_score_mod and x.work:
             yield from cuda_marks.of_loop(name.kernel, name.head_dim, x.work.instructions)
 
 

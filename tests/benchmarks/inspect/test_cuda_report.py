@@ -165,7 +165,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     reason = "needs the PTX simulator ptxsim, which is not here"
     monkeypatch.setattr(cuda_simulator, "missing", lambda: reason)
     _reported(monkeypatch, stack=0)
-    assert reason not in capsys.readouterr().out  # nobody asked for it
+    assert reason not in capsys.readouterr().out  # not requested
     cuda_report.report(["sm_80"], simulate=True)
     assert reason in capsys.readouterr().out
     monkeypatch.setattr(cuda_module, "usage", lambda architecture: {})
