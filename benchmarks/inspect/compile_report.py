@@ -29,19 +29,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastattn.backends import Needs, empty_results
-from fastattn.problem import Inputs, Options, Problem, describe
 
 from . import cuda_report
 from .sass import Code, Loop, disassemble, disassemble_amd
+from .workloads import ALL, SHORT, Workload
 
 try:
     import triton
@@ -66,79 +64,6 @@ ARCHITECTURES = {
     "gfx942": Architecture("hip", 0, 64 * 1024, 304, compiler()),
 }
 """Shared memory available to one program, and multiprocessors. Source: the vendors' programming guides."""
-
-Build = Callable[[torch.dtype], tuple[Problem, Inputs]]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A call whose kernels are compiled: those of the forward pass, or of the backward pass."""
-
-    name: str
-    build: Build
-    backward: bool = False
-    dtype: torch.dtype | None = None  # default: bfloat16, or float16 if the GPU has no bfloat16
-
-
-def _dense(head_dim: int, seqlen_q: int = 1024, heads: tuple[int, int] = (8, 8), **given: Any) -> Build:
-    def build(dtype: torch.dtype) -> tuple[Problem, Inputs]:
-        q = torch.zeros(1, heads[0], seqlen_q, head_dim, dtype=dtype)
-        k = torch.zeros(1, heads[1], 1024 if seqlen_q > 1 else 65536, head_dim, dtype=dtype)
-        return _described("dense", q, k, given)
-
-    return build
-
-
-def _cache(head_dim: int, page_size: int = 0) -> Build:
-    def build(dtype: torch.dtype) -> tuple[Problem, Inputs]:
-        q, new = (torch.zeros(4, heads, 1, head_dim, dtype=dtype) for heads in (32, 8))
-        pages, slots = (4096 // page_size * 4, page_size) if page_size else (4, 4096)
-        cache = torch.zeros(pages, 8, slots, head_dim, dtype=dtype)
-        given = {"k_new": new, "v_new": new, "kv_lengths": torch.zeros(4, dtype=torch.int32)}
-        if page_size:
-            given["block_table"] = torch.zeros(4, 4096 // page_size, dtype=torch.int32)
-        return _described("cache", q, cache, {**given, "causal": True})
-
-    return build
-
-
-def _described(kind: str, q: Tensor, k: Tensor, given: dict[str, Any]) -> tuple[Problem, Inputs]:
-    options = Options(**{name: value for name, value in given.items() if name in Options._fields})
-    tensors = {name: value for name, value in given.items() if name in Inputs._fields}
-    inputs = Inputs(q, k, k, **tensors)
-    return describe(kind, inputs, options), inputs
-
-
-_SEED = torch.zeros((), dtype=torch.int64)
-_SCORES = torch.zeros(1024, 1024)
-
-SHORT = (
-    Workload("head_dim 64", _dense(64, causal=True)),
-    Workload("head_dim 128", _dense(128, causal=True)),
-    Workload("head_dim 64", _dense(64, causal=True), backward=True),
-    Workload("decode", _dense(128, seqlen_q=1, heads=(32, 8))),
-    Workload("mask", _dense(64, mask=_SCORES.bool())),
-)
-ALL = (
-    *SHORT,
-    Workload("head_dim 256", _dense(256, causal=True)),
-    Workload("head_dim 96", _dense(96, causal=True)),
-    Workload("head_dim 128", _dense(128, causal=True), backward=True),
-    Workload("head_dim 512", _dense(512, causal=True)),
-    Workload("float32", _dense(64, causal=True), dtype=torch.float32),
-    Workload("float32", _dense(128, causal=True), dtype=torch.float32),
-    Workload("float32", _dense(64, causal=True), backward=True, dtype=torch.float32),
-    Workload("head_dim 256", _dense(256, causal=True), backward=True),
-    Workload("window", _dense(64, window_left=256, causal=True)),
-    Workload("softcap", _dense(64, softcap=30.0)),
-    Workload("alibi", _dense(64, alibi_slopes=torch.zeros(8))),
-    Workload("bias", _dense(64, bias=_SCORES)),
-    Workload("dropout", _dense(64, dropout_p=0.1, seed=_SEED)),
-    Workload("bias and its gradient", _dense(64, bias=_SCORES), backward=True),
-    Workload("dropout", _dense(64, dropout_p=0.1, seed=_SEED), backward=True),
-    Workload("cache", _cache(128)),
-    Workload("paged cache", _cache(128, page_size=16)),
-)
 
 ALLOWED_STACK = {64: 640, 96: 640, 128: 640, 256: 1152, 512: 1152}
 """Bytes of stack per thread by head_dim, for values saved before the main loop. A tile that is too large needs
@@ -248,6 +173,30 @@ def complaints(line: Line, name: str) -> Iterator[str]:
         yield f"{line.shared_memory} bytes of shared memory, of which there are {limit}"
 
 
+def report(name: str, workloads: Sequence[Workload]) -> int:
+    """Prints the report for one architecture; returns how many things are wrong."""
+    failed = 0
+    print(f"{name}, Triton {triton.__version__}")
+    print(f"{'call':22} {'kernel':20} {'tile':14} {'regs':>4} {'stack':>6} {'shared':>7}", end="")
+    print("  " + "  ".join(f"{title:15}" for title in ("instr/mma", "instr/32 sc.", "MUFU/score")) + "  spills")
+    for workload in workloads:
+        refusal = TritonBackend(Planned(ARCHITECTURES[name])).why_not(workload.build(_dtype(workload, name))[0])
+        if refusal:
+            print(f"{workload.name:22} not computed there: {refusal}")
+            continue
+        try:
+            for line in compiled(workload, name):
+                print(line)
+                for complaint in complaints(line, name):
+                    failed += 1
+                    print(f"  WRONG: {complaint}")
+        except Exception as error:  # an exception of the compiler is a result here
+            failed += 1
+            print(f"{workload.name}\n  WRONG: does not compile: {type(error).__name__}: {error}")
+    print()
+    return failed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,26 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--arch must name some of {', '.join(ARCHITECTURES)}, got {name!r}")
     if given.cuda:
         return 1 if cuda_report.report(names, simulate=not given.short) else 0
-    failed = 0
-    for name in names:
-        print(f"{name}, Triton {triton.__version__}")
-        print(f"{'call':22} {'kernel':20} {'tile':14} {'regs':>4} {'stack':>6} {'shared':>7}", end="")
-        print("  " + "  ".join(f"{title:15}" for title in ("instr/mma", "instr/32 sc.", "MUFU/score")) + "  spills")
-        for workload in SHORT if given.short else ALL:
-            refusal = TritonBackend(Planned(ARCHITECTURES[name])).why_not(workload.build(_dtype(workload, name))[0])
-            if refusal:
-                print(f"{workload.name:22} not computed there: {refusal}")
-                continue
-            try:
-                for line in compiled(workload, name):
-                    print(line)
-                    for complaint in complaints(line, name):
-                        failed += 1
-                        print(f"  WRONG: {complaint}")
-            except Exception as error:  # an exception of the compiler is a result here
-                failed += 1
-                print(f"{workload.name}\n  WRONG: does not compile: {type(error).__name__}: {error}")
-        print()
+    failed = sum(report(name, SHORT if given.short else ALL) for name in names)
     print("all as it must be" if failed == 0 else f"{failed} wrong")
     return 1 if failed else 0
 
