@@ -69,11 +69,11 @@ def ninja_program() -> str:
 
 def packages() -> list[str]:
     """The packages of fastattn, and those of the folders that are installed inside it (package-dir, pyproject.toml)."""
-    found = find_packages(str(ROOT), include=["fastattn", "fastattn.*"])
+    found = set(find_packages(str(ROOT), include=["fastattn", "fastattn.*"]))
     for folder in ("benchmarks", "kernels"):
         inside = find_packages(str(ROOT / folder))
-        found += [f"fastattn.{folder}", *(f"fastattn.{folder}.{name}" for name in inside)]
-    return found
+        found |= {f"fastattn.{folder}", *(f"fastattn.{folder}.{name}" for name in inside)}
+    return sorted(found)
 
 
 MODULES = modules()
