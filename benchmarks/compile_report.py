@@ -38,8 +38,8 @@ try:
     from fastattn.kernels.launch import Launch
     from fastattn.kernels.machine import Gpu, compiler, why_not_architecture
 
-    from fastattn.backends import triton_launches
     from fastattn.backends.triton import TritonBackend
+    from fastattn.backends.triton import launches as triton_launches
 except ImportError as error:
     sys.exit(f"the compile report needs Triton ({error}); install it with pip install triton")
 

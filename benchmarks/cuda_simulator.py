@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastattn.backends.cuda import Processor
-from fastattn.backends.native import Tensors, addresses
-from fastattn.backends.prepared import NAMES, Step
+from fastattn.backends.native.call import Tensors, addresses
+from fastattn.backends.native.cuda import Processor
+from fastattn.backends.native.prepared import NAMES, Step
 
 from . import cuda_module
 
@@ -46,7 +46,7 @@ def named(tensors: Sequence[torch.Tensor | None], workspace: torch.Tensor | None
 
 
 class Simulator:
-    """See `fastattn.backends.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like.
+    """see `fastattn.backends.native.cuda.Machine`. `findings` collects races, reads of what nobody wrote and the like.
 
     kernels and counters: what has run, and what each launch took (see the simulator). `shared_bytes` says how much
     dynamic shared memory each kernel was launched with; `tensors` are those of the last call.

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from .arguments import VARYING, Array, Dropout, Scores, Sequences
+from .block_info import masked_block, queries_of
+from .online_softmax import finish, merge, split_lse, start, update
 from .query_tile import load_keys, place, query_tile, rows_per_query, visible_to
-from .scores import kept, seen, transform, unit_of_scores
-from .sequences import masked_block, queries_of
-from .softmax import finish, merge, split_lse, start, update
+from .score_mod import kept, seen, transform, unit_of_scores
 from .tiles import any_nan, key_order, load_tile, offset_of, rounded_off, row_array, store_rows
 
 

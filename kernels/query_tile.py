@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .block_info import diagonal_offset, key_blocks, keys_of, queries_of, tile_of, visible_keys
 from .rotary import load_rotated
-from .scores import exponent_factor
-from .sequences import diagonal_offset, key_blocks, keys_of, queries_of, tile_of, visible_keys
+from .score_mod import exponent_factor
 from .tiles import load_block, load_rows, load_tile, offset_of
 
 

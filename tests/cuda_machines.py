@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks.cuda_simulator import Simulator, named
-from fastattn.backends import cuda
-from fastattn.backends.native import Tensors, addresses
-from fastattn.backends.prepared import Step
+from fastattn.backends.native import cuda
+from fastattn.backends.native.call import Tensors, addresses
+from fastattn.backends.native.prepared import Step
 
 from . import simulator
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.backends import Needs, empty_results
-from fastattn.backends.triton_launches import Gradients, forward_launches, in_memory
+from fastattn.backends.triton.launches import Gradients, forward_launches, in_memory
 from fastattn.problem import Inputs, Options, describe
 
 from .simulator import Simulator

@@ -14,7 +14,7 @@ import pytest
 import torch
 from fastattn.kernels.machine import interpreting
 
-from fastattn import dispatch
+from fastattn.backends import dispatch
 
 from . import cache_cases, cases
 from .cache_cases import CacheCase

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn import dispatch
-from fastattn.backends import Needs, cuda
-from fastattn.backends.native import Tensors, addresses
+from fastattn.backends import Needs, dispatch
+from fastattn.backends.native import cuda
+from fastattn.backends.native.call import Tensors, addresses
 from fastattn.problem import Inputs, Options, describe
 
 from .cases import GQA, Case

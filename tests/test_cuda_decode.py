@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import dispatch
-from fastattn.backends import cuda
+from fastattn.backends import dispatch
+from fastattn.backends.native import cuda
 from fastattn.problem import Inputs, Options, describe
 
 from .cache_cases import CONTIGUOUS, PAGED, ROTARY, CacheCase, build

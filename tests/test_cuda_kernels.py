@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch
-from fastattn.backends import cuda
+from fastattn.backends import dispatch
+from fastattn.backends.native import cuda
 
 from . import cases
 from .cases import GQA, Case

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch
-from fastattn.backends import cuda
-from fastattn.backends.native import Tensors, addresses, described
+from fastattn.backends import dispatch
+from fastattn.backends.native import cuda
+from fastattn.backends.native.call import Tensors, addresses, described
 from fastattn.problem import Problem
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.backends import cuda, empty_results
+from fastattn.backends import empty_results
+from fastattn.backends.native import cuda
 from fastattn.problem import Inputs, Options, describe
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")

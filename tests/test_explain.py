@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
-from fastattn.backends import cuda
+from fastattn.backends.native import cuda
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.problem import Problem
 

@@ -164,7 +164,7 @@ def test_splits() -> None:
 
 def test_tensor_descriptors() -> None:
     """Only where they pay, and where rows and heads lie at multiples of 16 bytes."""
-    from fastattn.backends.triton_launches import forward_launches, in_memory
+    from fastattn.backends.triton.launches import forward_launches, in_memory
 
     hopper = Planned(Architecture("cuda", 90, 227 * 1024, 132, (3, 9)))
 
@@ -249,7 +249,7 @@ def _specialisations(kind: str, inputs: Inputs, options: Options, *, train: bool
     """What the compiler would be asked for by a call, in all that makes it compile anew."""
     from fastattn.kernels import ahead
 
-    from fastattn.backends import triton_launches
+    from fastattn.backends.triton import launches as triton_launches
 
     problem, given = describe(kind, inputs, options), triton_launches.in_memory(inputs)
     results = empty_results(problem, inputs.q, for_backward=train)
@@ -306,7 +306,7 @@ def test_no_group_of_arguments_holds_another() -> None:
         sinks=torch.empty(4),
         seed=torch.tensor(5),
     )
-    from fastattn.backends import triton_launches
+    from fastattn.backends.triton import launches as triton_launches
 
     problem = describe("dense", inputs, Options(causal=True, dropout_p=0.1))
     given, results = triton_launches.in_memory(inputs), empty_results(problem, inputs.q, for_backward=True)

@@ -18,7 +18,8 @@ from fastattn.kernels.machine import Gpu, why_not_architecture
 
 import fastattn
 import native_build
-from fastattn.backends import cpu, cuda, triton
+from fastattn.backends.native import cpu, cuda
+from fastattn.backends.triton import backend as triton
 from fastattn.integrations.torch import explain, use
 from fastattn.problem import Inputs
 

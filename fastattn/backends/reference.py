@@ -8,7 +8,7 @@ from torch import Tensor
 from ..problem import Inputs, Problem
 from ..reference import softmax_attention, softmax_attention_backward
 from ..rotary import Rotary, apply_rotary
-from . import Grads, Needs, Results, empty_grad, empty_results
+from .base import Grads, Needs, Results, empty_grad, empty_results
 
 
 class ReferenceBackend:

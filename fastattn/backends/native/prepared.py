@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layouts import layouts
-from ..problem import Inputs, Problem
-from . import Results, empty_grad, empty_results
-from .native import Tensors, by_name, described, in_memory, native_inputs
+from ...problem import Inputs, Problem
+from ..base import Results, empty_grad, empty_results
+from ..layout_key import layout_key
+from .call import Tensors, by_name, described, in_memory, native_inputs
 
 _MOST_LAYOUTS = 64  # of output gradients whose calls a prepared kind keeps
 
@@ -57,7 +57,7 @@ class PreparedCalls(ABC):
     def __init__(self, call: Any, problem: Problem, inputs: Inputs) -> None:
         results = empty_results(problem, inputs.q, for_backward=True)
         named = by_name(results)
-        self.layouts: Hashable = layouts(inputs.q, inputs.k, inputs.v, *named.values())
+        self.layout_key: Hashable = layout_key(inputs.q, inputs.k, inputs.v, *named.values())
         self._call, self._problem = call, problem
         self._forward = self._step("forward", native_inputs(problem, inputs) | named)
         lse = results.lse

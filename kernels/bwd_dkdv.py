@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 
 from .arguments import VARYING, Dropout, Scores, Sequences
-from .query_tile import load_keys, place, query_tile, visible_to
-from .scores import LOG2E, exponent_factor, kept, seen, transform
-from .sequences import (
+from .block_info import (
     diagonal_offset,
     keys_of,
     masked_block,
@@ -22,7 +20,9 @@ from .sequences import (
     tile_of,
     visible_keys,
 )
-from .softmax import split_lse
+from .online_softmax import split_lse
+from .query_tile import load_keys, place, query_tile, visible_to
+from .score_mod import LOG2E, exponent_factor, kept, seen, transform
 from .tiles import RESIDUAL_SCALE, any_nan, key_order, load_block, load_rows, offset_of, row_array, store_rows
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import config
-from ..kernels.machine import Machine
-from ..problem import Inputs, Problem
-from . import Grads, Needs, Results, empty_results
+from ...kernels import config
+from ...kernels.machine import Machine
+from ...problem import Inputs, Problem
+from ..base import Grads, Needs, Results, empty_results
 
 _LARGEST_HEAD_DIM = 512
 _LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
@@ -94,7 +94,7 @@ class TritonBackend:
 
 def _launches() -> Any:
     """The module that makes launches. It imports Triton, which calls on a CPU should not have to wait for."""
-    return import_module(".triton_launches", __package__)
+    return import_module(".launches", __package__)
 
 
 @lru_cache

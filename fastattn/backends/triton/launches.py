@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..kernels import append as append_kernels
-from ..kernels import arguments as args
-from ..kernels import backward as backward_kernels
-from ..kernels import bias_gradient as bias_kernels
-from ..kernels import config
-from ..kernels import forward as forward_kernels
-from ..kernels.launch import Launch
-from ..kernels.machine import Machine
-from ..problem import Inputs, Problem
-from . import Grads, Needs, Results, empty_grad
+from ...kernels import append as append_kernels
+from ...kernels import arguments as args
+from ...kernels import backward as backward_kernels
+from ...kernels import bias_gradient as bias_kernels
+from ...kernels import config
+from ...kernels import forward as forward_kernels
+from ...kernels.launch import Launch
+from ...kernels.machine import Machine
+from ...problem import Inputs, Problem
+from ..base import Grads, Needs, Results, empty_grad
 
 
 def forward_launches(problem: Problem, inputs: Inputs, machine: Machine, results: Results) -> list[Launch]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import DIFFERENTIABLE, Inputs, Problem
-from . import Grads, Needs, Results, empty_grad
+from ...problem import DIFFERENTIABLE, Inputs, Problem
+from ..base import Grads, Needs, Results, empty_grad
 
 # The values of fastattn::DType in csrc/call/params.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .backends import Backend
-from .backends.cpu import CpuBackend
-from .backends.cuda import CudaBackend, Gpu
-from .backends.reference import ReferenceBackend
-from .backends.triton import TritonBackend
-from .kernels.machine import machine
-from .problem import Inputs, Problem
+from ..kernels.machine import machine
+from ..problem import Inputs, Problem
+from .base import Backend
+from .native.cpu import CpuBackend
+from .native.cuda import CudaBackend, Gpu
+from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 BACKENDS: tuple[Backend, ...] = (CudaBackend(Gpu()), TritonBackend(machine()), CpuBackend(), ReferenceBackend())
 """In the order in which automatic choice tries them, but see `in_order`."""

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from .arguments import VARYING, Dropout, Scores, Sequences
-from .backward import exponents, gradient_of_scores
-from .sequences import diagonal_offset, key_blocks, keys_of, queries_of, visible_keys
+from .block_info import diagonal_offset, key_blocks, keys_of, queries_of, visible_keys
+from .bwd_dkdv import exponents, gradient_of_scores
 from .tiles import key_order, load_rows, offset_of
 
 

@@ -8,7 +8,7 @@ multiply-add that subtracts the maximum. Source: Milakov and Gimelshein, "Online
 import triton
 import triton.language as tl
 
-from .scores import LOG2E
+from .score_mod import LOG2E
 
 LAZIEST = tl.constexpr(8.0)
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..problem import Inputs, Problem
-from . import Grads, Needs, Prepared, Results, empty_results
-from .native import (
+from ...problem import Inputs, Problem
+from ..base import Grads, Needs, Prepared, Results, empty_results
+from .call import (
     DTYPE_CODES,
     addresses,
     as_grads,
@@ -24,7 +24,7 @@ from .native import (
 from .prepared import PreparedCalls, Step, addresses_of
 
 try:
-    from .. import _cpu
+    from ... import _cpu
 except ImportError as error:  # running from a source tree that was never built
     _cpu = None  # type: ignore[assignment]
     _import_error = str(error)

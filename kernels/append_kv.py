@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 
 from .arguments import VARYING, Sequences
+from .block_info import keys_of
 from .query_tile import page_and_slot
 from .rotary import load_rotated
-from .sequences import keys_of
 from .tiles import load_rows, offset_of, store_rows
 
 

@@ -9,10 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..chunks import CHUNK_BYTES, why_not_in_chunks, why_not_rows_in_chunks
-from ..problem import Inputs, Problem
-from . import Grads, Needs, Prepared, Results, empty_results
-from .native import (
+from ...alignment import ALIGNMENT, why_not_aligned, why_rows_not_aligned
+from ...problem import Inputs, Problem
+from ..base import Grads, Needs, Prepared, Results, empty_results
+from .call import (
     Tensors,
     addresses,
     as_grads,
@@ -26,7 +26,7 @@ from .native import (
 from .prepared import PreparedCalls, Step, addresses_of
 
 try:
-    from .. import _cuda
+    from ... import _cuda
 except ImportError as error:  # built without nvcc
     _cuda = None  # type: ignore[assignment]
     _import_error = str(error)
@@ -165,12 +165,12 @@ class CudaBackend:
 
     def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
         """See `Backend.remarks`."""
-        reasons = {name: why_not_in_chunks(getattr(inputs, name)) for name in _read_in_chunks(problem)}
+        reasons = {name: why_not_aligned(getattr(inputs, name)) for name in _read_in_chunks(problem)}
         return [f"{name} is copied first, as {reason}." for name, reason in reasons.items() if reason]
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Prepared | None:
         """See `Backend.prepare`."""
-        if any(x.is_neg() or x._is_zerotensor() or why_not_rows_in_chunks(x) for x in inputs[:3]):
+        if any(x.is_neg() or x._is_zerotensor() or why_rows_not_aligned(x) for x in inputs[:3]):
             return None
         return _CudaCalls(self, self._machine, problem, inputs)
 
@@ -237,7 +237,7 @@ class _CudaCalls(PreparedCalls):
         self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
         kept = [results.out] if results.residual is None else [results.out, results.residual]
-        if not _begin_in_chunks(q, k, v, *kept) or why_not_in_chunks(dout):
+        if not _begin_in_chunks(q, k, v, *kept) or why_not_aligned(dout):
             inputs, wanted = Inputs(q, k, v), Needs(*needs, False, False)
             return self._backend.backward(self._problem, inputs, results, dout, None, wanted)[:3]
         return super().backward(q, k, v, results, dout, needs)
@@ -249,12 +249,12 @@ def _workspace_bytes(call: _cuda.Call, operation: str, names: tuple[str, ...], p
 
     That depends on sizes and on which tensors there are, not on where they lie: a call is planned when it runs, once.
     """
-    anywhere = dict.fromkeys(names, CHUNK_BYTES)
+    anywhere = dict.fromkeys(names, ALIGNMENT)
     return call.workspace_bytes(operation, anywhere, *processor)
 
 
 def _begin_in_chunks(*tensors: Tensor) -> bool:
-    return not any([x.data_ptr() % CHUNK_BYTES for x in tensors])
+    return not any([x.data_ptr() % ALIGNMENT for x in tensors])
 
 
 def _read_in_chunks(problem: Problem) -> tuple[str, ...]:
@@ -265,7 +265,7 @@ def _read_in_chunks(problem: Problem) -> tuple[str, ...]:
 def _in_chunks(problem: Problem, tensors: Tensors) -> Tensors:
     """The tensors, with copies of those that kernels cannot read in chunks as they are."""
     read = [name for name in (*_read_in_chunks(problem), "out", "residual", "dout") if name in tensors]
-    unfit = [name for name in read if why_not_in_chunks(tensors[name])]
+    unfit = [name for name in read if why_not_aligned(tensors[name])]
     return tensors | {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in unfit}
 
 
