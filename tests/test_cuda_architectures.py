@@ -55,7 +55,7 @@ class Planner(Simulator):
     """Runs nothing; notes how much dynamic shared memory kernels would be launched with."""
 
     def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
-        plan = call.plan(operation, addresses(tensors), *self.processor(device))
+        plan = call.plan(operation, addresses(tensors), *self.architecture(device))
         self.shared_bytes |= {name: shared for name, _, _, shared, _ in plan}
 
 

@@ -129,8 +129,8 @@ class Driverless(cuda.Gpu):
     def why_unavailable(self) -> str | None:
         return None
 
-    def processor(self, device: torch.device) -> cuda.Processor:
-        return cuda.Processor(80, 16)
+    def architecture(self, device: torch.device) -> cuda.Architecture:
+        return cuda.Architecture(80, 16)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and these addresses are not its own")

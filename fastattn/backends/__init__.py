@@ -3,26 +3,6 @@
 base.py has the interface and its defaults, dispatch.py the list of backends and the choice among them.
 """
 
-from .base import (
-    Backend,
-    Grads,
-    Needs,
-    Prepared,
-    Results,
-    empty_grad,
-    empty_lse,
-    empty_out,
-    empty_results,
-)
+from .base import Backend, Grads, Needs, Preference, Prepared, Results, empty_grad, empty_results
 
-__all__ = [
-    "Backend",
-    "Grads",
-    "Needs",
-    "Prepared",
-    "Results",
-    "empty_grad",
-    "empty_lse",
-    "empty_out",
-    "empty_results",
-]
+__all__ = ["Backend", "Grads", "Needs", "Preference", "Prepared", "Results", "empty_grad", "empty_results"]
