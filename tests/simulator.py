@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "shared"))
 
 
 class Simulator:
-    """See `fastattn.kernels.machine.Machine`. `findings` collects races, reads of what nobody wrote and the like."""
+    """See `fastattn.backends.triton.machine`. `findings` collects races, reads of what nobody wrote and the like."""
 
     def __init__(self, capability: int, multiprocessors: int = 4) -> None:
         self.capability, self.multiprocessors = capability, multiprocessors
