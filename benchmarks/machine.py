@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn.backends import cpu as cpu_backend
+from fastattn.backends.native import cpu as cpu_backend
 
 
 def header(device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastattn.backends import cpu as cpu_backend
+from fastattn.backends.native import cpu as cpu_backend
 
 from .cases import DTYPES
 from .machine import last_level_cache

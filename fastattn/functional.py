@@ -7,9 +7,10 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from typing_extensions import Unpack  # a requirement of torch itself
 
-from . import autograd, dispatch, sdpa, shortcuts
+from . import autograd, sdpa, shortcuts
+from .backends import dispatch
+from .backends.dispatch import Report, available_backends
 from .casting import autocast
-from .dispatch import Report, available_backends
 from .merge import merge_states
 from .philox import seed_tensor
 from .problem import (

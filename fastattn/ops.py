@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, Needs, Results, empty_grad, empty_results
-from .dispatch import choose, choose_cached
+from .backends.dispatch import choose, choose_cached
 from .philox import draw_seed
 from .problem import Inputs, Options, Problem, check_results, check_values, describe
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Required  # a requirement of torch itself
 
-from .chunks import why_not_in_chunks
+from .alignment import why_not_aligned
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ALIGNMENTS = ("bottom-right", "top-left")
@@ -175,7 +175,7 @@ def describe(kind: str, inputs: Inputs, options: Options, *, cached: bool = True
     if not cached:
         return _describe(kind, metas, options)
     # A cache is too large to be copied: which backend can use it depends on how it lies in memory.
-    unaligned = kind == "cache" and any(map(why_not_in_chunks, (inputs.k, inputs.v)))
+    unaligned = kind == "cache" and any(map(why_not_aligned, (inputs.k, inputs.v)))
     return _describe_cached(kind, metas, options, unaligned)
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from . import ops
-from .dispatch import choose
+from .backends.dispatch import choose
 from .problem import CACHE_NAMES, DIFFERENTIABLE, Inputs, Options, describe
 
 _LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch, ops
+from . import ops
 from .autograd import gradients, is_batched, is_plain
-from .backends import Prepared, Results
-from .layouts import NO_LAYOUT, attributes, layouts
+from .backends import Prepared, Results, dispatch
+from .backends.layout_key import NO_LAYOUT, attributes, layout_key
 from .problem import Inputs, Options, describe, split_window
 
 
@@ -50,7 +50,7 @@ def attend(
     try:
         # Types are part of the key, as 1 == True == 1.0 and not all of them are accepted.
         key = (
-            *(layouts(q, k, v), causal, window, causal_alignment, softcap, scale, backend),
+            *(layout_key(q, k, v), causal, window, causal_alignment, softcap, scale, backend),
             *(type(causal), type(softcap), type(scale)),
             None if window is None else tuple(map(type, window)),
         )
@@ -93,7 +93,7 @@ def _prepare(
 def _fit(prepared: Prepared, saved: tuple[Tensor, ...]) -> bool:
     """False if hooks on saved tensors have brought them back in another layout."""
     try:
-        return prepared.layouts == layouts(*saved)
+        return prepared.layout_key == layout_key(*saved)
     except NO_LAYOUT:
         return False
 
@@ -128,4 +128,6 @@ class PreparedAttention(torch.autograd.Function):
 
 # What `apply` comes to where no function transform is active; looking for one, and for tensors that one left behind,
 # takes it half of its time. The native reader has refused those.
-_record = PreparedAttention.apply if layouts is attributes else super(torch.autograd.Function, PreparedAttention).apply
+_record = (
+    PreparedAttention.apply if layout_key is attributes else super(torch.autograd.Function, PreparedAttention).apply
+)

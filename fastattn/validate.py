@@ -15,8 +15,8 @@ from itertools import groupby
 
 import torch
 
-from . import dispatch
 from .arguments import parse_device
+from .backends import dispatch
 from .validate_cases import CASES, Case
 from .validate_checks import Check, run_case
 

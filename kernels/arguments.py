@@ -1,9 +1,13 @@
-"""What the kernels are handed: pointers, sizes and options, and named groups of them, which Triton passes as tuples.
+"""The arguments of the kernels: pointers, sizes and options, and named groups of them, which Triton passes as tuples.
 
-None stands for something that a call does not have; Triton compiles a kernel without it then. It also compiles a kernel
-anew for a number that is 1, that is a multiple of 16, or neither: always within tuples, and not for the arguments named
-in VARYING. So what changes from call to call is handed over by itself, and a kernel puts the group together. The same
-goes for groups that hold groups: Triton 3.6 mistakes their strides.
+None stands for what a call does not have: Triton then compiles the kernel without it.
+
+The entries take most arguments one by one, and a kernel puts the groups together. Triton leaves no choice:
+* Triton compiles a kernel anew for an integer that is 1, that is a multiple of 16, or neither.
+* The arguments named in VARYING are exempt. Members of a tuple never are.
+* Triton 3.6 confuses the strides of tuples within tuples.
+So whatever changes from call to call stands alone, and only Arrays and constants of a model are tuples.
+Groups that are made inside the kernels may hold other groups.
 """
 
 from __future__ import annotations
@@ -14,17 +18,17 @@ from typing import Any, NamedTuple
 VARYING = [
     *("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "batch", "seqlen_q", "seqlen_k", "seqlen_new"),
     *("seed_low", "seed_high", "threshold"),
-    *("lse", "lse_residual", "dlse", "row_lse", "delta", "partial_lse", "partial_residual"),
+    *("lse", "lse_residual", "dlse", "row_lse", "delta", "lse_accum", "lse_accum_residual"),
     *("rows", "heads_q", "splits", "stride_out", "stride_lse"),
     *("batches", "heads_out", "tiles_m", "tiles_n"),
 ]
-"""Arguments of any kernel that it is not compiled anew for."""
+"""Arguments, by name, for whose values no kernel is compiled anew."""
 
 OPEN = 2**30
-"""A side of a window that reaches past every key; sums of it with a position stay within 32 bits."""
+"""A side of a window that reaches past every key; its sum with a position stays within 32 bits."""
 
 Pointer = Any
-"""A torch.Tensor on the way into a kernel, a pointer inside it."""
+"""A torch.Tensor on the host, a pointer inside a kernel."""
 
 
 class Array(NamedTuple):
@@ -41,16 +45,15 @@ class Array(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Where each sequence of the batch lies, and how many keys it has.
+    """Where each sequence of the batch lies, and how many keys it has. Made inside the kernels.
 
-    Dense calls: `batch` sequences of `seqlen_q` queries and `seqlen_k` keys each. Varlen: seqlen_q and seqlen_k are
-    totals, cu_seqlens_q and cu_seqlens_k (batch + 1,) int32 say where each sequence begins.
-    kv_lengths: (batch,) int32; `seqlen_new` is added to them. Made inside the kernels.
+    Dense calls: `batch` sequences of `seqlen_q` queries and `seqlen_k` keys each.
+    Varlen calls: seqlen_q and seqlen_k are totals; cu_seqlens_q and cu_seqlens_k say where each sequence begins.
     """
 
-    cu_seqlens_q: Pointer | None
-    cu_seqlens_k: Pointer | None
-    kv_lengths: Pointer | None
+    cu_seqlens_q: Pointer | None  # (batch + 1,) int32
+    cu_seqlens_k: Pointer | None  # (batch + 1,) int32
+    kv_lengths: Pointer | None  # (batch,) int32, without the seqlen_new new keys
     batch: int
     seqlen_q: int
     seqlen_k: int
@@ -68,7 +71,7 @@ class Heads(NamedTuple):
 class Window(NamedTuple):
     """Query i sees the keys from i + offset - left to i + offset + right; left None = all to the left.
 
-    bottom_right: 1 if offset is the keys less the queries, 0 if it is 0.
+    bottom_right: 1 if offset is the number of keys less that of queries, 0 if it is 0.
     """
 
     left: int | None
@@ -76,20 +79,26 @@ class Window(NamedTuple):
     bottom_right: int
 
 
-class Scores(NamedTuple):
-    """How the products of q and k become scores, in the order of the fields. Made inside the kernels."""
+class Mask(NamedTuple):
+    """What hides scores: the window, and a boolean mask in memory. Made inside the kernels; see mask.py."""
+
+    window: Window
+    data: Array | None  # bytes, 0 = hidden
+
+
+class ScoreMod(NamedTuple):
+    """What turns products of q and k into scores, in the order of the fields. Made inside the kernels."""
 
     scale: float
     softcap: float | None
     slopes: Array | None  # ALiBi, (batch, heads_q); rows and columns have stride 0
     bias: Array | None
-    mask: Array | None  # bytes, 0 = hidden
 
 
 class Dropout(NamedTuple):
-    """A probability is kept iff its Philox word is at least `threshold`; both halves of the seed as signed 32 bits.
+    """A probability is kept iff its Philox word is at least `threshold`. Made inside the kernels.
 
-    All are None without dropout. Made inside the kernels.
+    All are None without dropout. Integers are the signed numbers of the same 32 bits.
     """
 
     seed_low: int | None
@@ -98,8 +107,27 @@ class Dropout(NamedTuple):
     scale: float | None
 
 
+class KeysValues(NamedTuple):
+    """Where keys and values come from. Made inside the kernels."""
+
+    k: Array
+    v: Array
+    k_map: Any  # tensor descriptors of k and v, or None
+    v_map: Any
+    paging: Paging | None
+
+
+class BwdRows(NamedTuple):
+    """What the backward pass reads for each query: Arrays, or tiles loaded from them. Made inside the kernels."""
+
+    dout: Any
+    lse: Any  # see bwd_preprocess.py
+    lse_residual: Any  # to be added to lse if FLOAT32, else meaningless
+    delta: Any
+
+
 class Paging(NamedTuple):
-    """The block table (batch, max_pages) int32 of a paged cache, and the number of pages there are."""
+    """The block table (batch, max_pages) int32 of a paged cache, and the number of pages in the cache."""
 
     table: Pointer
     stride: int
@@ -119,23 +147,23 @@ class Rotation(NamedTuple):
 class Variant:
     """What is fixed when a kernel is compiled: one constexpr argument of each kernel."""
 
-    BLOCK_M: int  # rows of queries
+    BLOCK_M: int  # queries
     BLOCK_N: int  # keys
     BLOCK_D: int  # head_dim, padded to a power of two
     PART: int  # columns of the values (padded) that are accumulated together
     PARTS: int  # how many times that
     HEAD_DIM: int
     HEAD_DIM_V: int
-    FLOAT32: bool  # of inputs: large scores lose no digits, see softmax.update and backward.statistics
+    FLOAT32: bool  # of inputs: large scores lose no digits, see online_softmax.update and bwd_preprocess
     PRECISION: str  # of products of float32: "ieee" or "tf32x3"
-    PLAIN: bool  # scores are the products times a positive scale
-    RELATIVE: bool  # see scores.tanh
+    HAS_SCORE_MOD: bool  # False: scores are the products times a positive scale
+    RELATIVE_TANH: bool  # see score_mod.tanh
     PERMUTED: bool  # see tiles.key_order
-    PASS: int  # see tiles.load_block
-    LAZY: bool  # see softmax.update
-    SUMS: int  # see softmax.start
-    WIDE: bool  # offsets within a block of rows need 64 bits
-    PACKED: bool = False  # the rows of a tile are those of all query heads of a key/value head
+    ROWS_PER_PASS: int  # see tiles.load_block
+    LAZY_RESCALE: bool  # see online_softmax.update
+    ROW_SUMS: int  # see online_softmax.init
+    INT64_OFFSETS: bool  # offsets within a block of rows need 64 bits
+    PACK_GQA: bool = False  # the rows of a tile are those of all query heads of a key/value head
     PAGED: bool = False
     ROTARY_DIM: int = 0
     INTERLEAVED: bool = False

@@ -26,15 +26,15 @@ class Architecture(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What the choice depends on of a call."""
+    """What the choice of a configuration depends on of a call."""
 
     element_size: int  # bytes of an element of q
     head_dim: int
     head_dim_v: int
-    rows: int  # of queries of one program's heads: seqlen_q, or seqlen_q * group if packed
+    rows: int  # of queries: seqlen_q, or seqlen_q * group if packed
     keys: int
     programs: int  # heads times sequences
-    loads_scores: bool  # a mask or bias is read beside each score
+    loads_scores: bool  # an element of a mask or bias is read for each score
     masks: bool  # a mask
     drops: bool  # dropout
     packed: bool = False  # the query heads of a group share tiles
@@ -42,7 +42,7 @@ class Shape(NamedTuple):
 
     @property
     def permuted(self) -> bool:
-        """Whether keys are loaded in the order that dropout and loads beside scores like; see tiles.key_order."""
+        """Whether keys are loaded in the order that suits dropout, mask and bias; see tiles.key_order."""
         return self.loads_scores or self.drops
 
 
@@ -56,49 +56,48 @@ class Config(NamedTuple):
 
 
 INTERPRETED = Config(64, 32, 4, 1)
-"""For the interpreter, which takes as long for a small tile as for a large one: large enough, yet several of them."""
+"""For the interpreter, whose time hardly depends on the tile: large, but small enough for several per call."""
 
-MOST_SPLITS = 64
-PACKED_ROWS = 64
-"""Up to this many queries, heads of a group share a tile, and keys are split; more keep a device busy by themselves."""
+MAX_SPLITS = 64
+MAX_PACKED_ROWS = 64
+"""Up to this many queries, heads of a group share a tile, and keys are split. More keep a device busy anyway."""
 
 
 def padded(dim: int) -> int:
     """The width of a tile that holds `dim` columns.
 
-    Not 16: of values that wide, beside keys 32 wide, Triton 3.6 makes code that is wrong on an H100 in half precision,
-    though right in a simulator.
+    Not 16: with values that wide beside keys 32 wide, Triton 3.6 compiles wrong code for an H100 in half precision.
     """
     return max(32, 1 << (dim - 1).bit_length()) if dim > 0 else 32
 
 
 def part(head_dim_v: int) -> int:
-    """Columns of the values that are accumulated together: wider, and the softmax of a row would cross warps."""
+    """Columns of the values that are accumulated together. With more, the softmax of a row would cross warps."""
     return min(padded(head_dim_v), 128)
 
 
 def precision(architecture: Architecture) -> str:
-    """How products of float32 are made: of three products of TF32 where tensor cores have it, to about float32's."""
+    """How float32 is multiplied: by three products of TF32 where tensor cores have it, nearly as exact."""
     return "tf32x3" if architecture.vendor == "cuda" and architecture.capability >= 80 else "ieee"
 
 
-def lazy(architecture: Architecture) -> bool:
-    """Whether to rescale only when it is due. Where wgmma leaves few accumulators to a thread, it does not pay."""
+def lazy_rescale(architecture: Architecture) -> bool:
+    """Whether to rescale only when needed. With wgmma a thread has few accumulators, and it does not pay."""
     return not has_wgmma(architecture)
 
 
-def sums(shape: Shape) -> int:
-    """Sums per row in the softmax. Beside a mask, Triton 3.9 would compute exponentials twice to take them apart."""
+def row_sums(shape: Shape) -> int:
+    """Sums per row in the softmax. With a mask, Triton 3.9 would compute exponentials twice to split them."""
     return 1 if shape.masks else 8
 
 
-def maps(shape: Shape, architecture: Architecture) -> bool:
-    """Whether the forward kernel loads whole blocks through tensor descriptors: at head_dim 64 that saves nothing."""
+def use_tensor_maps(shape: Shape, architecture: Architecture) -> bool:
+    """Whether the forward kernel loads full blocks through tensor descriptors: at head_dim 64 that saves nothing."""
     wide = min(padded(shape.head_dim), padded(shape.head_dim_v)) >= 128
     return has_wgmma(architecture) and wide and shape.rows > 32 and shape.element_size == 2
 
 
-def rows_at_once(config: Config, shape: Shape, architecture: Architecture) -> int:
+def rows_per_pass(config: Config, shape: Shape, architecture: Architecture) -> int:
     """Rows of keys that all threads of a program load with one instruction each, of 16 bytes."""
     rows = max(1, config.num_warps * 32 * 16 // (padded(shape.head_dim) * shape.element_size))
     return max(rows, 32) if has_wgmma(architecture) else rows
@@ -109,14 +108,14 @@ def choose_forward(shape: Shape, architecture: Architecture) -> Config:
     width = max(padded(shape.head_dim), padded(shape.head_dim_v))
     if architecture.vendor == "interpreter":
         return INTERPRETED
-    if without_tensor_cores(architecture):
-        config = _small(width)
+    if is_turing(architecture):
+        config = _turing_forward(width)
     elif shape.rows <= 32:
         # Decoding: memory bounds it, so many small blocks in flight.
         config = Config(16 if shape.rows <= 16 else 32, 64, 4, 1 if architecture.vendor == "hip" else 3)
     elif architecture.vendor == "hip":
         config = Config(128, 64 if width <= 64 else 32, 8 if width > 128 else 4, 1)
-    elif hopper(architecture) and width <= 128:
+    elif is_hopper(architecture) and width <= 128:
         eight = width <= 64 or shape.loads_scores or shape.drops
         config = Config(128, 64, 8, 3) if eight else Config(128, 64, 4, 2)
     elif has_wgmma(architecture):
@@ -127,7 +126,7 @@ def choose_forward(shape: Shape, architecture: Architecture) -> Config:
             config = config._replace(block_n=32)  # of 64 keys ptxas of Triton 3.6 makes 3300 spills
     if shape.element_size == 4:
         config = _float32_forward(width)
-    return fitted(config, shape, architecture, forward_memory)
+    return fit_shared_memory(config, shape, architecture, forward_memory)
 
 
 def _float32_forward(width: int) -> Config:
@@ -138,34 +137,34 @@ def _float32_backward(width: int) -> Config:
     return Config(32, 32, 4 if width <= 64 else 8, 2) if width <= 128 else Config(16, 16, 8, 2)
 
 
-def without_tensor_cores(architecture: Architecture) -> bool:
-    """Turing: Triton 3.9 multiplies there without tensor cores, in float32, and larger tiles drown in spills."""
+def is_turing(architecture: Architecture) -> bool:
+    """Triton 3.9 multiplies there without tensor cores, in float32, and larger tiles spill thousands of registers."""
     return architecture.vendor == "cuda" and architecture.capability < 80
 
 
-def _small(width: int) -> Config:
+def _turing_forward(width: int) -> Config:
     return Config(32, 32 if width <= 128 else 16, 4 if width <= 64 else 8, 1)
 
 
-def _small_backward(width: int) -> Config:
+def _turing_backward(width: int) -> Config:
     return Config(32, 32, 8, 1) if width <= 128 else Config(16, 16, 8, 1)
 
 
-def choose_append(shape: Shape, architecture: Architecture) -> Config:
+def choose_append_kv(shape: Shape, architecture: Architecture) -> Config:
     """The configuration of the kernel that writes new keys into a cache: it only copies."""
     return INTERPRETED if architecture.vendor == "interpreter" else Config(16, 16, 4, 1)
 
 
-def choose_gradient_of_queries(shape: Shape, architecture: Architecture) -> Config:
+def choose_bwd_dq(shape: Shape, architecture: Architecture) -> Config:
     """The configuration of the kernel for dQ."""
     width = max(padded(shape.head_dim), padded(shape.head_dim_v))
     if architecture.vendor == "interpreter":
         return INTERPRETED
-    if without_tensor_cores(architecture):
-        config = _small_backward(width)
+    if is_turing(architecture):
+        config = _turing_backward(width)
     elif architecture.vendor == "hip":
         config = Config(64 if width <= 128 else 32, 64 if width <= 64 else 32, 8 if width > 128 else 4, 1)
-    elif hopper(architecture) and width <= 128:
+    elif is_hopper(architecture) and width <= 128:
         config = Config(64, 64, 4, 3) if width <= 64 else Config(128, 64, 8, 3)
     elif has_wgmma(architecture):
         narrow = width > 64 or shape.loads_scores or shape.drops
@@ -176,23 +175,23 @@ def choose_gradient_of_queries(shape: Shape, architecture: Architecture) -> Conf
         config = Config(64, 64 if width <= 128 else 32, 8 if width > 128 else 4, 2)
     if shape.element_size == 4:
         config = _float32_backward(width)
-    return fitted(config, shape, architecture, memory_for_queries)
+    return fit_shared_memory(config, shape, architecture, bwd_dq_memory)
 
 
-def choose_gradient_of_keys(shape: Shape, architecture: Architecture) -> Config:
+def choose_bwd_dkdv(shape: Shape, architecture: Architecture) -> Config:
     """The configuration of the kernel for dK and dV."""
     width = max(padded(shape.head_dim), padded(shape.head_dim_v))
     if architecture.vendor == "interpreter":
         return INTERPRETED
-    if without_tensor_cores(architecture):
-        config = _small_backward(width)
+    if is_turing(architecture):
+        config = _turing_backward(width)
     elif architecture.vendor == "hip":
         small = width > 64 or shape.drops or shape.loads_scores
         config = Config(32 if small else 64, 64 if width <= 128 else 32, 8 if width > 128 else 4, 1)
     elif width <= 64 and (shape.drops or shape.loads_scores):
-        # More would not fit into registers; accumulators in tensor memory come at the price of some.
+        # More would not fit into registers. Accumulators in tensor memory need some of them, too.
         config = Config(32, 32 if shape.loads_scores and architecture.capability // 10 == 10 else 64, 4, 2)
-    elif hopper(architecture) and width <= 128 and not shape.loads_scores:
+    elif is_hopper(architecture) and width <= 128 and not shape.loads_scores:
         config = Config(64 if width <= 64 else 32, 64, 4, 3)
     elif width <= 64:
         config = Config(64, 128, 8, 2)
@@ -202,28 +201,28 @@ def choose_gradient_of_keys(shape: Shape, architecture: Architecture) -> Config:
         config = Config(32, 64, 8, 2)
     if shape.element_size == 4:
         config = _float32_backward(width)
-    return fitted(config, shape, architecture, memory_for_keys)
+    return fit_shared_memory(config, shape, architecture, bwd_dkdv_memory)
 
 
-def choose_gradient_of_bias(shape: Shape, architecture: Architecture) -> Config:
+def choose_bwd_dbias(shape: Shape, architecture: Architecture) -> Config:
     """The configuration of the kernel for the gradient of a bias, which keeps a tile of scores in registers."""
     width = max(padded(shape.head_dim), padded(shape.head_dim_v))
     if architecture.vendor == "interpreter":
         return INTERPRETED
-    if without_tensor_cores(architecture):
-        config = _small_backward(width)
+    if is_turing(architecture):
+        config = _turing_backward(width)
     else:
         stages = 1 if architecture.vendor == "hip" else 2
         config = Config(64, 64 if width <= 128 else 32, 4, stages)
     if shape.element_size == 4:
         config = _float32_backward(width)
-    return fitted(config, shape, architecture, memory_for_queries)
+    return fit_shared_memory(config, shape, architecture, bwd_dq_memory)
 
 
-def fitted(
+def fit_shared_memory(
     config: Config, shape: Shape, architecture: Architecture, memory: Callable[[Config, Shape, Architecture], int]
 ) -> Config:
-    """The same with fewer stages, or smaller tiles, as far as shared memory demands."""
+    """The configuration with fewer stages, or smaller tiles, until it fits into shared memory."""
     while memory(config, shape, architecture) > architecture.shared_memory:
         if config.num_stages > 2:
             config = config._replace(num_stages=config.num_stages - 1)
@@ -242,8 +241,8 @@ def buffers(config: Config, shape: Shape, architecture: Architecture) -> int:
     return max(1, config.num_stages if all_stages else config.num_stages - 1)
 
 
-def hopper(architecture: Architecture) -> bool:
-    """Whether it is an H100, an H200 or one of their kind, on which tiles up to 128 wide were measured."""
+def is_hopper(architecture: Architecture) -> bool:
+    """Whether it is an H100, an H200 or the like, on which tiles up to 128 wide were measured."""
     return architecture.vendor == "cuda" and architecture.capability // 10 == 9
 
 
@@ -260,14 +259,14 @@ def forward_memory(config: Config, shape: Shape, architecture: Architecture) -> 
     return shape.element_size * (rows + buffers(config, shape, architecture) * keys + scores) + 1024
 
 
-def memory_for_queries(config: Config, shape: Shape, architecture: Architecture) -> int:
+def bwd_dq_memory(config: Config, shape: Shape, architecture: Architecture) -> int:
     """Bytes of shared memory that the kernel for dQ takes at most: queries stay, keys are pipelined."""
     columns = padded(shape.head_dim) + padded(shape.head_dim_v)
     rows = config.block_m + config.block_n * buffers(config, shape, architecture)
     return shape.element_size * (columns * rows + config.block_m * config.block_n) + 1024
 
 
-def memory_for_keys(config: Config, shape: Shape, architecture: Architecture) -> int:
+def bwd_dkdv_memory(config: Config, shape: Shape, architecture: Architecture) -> int:
     """Bytes of shared memory that the kernel for dK and dV takes at most: keys stay, queries are pipelined."""
     columns = padded(shape.head_dim) + padded(shape.head_dim_v)
     rows = config.block_n + config.block_m * buffers(config, shape, architecture)
@@ -276,9 +275,9 @@ def memory_for_keys(config: Config, shape: Shape, architecture: Architecture) ->
 
 CHOOSERS = {
     "forward": (choose_forward, forward_memory),
-    "gradient_of_queries": (choose_gradient_of_queries, memory_for_queries),
-    "gradient_of_keys": (choose_gradient_of_keys, memory_for_keys),
-    "gradient_of_bias": (choose_gradient_of_bias, memory_for_queries),  # not tuned: its result's layout depends on it
+    "bwd_dq": (choose_bwd_dq, bwd_dq_memory),
+    "bwd_dkdv": (choose_bwd_dkdv, bwd_dkdv_memory),
+    "bwd_dbias": (choose_bwd_dbias, bwd_dq_memory),  # not tuned: its result's layout depends on it
 }
 """By kernel: what chooses its configuration, and how much shared memory that takes."""
 
@@ -314,8 +313,8 @@ def why_not(shape: Shape, architecture: Architecture) -> str | None:
         return f"{dims} need more shared memory than AMD GPUs have; this backend takes at most 256 there."
     needed = max(
         forward_memory(choose_forward(shape, architecture), shape, architecture),
-        memory_for_queries(choose_gradient_of_queries(shape, architecture), shape, architecture),
-        memory_for_keys(choose_gradient_of_keys(shape, architecture), shape, architecture),
+        bwd_dq_memory(choose_bwd_dq(shape, architecture), shape, architecture),
+        bwd_dkdv_memory(choose_bwd_dkdv(shape, architecture), shape, architecture),
     )
     if needed > architecture.shared_memory:
         return (
@@ -325,9 +324,9 @@ def why_not(shape: Shape, architecture: Architecture) -> str | None:
 
 
 def choose_splits(shape: Shape, config: Config, architecture: Architecture) -> int:
-    """Into how many parts the keys are cut, so that a few queries keep the whole device busy. 1 = not at all."""
+    """Into how many splits the keys are divided, so that a few queries keep the whole device busy."""
     tiles = -(-shape.rows // config.block_m) * shape.programs
     blocks = shape.keys // (4 * config.block_n)  # what a program is worth starting for
-    if tiles == 0 or shape.rows > PACKED_ROWS:
+    if tiles == 0 or shape.rows > MAX_PACKED_ROWS:
         return 1
-    return max(1, min(2 * architecture.multiprocessors // tiles, blocks, MOST_SPLITS))
+    return max(1, min(2 * architecture.multiprocessors // tiles, blocks, MAX_SPLITS))

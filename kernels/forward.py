@@ -1,37 +1,37 @@
 """The forward kernel: fused attention for dense, varlen and cached calls, and for the splits of a long list of keys.
 
-Reads q once and K, V once per tile of queries, writes out and lse. A score costs 4 * D flops and one exponential, so
-tensor cores (at head_dim 64 together with the exponentials) bound it, and memory where there are few queries. No matrix
-of scores exists anywhere.
+Reads q once, reads K and V once per tile of queries, writes out and lse. No matrix of scores exists anywhere.
+A score costs 4 * D flops and one exponential. What bounds the kernel:
+* tensor cores (at head_dim 64 together with the exponentials);
+* memory where there are few queries.
 Source: Dao, "FlashAttention-2" (2023); splits of the keys: Dao et al., "Flash-Decoding" (2023).
 """
 
 import triton
 import triton.language as tl
 
-from .arguments import VARYING, Array, Dropout, Scores, Sequences
-from .query_tile import load_keys, place, query_tile, rows_per_query, visible_to
-from .scores import kept, seen, transform, unit_of_scores
-from .sequences import masked_block, queries_of
-from .softmax import finish, merge, split_lse, start, update
-from .tiles import any_nan, key_order, load_tile, offset_of, rounded_off, row_array, store_rows
+from .arguments import VARYING, Array, Dropout, KeysValues, Mask, ScoreMod, Sequences
+from .block_info import masked_block, program_tile, queries_of, rows_per_query
+from .dropout import keep_mask
+from .mask import apply_mask, in_window, load_mask
+from .online_softmax import combine_lse, finalize, init, split_lse, update
+from .paged_kv import load_kv_block
+from .query_tile import load_query_tile
+from .score_mod import ScoreTile, apply_score_mod, unit_of_scores
+from .tiles import any_nan, key_order, offset_of, rounding_error, row_array, store_rows
 
 
 @triton.jit
 def _step(
     state,
     tile,
-    k,
-    v,
-    k_map,
-    v_map,
+    kv,
     n,
-    scores,
-    window,
+    score_mod,
+    mask,
     dropout,
-    paging,
     MASKED: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    SKIP_HIDDEN: tl.constexpr,
     VARIANT: tl.constexpr,
 ):
     """One block of keys, from n on: products, scores, probabilities, values."""
@@ -41,45 +41,42 @@ def _step(
     PARTS: tl.constexpr = VARIANT.PARTS
     cols = key_order(BLOCK_N, VARIANT.PERMUTED)
     offs_n = n + cols
-    ok = (offs_n >= tile.low) & (offs_n < tile.high)
+    ok = (offs_n >= tile.n_begin) & (offs_n < tile.n_end)
     BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
-    if k_map is not None and not MASKED:
-        tile_k = k_map.load([tile.batch, tile.head_kv, n, 0]).reshape(BLOCK_N, BLOCK_D)
+    if kv.k_map is not None and not MASKED:
+        tile_k = kv.k_map.load([tile.batch, tile.head_kv, n, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
-        tile_k = load_keys(
-            k, tile.base_k, tile.batch, n, cols, ok, paging, MASKED, 0, BLOCK_D, VARIANT.HEAD_DIM, VARIANT
+        tile_k = load_kv_block(
+            kv.k, tile.base_k, tile.batch, n, cols, ok, kv.paging, MASKED, 0, BLOCK_D, VARIANT.HEAD_DIM, VARIANT
         )
     s = tl.dot(tile.q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
 
-    visible = visible_to(tile, window, cols, n)
-    if not VARIANT.PLAIN:
-        s, _ = transform(
-            s, scores, tile.batch, tile.head, tile.offs_m, offs_n[None, :], tile.offset, visible, MASKED, VARIANT
-        )
-    if scores.mask is not None:
-        visible = seen(scores, tile.batch, tile.head, tile.offs_m, offs_n[None, :], visible, MASKED)
-        if CAREFUL:
-            ok = tl.max(visible.to(tl.int32), 0) != 0
-    if MASKED or scores.mask is not None:
-        s = tl.where(visible, s, -float("inf"))
+    visible = in_window(mask.window, tile.first_key, tile.last_key, cols, n)
+    at = ScoreTile(tile.batch, tile.head, tile.row, tile.offs_m, offs_n[None, :], n, tile.offset)
+    if VARIANT.HAS_SCORE_MOD:
+        s, _ = apply_score_mod(s, score_mod, at, visible, MASKED, VARIANT)
+    visible = load_mask(mask, at, visible, MASKED)
+    if SKIP_HIDDEN:
+        ok = tl.max(visible.to(tl.int32), 0) != 0
+    s = apply_mask(mask, s, visible, -float("inf"), MASKED)
 
-    row_max, row_sum, acc, probs = update(row_max, row_sum, acc, s, tile.factor, PARTS, VARIANT)
+    row_max, row_sum, acc, probs = update(row_max, row_sum, acc, s, tile.scale_log2, PARTS, VARIANT)
     if dropout.threshold is not None:
-        probs = tl.where(kept(dropout, tile.offs_m, tile.row, n, BLOCK_N), probs, 0.0)
+        probs = tl.where(keep_mask(dropout, tile.offs_m, tile.row, n, BLOCK_N), probs, 0.0)
     total = ()
     for part in tl.static_range(PARTS):
-        if v_map is not None and not (MASKED or CAREFUL):
-            tile_v = v_map.load([tile.batch, tile.head_kv, n, part * PART]).reshape(BLOCK_N, PART)
+        if kv.v_map is not None and not (MASKED or SKIP_HIDDEN):
+            tile_v = kv.v_map.load([tile.batch, tile.head_kv, n, part * PART]).reshape(BLOCK_N, PART)
         else:
-            tile_v = load_keys(
-                v,
+            tile_v = load_kv_block(
+                kv.v,
                 tile.base_v,
                 tile.batch,
                 n,
                 cols,
                 ok,
-                paging,
-                MASKED or CAREFUL,
+                kv.paging,
+                MASKED or SKIP_HIDDEN,
                 part * PART,
                 PART,
                 VARIANT.HEAD_DIM_V,
@@ -92,41 +89,37 @@ def _step(
 @triton.jit
 def _attend(
     tile,
-    k,
-    v,
-    k_map,
-    v_map,
+    kv,
     begin,
+    full_begin,
+    full_end,
     end,
-    whole,
-    cut,
-    scores,
-    window,
+    score_mod,
+    mask,
     dropout,
-    paging,
-    CAREFUL: tl.constexpr,
+    SKIP_HIDDEN: tl.constexpr,
     VARIANT: tl.constexpr,
 ):
-    """(acc, row_max, row_sum) over the keys from begin to end: blocks that need no mask first, then the others.
+    """(acc, row_max, row_sum) over the keys from begin to end: full blocks first, then masked ones.
 
-    CAREFUL: values that the mask hides from all are not read, as a probability of 0 would not hide a NaN.
+    SKIP_HIDDEN: values that the mask hides from all queries are not read, as a probability of 0 times NaN is NaN.
     """
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     PART: tl.constexpr = VARIANT.PART
     PARTS: tl.constexpr = VARIANT.PARTS
-    SUMS: tl.constexpr = VARIANT.SUMS
-    row_max, row_sum = start(tile.factor, BLOCK_M, SUMS)
+    ROW_SUMS: tl.constexpr = VARIANT.ROW_SUMS
+    row_max, row_sum = init(tile.scale_log2, BLOCK_M, ROW_SUMS)
     acc = ()
     for _ in tl.static_range(PARTS):
         acc = acc + (tl.zeros((BLOCK_M, PART), tl.float32),)
     state = (acc, row_max, row_sum)
-    for index in tl.range(0, (cut - whole) // BLOCK_N):
-        n = whole + index * BLOCK_N
-        state = _step(state, tile, k, v, k_map, v_map, n, scores, window, dropout, paging, False, CAREFUL, VARIANT)
-    for index in tl.range(0, (whole - begin + end - cut) // BLOCK_N):
-        n = masked_block(index, begin, whole, cut, BLOCK_N)
-        state = _step(state, tile, k, v, k_map, v_map, n, scores, window, dropout, paging, True, CAREFUL, VARIANT)
+    for index in tl.range(0, (full_end - full_begin) // BLOCK_N):
+        n = full_begin + index * BLOCK_N
+        state = _step(state, tile, kv, n, score_mod, mask, dropout, False, SKIP_HIDDEN, VARIANT)
+    for index in tl.range(0, (full_begin - begin + end - full_end) // BLOCK_N):
+        n = masked_block(index, begin, full_begin, full_end, BLOCK_N)
+        state = _step(state, tile, kv, n, score_mod, mask, dropout, True, SKIP_HIDDEN, VARIANT)
     return state
 
 
@@ -169,48 +162,50 @@ def forward(
 ):
     """One tile of queries, or one split of its keys. The grid is flat: tiles, splits, heads, sequences.
 
-    k_map, v_map: tensor descriptors of k and v, through which the copy engines of Hopper and its successors load whole
-    blocks, or None. With `splits`, their number, out and lse are float32 and hold the result over the split's keys
-    alone, without the sinks; those of the next split are stride_out and stride_lse further on. out_residual,
-    lse_residual: what rounding took from these, or None; inf in rows that see nothing but a sink.
+    k_map, v_map: tensor descriptors of k and v, through which Hopper's copy engines load full blocks, or None.
+    splits: their number, or None. With splits, out and lse are float32 and hold the result over the split's keys alone,
+    without the sinks; those of the next split are stride_out and stride_lse further on.
+    out_residual, lse_residual: rounding errors of out and lse, or None; inf in rows that see nothing but a sink.
     """
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     PART: tl.constexpr = VARIANT.PART
     PARTS: tl.constexpr = VARIANT.PARTS
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
-    scores = Scores(scale, softcap, slopes, bias, mask)
+    score_mod = ScoreMod(scale, softcap, slopes, bias)
+    mask = Mask(window, mask)
     dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
-    m_index, split, head, b = place(heads, sequences, splits, VARIANT)
+    kv = KeysValues(k, v, k_map, v_map, paging)
+    m_index, split, head, b = program_tile(heads, sequences, splits, VARIANT)
     _, queries = queries_of(sequences, b)
     if m_index * BLOCK_M >= queries * rows_per_query(heads, VARIANT):
         return
-    tile = query_tile(q, k, v, heads, sequences, window, scores, rotation, m_index, head, b, VARIANT)
-    whole = tile.whole
-    cut = tile.cut
-    begin = tile.low // BLOCK_N * BLOCK_N
-    end = (tile.high + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    tile = load_query_tile(q, k, v, heads, sequences, window, score_mod, rotation, m_index, head, b, VARIANT)
+    full_begin = tile.full_begin
+    full_end = tile.full_end
+    begin = tile.n_begin // BLOCK_N * BLOCK_N
+    end = (tile.n_end + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     if splits is not None:
         share = ((end - begin) // BLOCK_N + splits - 1) // splits * BLOCK_N
         begin = tl.minimum(begin + split * share, end)
         end = tl.minimum(begin + share, end)
-        whole = tl.minimum(tl.maximum(whole, begin), end)
-        cut = tl.minimum(tl.maximum(cut, begin), end)
+        full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+        full_end = tl.minimum(tl.maximum(full_end, begin), end)
 
     acc, row_max, row_sum = _attend(
-        tile, k, v, k_map, v_map, begin, end, whole, cut, scores, window, dropout, paging, False, VARIANT
+        tile, kv, begin, full_begin, full_end, end, score_mod, mask, dropout, False, VARIANT
     )
-    if scores.mask is not None:
-        # Only a NaN that may have come from what the mask hides makes the care worth its price.
+    if mask.data is not None:
+        # Reading only what is visible is slow, and needed only where a NaN may have come from a hidden value.
         bad = any_nan(acc[0])
         for part in tl.static_range(1, PARTS):
             bad = bad | any_nan(acc[part])
         if bad:
             acc, row_max, row_sum = _attend(
-                tile, k, v, k_map, v_map, begin, end, whole, cut, scores, window, dropout, paging, True, VARIANT
+                tile, kv, begin, full_begin, full_end, end, score_mod, mask, dropout, True, VARIANT
             )
     TYPE: tl.constexpr = tl.float32 if lse_residual is None else tl.float64
-    row_lse, normalizer = finish(row_max, row_sum, unit_of_scores(scores, VARIANT), TYPE)
+    row_lse, normalizer = finalize(row_max, row_sum, unit_of_scores(score_mod, VARIANT), TYPE)
     saw_nothing = row_lse == -float("inf")
     lse_rows = offset_of(row_array(lse, heads, sequences), b, tile.heads, tile.tokens)
     out_data = out.data
@@ -218,84 +213,26 @@ def forward(
         lse_rows += split.to(tl.int64) * stride_lse
         out_data += split.to(tl.int64) * stride_out
     elif sinks is not None:
-        # Rows behind the last sequence belong to none, and have no sink.
+        # Rows after the last sequence belong to none, and have no sink.
         sink = tl.where(b < batch, tl.load(sinks + tile.heads), -float("inf")).to(TYPE)
-        row_lse, share, _ = merge(row_lse, sink)
-        row_lse = tl.where(saw_nothing, sink, row_lse)  # also one that is infinite
+        row_lse, share, _ = combine_lse(row_lse, sink)
+        row_lse = tl.where(saw_nothing, sink, row_lse)  # also an infinite sink
         normalizer = tl.where(saw_nothing, 0.0, normalizer * share)  # also of a sink that is NaN
     if dropout_scale is not None:
         normalizer *= dropout_scale
-    row_lse, row_residual = split_lse(row_lse)
+    row_lse, row_lse_residual = split_lse(row_lse)
     tl.store(lse + lse_rows, row_lse, mask=tile.rows_ok)
     if lse_residual is not None:
-        row_residual = tl.where(saw_nothing, float("inf"), row_residual)
-        tl.store(lse_residual + lse_rows, row_residual, mask=tile.rows_ok)
+        row_lse_residual = tl.where(saw_nothing, float("inf"), row_lse_residual)
+        tl.store(lse_residual + lse_rows, row_lse_residual, mask=tile.rows_ok)
     to = Array(out_data, out.batch, out.head, out.row, out.column)
     for part in tl.static_range(PARTS):
         result = acc[part] * normalizer[:, None]
         store_rows(to, b, tile.heads, tile.tokens, tile.rows_ok, result, part * PART, PART, VARIANT.HEAD_DIM_V)
         if out_residual is not None:
-            low = rounded_off(result, out.data.dtype.element_ty)
+            error = rounding_error(result, out.data.dtype.element_ty)
             if sinks is not None:
-                low = tl.where(saw_nothing[:, None], float("inf"), low)
+                error = tl.where(saw_nothing[:, None], float("inf"), error)
             store_rows(
-                out_residual, b, tile.heads, tile.tokens, tile.rows_ok, low, part * PART, PART, VARIANT.HEAD_DIM_V
+                out_residual, b, tile.heads, tile.tokens, tile.rows_ok, error, part * PART, PART, VARIANT.HEAD_DIM_V
             )
-
-
-@triton.jit(do_not_specialize=VARYING)
-def combine(
-    partial_out,
-    partial_lse,
-    partial_residual,
-    out,
-    lse,
-    out_residual,
-    lse_residual,
-    sinks,
-    rows,
-    splits,
-    stride_out,
-    stride_lse,
-    heads_q,
-    seqlen_q,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DIM: tl.constexpr,
-):
-    """Merges the splits, always in the same order. Reads and writes each number once: memory bounds it.
-
-    partial_out: (splits, batch, heads_q, seqlen_q, DIM), partial_lse and, with lse_residual, partial_residual: (splits,
-    batch, heads_q, seqlen_q), float32; lse and lse_residual are contiguous as well.
-    """
-    offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ok = offs_r < rows
-    offs_m = offs_r % seqlen_q
-    head = offs_r // seqlen_q % heads_q
-    b = offs_r // seqlen_q // heads_q
-    TYPE: tl.constexpr = tl.float32 if lse_residual is None else tl.float64
-    total = tl.zeros((BLOCK_M,), TYPE) - float("inf")
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for split in range(splits):
-        part_lse = tl.load(partial_lse + split * stride_lse + offs_r, mask=ok, other=-float("inf")).to(TYPE)
-        if lse_residual is not None:
-            part_lse += tl.load(partial_residual + split * stride_lse + offs_r, mask=ok, other=0.0)
-        part = load_tile(partial_out + split * stride_out, offs_r.to(tl.int64) * DIM, 1, ok, True, 0, BLOCK_D, DIM)
-        total, old, new = merge(total, part_lse)
-        acc = acc * old[:, None] + part * new[:, None]
-    saw_nothing = total == -float("inf")
-    if sinks is not None:
-        sink = tl.load(sinks + head).to(TYPE)
-        total, share, _ = merge(total, sink)
-        total = tl.where(saw_nothing, sink, total)
-        acc = tl.where(saw_nothing[:, None], 0.0, acc * share[:, None])
-    store_rows(out, b, head, offs_m, ok, acc, 0, BLOCK_D, DIM)
-    if out_residual is not None:
-        low = rounded_off(acc, out.data.dtype.element_ty)
-        if sinks is not None:
-            low = tl.where(saw_nothing[:, None], float("inf"), low)
-        store_rows(out_residual, b, head, offs_m, ok, low, 0, BLOCK_D, DIM)
-    total, residual = split_lse(total)
-    tl.store(lse + offs_r, total, mask=ok)
-    if lse_residual is not None:
-        tl.store(lse_residual + offs_r, tl.where(saw_nothing, float("inf"), residual), mask=ok)

@@ -1,11 +1,13 @@
-"""Where kernels run: on a GPU, or in Triton's interpreter on the CPU. Importing this does not need Triton."""
+"""Where kernels run: on a GPU, or in Triton's interpreter on the CPU. Importing this does not need Triton.
+
+Both classes have the methods of `Machine` (fastattn/backends/triton/machine.py).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 
@@ -14,26 +16,7 @@ from .launch import Launch, run
 from .tuning import Build, Tuner, asked_for, default_file
 
 
-class Machine(Protocol):
-    """What runs launches."""
-
-    def why_unavailable(self) -> str | None:
-        """None if kernels can run here, else a sentence."""
-
-    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None if kernels can run on tensors of this dtype there, else a sentence."""
-
-    def architecture(self, device: torch.device) -> Architecture:
-        """The device, as far as configurations depend on it."""
-
-    def choose(self, device: torch.device, kernel: str, shape: Shape, build: Build) -> Config:
-        """The configuration of a kernel; `build` makes launches of one, for those who try."""
-
-    def run(self, device: torch.device, launches: Iterable[Launch]) -> None:
-        """Runs launches one after the other on tensors of this device."""
-
-
-def machine() -> Machine:
+def machine() -> Gpu | Interpreter:
     """The interpreter if TRITON_INTERPRET is set, as when kernels are imported, else the GPUs."""
     return Interpreter() if interpreting() else Gpu()
 

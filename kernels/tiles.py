@@ -1,7 +1,7 @@
 """Tiles of matrices in memory: where their rows lie, loading and storing them.
 
-Offsets are computed in 64 bits, but for those within a block, so tensors may span more than 2^31 elements. A head_dim
-that is no power of two is padded with zeros by masks, which cost nothing where there is no padding.
+Offsets are computed in 64 bits, except those within a block, so tensors may span more than 2^31 elements.
+A head_dim that is no power of two is padded with zeros by masks, which cost nothing where there is no padding.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 from .arguments import Array
 
 RESIDUAL_SCALE = tl.constexpr(256.0)
-"""Keeps what rounding takes from small numbers above the smallest of float16 (kResidualScale in csrc/call/params.h)."""
+"""Keeps rounding errors of small numbers above the smallest of float16 (kResidualScale in csrc/call/params.h)."""
 
 
 @triton.jit
@@ -56,13 +56,14 @@ def load_block(
 ):
     """Rows of an `Array` counted from address `base`, where a block begins, inside a loop over blocks.
 
-    A thread loads every PASS-th row or so. The steps between its rows are the same for all threads; told apart from
-    the row that it starts from, they need no registers of their own.
+    A thread loads about every ROWS_PER_PASS-th row. The steps between its rows are the same for all threads.
+    Apart from the row that a thread starts at, they need no registers of their own.
     """
-    if VARIANT.WIDE:
+    if VARIANT.INT64_OFFSETS:
         rows = rows.to(tl.int64)
-    steps = base + (rows // VARIANT.PASS * VARIANT.PASS) * x.row
-    return load_tile(steps[:, None], rows % VARIANT.PASS * x.row, x.column, rows_ok, MASK_ROWS, FIRST, WIDTH, DIM)
+    STEP: tl.constexpr = VARIANT.ROWS_PER_PASS
+    steps = base + (rows // STEP * STEP) * x.row
+    return load_tile(steps[:, None], rows % STEP * x.row, x.column, rows_ok, MASK_ROWS, FIRST, WIDTH, DIM)
 
 
 @triton.jit
@@ -92,18 +93,18 @@ def row_array(data, heads, sequences):
 
 
 @triton.jit
-def rounded_off(x, DTYPE: tl.constexpr):
-    """What rounding to a type takes from x, times RESIDUAL_SCALE; 0 where that gives no finite number."""
-    low = (x - x.to(DTYPE).to(tl.float32)) * RESIDUAL_SCALE
-    return tl.where(tl.abs(low) < float("inf"), low, 0.0)
+def rounding_error(x, DTYPE: tl.constexpr):
+    """The error of rounding x to a type, times RESIDUAL_SCALE; 0 where that is not finite."""
+    error = (x - x.to(DTYPE).to(tl.float32)) * RESIDUAL_SCALE
+    return tl.where(tl.abs(error) < float("inf"), error, 0.0)
 
 
 @triton.jit
 def key_order(BLOCK_N: tl.constexpr, PERMUTED: tl.constexpr):
     """Which key of a block each column of a tile of scores stands for.
 
-    Permuted, the two pairs of columns that a thread holds of every 16 (in the accumulators of tensor cores) are four
-    keys in a row: the four words of one call of Philox, or one load of the mask.
+    In the accumulators of tensor cores a thread holds two pairs of columns of every 16. Permuted, they are four keys
+    in a row: the four words of one call of Philox, or one load of the mask.
     """
     c = tl.arange(0, BLOCK_N)
     if PERMUTED:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastattn.kernels.machine import interpreting
 
 import fastattn
-from fastattn import dispatch, shortcuts
-from fastattn.backends import Backend, cuda
+from fastattn import shortcuts
+from fastattn.backends import Backend, dispatch
+from fastattn.backends.native import cuda
+from fastattn.kernels.machine import interpreting
 
 COMPLETE_BACKENDS = ("reference", "cpu", "triton")
 """Those that promise every feature: for them a refused call is a failure, for others a skipped test."""

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks.inspect.cuda_simulator import Simulator, named
-from fastattn.backends import cuda
-from fastattn.backends.native import Tensors, addresses
-from fastattn.backends.prepared import Step
+from fastattn.backends.native import cuda
+from fastattn.backends.native.call import Tensors, addresses
+from fastattn.backends.native.prepared import Step
 
 from . import simulator
 
@@ -33,8 +33,8 @@ class Hardware(cuda.Gpu):
         self.kernels: list[str] = []
         self.bank_conflicts = 0
 
-    def processor(self, device: torch.device) -> cuda.Processor:
-        its = super().processor(device)
+    def architecture(self, device: torch.device) -> cuda.Architecture:
+        its = super().architecture(device)
         return its if self.multiprocessors is None else its._replace(multiprocessors=self.multiprocessors)
 
     def run_step(
@@ -42,13 +42,13 @@ class Hardware(cuda.Gpu):
     ) -> None:
         its = named(tensors, workspace)
         self.tensors = its
-        plan = step.call.plan(step.operation, addresses(its), *self.processor(device))
+        plan = step.call.plan(step.operation, addresses(its), *self.architecture(device))
         self.kernels += [name for name, blocks, *_ in plan if blocks > 0]
         super().run_step(device, step, tensors, workspace)
 
     def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
         self.tensors = tensors
-        plan = call.plan(operation, addresses(tensors), *self.processor(device))
+        plan = call.plan(operation, addresses(tensors), *self.architecture(device))
         self.kernels += [name for name, blocks, *_ in plan if blocks > 0]
         super().run(device, operation, call, tensors)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from fastattn.backends import Needs, empty_results
-from fastattn.backends.triton_launches import Gradients, forward_launches, in_memory
+from fastattn.backends.triton.launches import BackwardPass, forward_launches, kernel_inputs
 from fastattn.problem import Inputs, Options, describe
 
 from .simulator import Simulator
@@ -26,11 +26,11 @@ def main() -> None:
         for causal in (False, True):
             q, k, v = torch.randn(3, 1, 1, SEQLEN, head_dim).bfloat16().unbind()
             inputs = Inputs(q, k, v)
-            problem, given = describe("dense", inputs, Options(causal=causal)), in_memory(inputs)
+            problem, given = describe("dense", inputs, Options(causal=causal)), kernel_inputs(inputs)
             results = empty_results(problem, q, for_backward=False)
             launches = forward_launches(problem, given, machine, results)
             needs = Needs(True, True, True, False, False)
-            launches += Gradients(problem, given, machine, results, results.out, None, needs).launches
+            launches += BackwardPass(problem, given, machine, results, results.out, None, needs).launches
             scores = SEQLEN * (SEQLEN + 1) // 2 if causal else SEQLEN**2
             for launch in launches:
                 counts = machine.launch(launch)

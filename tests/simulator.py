@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastattn.kernels.ahead import compile_ahead, leaves, target
-from fastattn.kernels.config import Architecture, Config, Shape, choose
-from fastattn.kernels.launch import Launch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.inspect.compile_report import ARCHITECTURES
 from benchmarks.inspect.cuda_simulator import missing, ptxsim
+from fastattn.kernels.ahead import compile_ahead, leaves, target
+from fastattn.kernels.config import Architecture, Config, Shape, choose
+from fastattn.kernels.launch import Launch
 
 __all__ = ["Simulator", "missing", "ptxsim"]
 
@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "shared"))
 
 
 class Simulator:
-    """See `fastattn.kernels.machine.Machine`. `findings` collects races, reads of what nobody wrote and the like."""
+    """See `fastattn.backends.triton.machine`. `findings` collects races, reads of what nobody wrote and the like."""
 
     def __init__(self, capability: int, multiprocessors: int = 4) -> None:
         self.capability, self.multiprocessors = capability, multiprocessors

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import dispatch, ops, tolerance, validate_oracle
+from fastattn import ops, tolerance, validate_oracle
 from fastattn.__main__ import main
-from fastattn.backends import Grads, Needs, Results
+from fastattn.backends import Grads, Needs, Results, dispatch
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.problem import Inputs, Problem
 from fastattn.validate_cases import CASES, Case

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn import dispatch
-from fastattn.backends import Needs, cuda
-from fastattn.backends.native import Tensors, addresses
+from fastattn.backends import Needs, dispatch
+from fastattn.backends.native import cuda
+from fastattn.backends.native.call import Tensors, addresses
 from fastattn.problem import Inputs, Options, describe
 
 from .cases import GQA, Case
@@ -55,7 +55,7 @@ class Planner(Simulator):
     """Runs nothing; notes how much dynamic shared memory kernels would be launched with."""
 
     def run(self, device: torch.device, operation: str, call: Any, tensors: Tensors) -> None:
-        plan = call.plan(operation, addresses(tensors), *self.processor(device))
+        plan = call.plan(operation, addresses(tensors), *self.architecture(device))
         self.shared_bytes |= {name: shared for name, _, _, shared, _ in plan}
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import dispatch
-from fastattn.backends import cuda
+from fastattn.backends import dispatch
+from fastattn.backends.native import cuda
 from fastattn.problem import Inputs, Options, describe
 
 from .cache_cases import CONTIGUOUS, PAGED, ROTARY, CacheCase, build
@@ -305,11 +305,11 @@ def test_queries_of_any_layout(machine: Simulator | Hardware) -> None:
     plain = call.q
     call.q = plain.transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(call.run(backend="cuda"), want)
-    for q, remarks in ((plain, 0), (call.q, 1)):
+    for q, notes in ((plain, 0), (call.q, 1)):
         inputs = _inputs(q, call.k_cache, call.v_cache, call.options)
         report = dispatch.explain_choice(describe("cache", inputs, Options()), inputs, "cuda")
-        assert len(report.remarks) == remarks
-        assert all(remark.startswith("q is copied first, as its last stride is 6") for remark in report.remarks)
+        assert len(report.notes) == notes
+        assert all(note.startswith("q is copied first, as its last stride is 6") for note in report.notes)
     assert not machine.findings
 
 

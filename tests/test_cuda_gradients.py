@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastattn
 from fastattn import problem
-from fastattn.backends import cuda
+from fastattn.backends.native import cuda
 
 from . import cases
 from .cases import GQA, Call, Case

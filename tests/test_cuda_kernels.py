@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch
-from fastattn.backends import cuda
+from fastattn.backends import dispatch
+from fastattn.backends.native import cuda
 
 from . import cases
 from .cases import GQA, Case
@@ -126,8 +126,8 @@ def test_explain_names_copies(use_backends: Callable[..., None]) -> None:
     k = torch.randn(1, 2, 64, 65).bfloat16()[..., 1:]
     report = fastattn.explain(q, k, q, backend="cuda")
     assert report.backend == "cuda"
-    assert len(report.remarks) == 1
-    assert report.remarks[0].startswith("k is copied first")
+    assert len(report.notes) == 1
+    assert report.notes[0].startswith("k is copied first")
 
 
 @pytest.mark.parametrize(

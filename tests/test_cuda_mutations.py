@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastattn import dispatch
-from fastattn.backends import cuda
+from fastattn.backends import dispatch
+from fastattn.backends.native import cuda
 
 from . import cases
 from .cases import Case

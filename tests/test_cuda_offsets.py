@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch
-from fastattn.backends import cuda
-from fastattn.backends.native import Tensors, addresses, described
+from fastattn.backends import dispatch
+from fastattn.backends.native import cuda
+from fastattn.backends.native.call import Tensors, addresses, described
 from fastattn.problem import Problem
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
@@ -58,7 +58,7 @@ class FarBackend(cuda.CudaBackend):
             name: Layout((2, 2, *x.shape[2:]), (*STEPS, *x.stride()[2:]), x.dtype) for name, x in tensors.items()
         }
         call = described(cuda._cuda.Call, four, layouts)
-        size = call.workspace_bytes(operation, addresses(tensors), *self._machine.processor(problem.device))
+        size = call.workspace_bytes(operation, addresses(tensors), *self._machine.architecture(problem.device))
         workspace = torch.empty(size, dtype=torch.uint8)
         self._machine.run(problem.device, operation, call, tensors | {"workspace": workspace})
 
@@ -73,7 +73,7 @@ class FarSimulator(Simulator):
         shifted |= {"workspace": begins["workspace"]} if tensors["workspace"].numel() else {}
         names = {at: name for name, at in shifted.items() if name != "workspace"}
         assert len(names) == len(tensors) - 1
-        for name, blocks, threads, shared_bytes, argument in call.plan(operation, shifted, *self.processor(device)):
+        for name, blocks, threads, shared_bytes, argument in call.plan(operation, shifted, *self.architecture(device)):
             words = np.frombuffer(argument, np.uint64)
             fields: dict[int, Any] = {8 * i: word for i, word in enumerate(words)}
             for offset in cuda._cuda.address_offsets():

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.backends import cuda, empty_results
+from fastattn.backends import empty_results
+from fastattn.backends.native import cuda
 from fastattn.problem import Inputs, Options, describe
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
@@ -128,8 +129,8 @@ class Driverless(cuda.Gpu):
     def why_unavailable(self) -> str | None:
         return None
 
-    def processor(self, device: torch.device) -> cuda.Processor:
-        return cuda.Processor(80, 16)
+    def architecture(self, device: torch.device) -> cuda.Architecture:
+        return cuda.Architecture(80, 16)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and these addresses are not its own")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import dispatch, problem
-from fastattn.backends import cuda
+from fastattn import problem
+from fastattn.backends import dispatch
+from fastattn.backends.native import cuda
 
 from . import cases
 from .cases import GQA, Case

@@ -125,7 +125,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def note(name: str, function: Any) -> Any:
         return lambda *args, **kwargs: (names.append(name), function(*args, **kwargs))[1]
 
-    for backend in fastattn.dispatch.BACKENDS:
+    for backend in fastattn.backends.dispatch.BACKENDS:
         monkeypatch.setattr(backend, "forward", note(backend.name, backend.forward))
     theirs = torch.ops.aten.scaled_dot_product_attention
     monkeypatch.setattr(torch.ops.aten, "scaled_dot_product_attention", note("torch", theirs))

@@ -13,7 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
-from fastattn.backends import cuda
+from fastattn.backends import Preference
+from fastattn.backends.native import cuda
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.problem import Problem
 
@@ -188,8 +189,8 @@ class PlannedGpu(cuda.Gpu):
     def why_unavailable(self) -> str | None:
         return None
 
-    def processor(self, device: torch.device) -> cuda.Processor:
-        return cuda.Processor(self.capability, 132)
+    def architecture(self, device: torch.device) -> cuda.Architecture:
+        return cuda.Architecture(self.capability, 132)
 
 
 class PlannedTriton(ReferenceBackend):
@@ -199,6 +200,9 @@ class PlannedTriton(ReferenceBackend):
 
     def why_unavailable(self) -> str | None:
         return None
+
+    def preference(self, problem: Problem) -> Preference:
+        return Preference.NORMAL
 
 
 LARGE: dict[str, Any] = {"heads": 16, "heads_kv": 16, "seqlen_q": 8192, "seqlen_k": 8192, "head_dim": 64}

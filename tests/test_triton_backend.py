@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from fastattn.kernels import config
-from fastattn.kernels.config import Architecture, Config, Shape
-from fastattn.kernels.launch import Launch
-from fastattn.kernels.machine import Gpu, Interpreter, Machine
-from fastattn.kernels.tuning import Tuner, asked_for, default_file
 
 import fastattn
 from fastattn.backends import Needs, empty_results
 from fastattn.backends.triton import TritonBackend
+from fastattn.backends.triton.machine import Machine
+from fastattn.kernels import config
+from fastattn.kernels.config import Architecture, Config, Shape
+from fastattn.kernels.launch import Launch
+from fastattn.kernels.machine import Gpu, Interpreter
+from fastattn.kernels.tuning import Tuner, asked_for, default_file
 from fastattn.problem import Inputs, Options, describe
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -127,9 +128,9 @@ def test_configurations_fit(architecture: Architecture) -> None:
     """Whatever is not refused gets tiles that are powers of two and fit into shared memory."""
     choosers = {
         config.choose_forward: config.forward_memory,
-        config.choose_gradient_of_queries: config.memory_for_queries,
-        config.choose_gradient_of_keys: config.memory_for_keys,
-        config.choose_gradient_of_bias: config.memory_for_queries,
+        config.choose_bwd_dq: config.bwd_dq_memory,
+        config.choose_bwd_dkdv: config.bwd_dkdv_memory,
+        config.choose_bwd_dbias: config.bwd_dq_memory,
     }
     for size in (2, 4):
         for dims in ((1, 1), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (512, 512), (16, 512)):
@@ -154,7 +155,7 @@ def test_splits() -> None:
         return config.choose_splits(shape, config.choose_forward(shape, AMPERE), AMPERE)
 
     assert splits(1, 65536, 8) == 27  # 216 programs on 108 multiprocessors
-    assert splits(1, 65536, 1) == config.MOST_SPLITS
+    assert splits(1, 65536, 1) == config.MAX_SPLITS
     assert splits(1, 65536, 4000) == 1
     assert splits(1, 256, 1) == 1
     assert splits(1, 0, 1) == 1
@@ -164,13 +165,13 @@ def test_splits() -> None:
 
 def test_tensor_descriptors() -> None:
     """Only where they pay, and where rows and heads lie at multiples of 16 bytes."""
-    from fastattn.backends.triton_launches import forward_launches, in_memory
+    from fastattn.backends.triton.launches import forward_launches, kernel_inputs
 
     hopper = Planned(Architecture("cuda", 90, 227 * 1024, 132, (3, 9)))
 
     def mapped(machine: Machine, k: torch.Tensor, **given: Any) -> bool:
         q = torch.empty(1, 2, 300, k.shape[3], dtype=k.dtype)
-        inputs = in_memory(Inputs(q, k, k, **given))
+        inputs = kernel_inputs(Inputs(q, k, k, **given))
         problem = describe("dense", inputs, Options(causal=True))
         values = forward_launches(problem, inputs, machine, empty_results(problem, q, False))[0].arguments
         assert (values["k_map"] is None) == (values["v_map"] is None)
@@ -247,18 +248,17 @@ def test_tuning_is_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _specialisations(kind: str, inputs: Inputs, options: Options, *, train: bool = False) -> set[str]:
     """What the compiler would be asked for by a call, in all that makes it compile anew."""
+    from fastattn.backends.triton.launches import BackwardPass, append_kv_launch, forward_launches, kernel_inputs
     from fastattn.kernels import ahead
 
-    from fastattn.backends import triton_launches
-
-    problem, given = describe(kind, inputs, options), triton_launches.in_memory(inputs)
+    problem, given = describe(kind, inputs, options), kernel_inputs(inputs)
     results = empty_results(problem, inputs.q, for_backward=train)
-    launches = triton_launches.forward_launches(problem, given, Planned(AMPERE), results)
+    launches = forward_launches(problem, given, Planned(AMPERE), results)
     if inputs.k_new is not None:
-        launches.append(triton_launches.append_launch(problem, given, Planned(AMPERE)))
+        launches.append(append_kv_launch(problem, given, Planned(AMPERE)))
     if train:
         needs = Needs(True, True, True, False, False)
-        work = triton_launches.Gradients(problem, given, Planned(AMPERE), results, results.out, None, needs)
+        work = BackwardPass(problem, given, Planned(AMPERE), results, results.out, None, needs)
         launches += work.launches
     return {
         str((x.kernel.__name__, ahead.specialisation(x, ahead.target("cuda", 80)), ahead.options(x))) for x in launches
@@ -306,13 +306,13 @@ def test_no_group_of_arguments_holds_another() -> None:
         sinks=torch.empty(4),
         seed=torch.tensor(5),
     )
-    from fastattn.backends import triton_launches
+    from fastattn.backends.triton.launches import BackwardPass, forward_launches, kernel_inputs
 
     problem = describe("dense", inputs, Options(causal=True, dropout_p=0.1))
-    given, results = triton_launches.in_memory(inputs), empty_results(problem, inputs.q, for_backward=True)
-    launches = triton_launches.forward_launches(problem, given, Planned(AMPERE), results)
+    given, results = kernel_inputs(inputs), empty_results(problem, inputs.q, for_backward=True)
+    launches = forward_launches(problem, given, Planned(AMPERE), results)
     needs = Needs(True, True, True, True, True)
-    launches += triton_launches.Gradients(problem, given, Planned(AMPERE), results, results.out, None, needs).launches
+    launches += BackwardPass(problem, given, Planned(AMPERE), results, results.out, None, needs).launches
     assert len(launches) == 5
     groups = [value for launch in launches for value in launch.arguments.values() if isinstance(value, tuple)]
     assert groups

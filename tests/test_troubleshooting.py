@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from fastattn.kernels import config
-from fastattn.kernels.machine import Gpu, why_not_architecture
 
 import fastattn
 import native_build
-from fastattn.backends import cpu, cuda, triton
+from fastattn.backends.native import cpu, cuda
+from fastattn.backends.triton import backend as triton
 from fastattn.integrations.torch import explain, use
+from fastattn.kernels import config
+from fastattn.kernels.machine import Gpu, why_not_architecture
 from fastattn.problem import Inputs
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +130,7 @@ def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[str | None]:
         monkeypatch.setattr(module, f"_{backend.name}", None)
         monkeypatch.setattr(module, "_import_error", "No module named that", raising=False)
         yield backend.why_unavailable()
-    monkeypatch.setattr(triton, "_launches", lambda: 1 / 0)
+    monkeypatch.setattr(triton, "_import_launches", lambda: 1 / 0)
     yield triton._why_not_importable.__wrapped__()
 
 
@@ -157,7 +158,7 @@ def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_note_of_a_copy() -> None:
     q, k = torch.randn(1, 2, 10, 16).half(), torch.randn(1, 2, 16, 10).half().mT
     problem = fastattn.explain(q, k, q).problem
-    (note,) = cuda.CudaBackend(cuda.Gpu()).remarks(problem, Inputs(q, k, q))
+    (note,) = cuda.CudaBackend(cuda.Gpu()).notes(problem, Inputs(q, k, q))
     assert says(note), note
 
 

@@ -43,13 +43,13 @@ from .workloads import ALL, SHORT, Workload
 
 try:
     import triton
+
+    from fastattn.backends.triton import TritonBackend
+    from fastattn.backends.triton import launches as triton_launches
     from fastattn.kernels.ahead import compile_ahead, target
     from fastattn.kernels.config import Architecture
     from fastattn.kernels.launch import Launch
     from fastattn.kernels.machine import Gpu, compiler, why_not_architecture
-
-    from fastattn.backends import triton_launches
-    from fastattn.backends.triton import TritonBackend
 except ImportError as error:
     sys.exit(f"the compile report needs Triton ({error}); install it with pip install triton")
 
@@ -96,13 +96,13 @@ def launches(workload: Workload, architecture: Architecture, dtype: torch.dtype)
     """The launches of a workload, as the backend makes them on such a device."""
     machine = Planned(architecture)
     problem, given = workload.build(dtype)
-    inputs = triton_launches.in_memory(given)
+    inputs = triton_launches.kernel_inputs(given)
     results = empty_results(problem, inputs.q, for_backward=False)
     if workload.backward:
         needs = Needs(True, True, True, inputs.bias is not None, False)
-        return triton_launches.Gradients(problem, inputs, machine, results, results.out, None, needs).launches
+        return triton_launches.BackwardPass(problem, inputs, machine, results, results.out, None, needs).launches
     found = triton_launches.forward_launches(problem, inputs, machine, results)
-    return [triton_launches.append_launch(problem, inputs, machine), *found] if problem.kind == "cache" else found
+    return [triton_launches.append_kv_launch(problem, inputs, machine), *found] if problem.kind == "cache" else found
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Line:
         """Instructions per m16n8k16, and instructions and MUFU instructions per 32 scores, of one warp."""
         variant = self.launch.arguments["VARIANT"]
         scores = variant.BLOCK_M * variant.BLOCK_N / self.launch.num_warps
-        products = {"forward": (1, 1), "gradient_of_queries": (2, 1), "gradient_of_keys": (2, 2)}
+        products = {"forward": (1, 1), "bwd_dq": (2, 1), "bwd_dkdv": (2, 2)}
         of_k, of_v = products.get(self.launch.kernel.__name__, (1, 1))
         width = of_k * variant.BLOCK_D + of_v * variant.PART * variant.PARTS
         return (

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastattn.backends import Needs
-from fastattn.backends.cuda import CudaBackend
+from fastattn.backends.native.cuda import CudaBackend
 from fastattn.problem import Inputs, Options, describe
 
 from . import cuda_marks, cuda_module, cuda_simulator, pipes

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastattn.backends.cuda import Processor
-from fastattn.backends.native import Tensors, addresses
-from fastattn.backends.prepared import NAMES, Step
+from fastattn.backends.native.call import Tensors, addresses
+from fastattn.backends.native.cuda import Architecture
+from fastattn.backends.native.prepared import NAMES, Step
 
 from . import cuda_module
 
@@ -46,7 +46,7 @@ def named(tensors: Sequence[torch.Tensor | None], workspace: torch.Tensor | None
 
 
 class Simulator:
-    """See `fastattn.backends.cuda.Machine`.
+    """See `fastattn.backends.native.cuda.Machine`.
 
     findings: races, reads of uninitialised memory and the like.
     kernels, counters: the launched kernels, and the simulator's counters of each launch.
@@ -68,13 +68,13 @@ class Simulator:
         """See `Machine`."""
         return None
 
-    def why_not(self, device: torch.device) -> str | None:
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """See `Machine`."""
         return None if device.type == "cpu" else f"its tensors are on {device}, not on the CPU."
 
-    def processor(self, device: torch.device) -> Processor:
+    def architecture(self, device: torch.device) -> Architecture:
         """See `Machine`."""
-        return Processor(self.capability, self.multiprocessors)
+        return Architecture(self.capability, self.multiprocessors)
 
     def run_step(
         self, device: torch.device, step: Step, tensors: Sequence[torch.Tensor | None], workspace: torch.Tensor | None
@@ -86,7 +86,7 @@ class Simulator:
         """See `Machine`."""
         self.tensors = tensors
         memory = Memory(tensors.values())
-        plan = call.plan(operation, addresses(tensors), *self.processor(device))
+        plan = call.plan(operation, addresses(tensors), *self.architecture(device))
         for name, blocks, threads, shared_bytes, argument in plan:
             if blocks == 0:
                 continue

@@ -8,28 +8,17 @@ from torch import Tensor
 from ..problem import Inputs, Problem
 from ..reference import softmax_attention, softmax_attention_backward
 from ..rotary import Rotary, apply_rotary
-from . import Grads, Needs, Results, empty_grad, empty_results
+from .base import Backend, Grads, Needs, Preference, Results, empty_grad, empty_results
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """Runs `fastattn.reference`."""
 
     name = "reference"
 
-    def why_unavailable(self) -> str | None:
-        """It runs wherever torch runs."""
-        return None
-
-    def why_not(self, problem: Problem) -> str | None:
-        """It does every call."""
-        return None
-
-    def remarks(self, problem: Problem, inputs: Inputs) -> tuple[str, ...]:
-        """See `Backend.remarks`; any layout will do."""
-        return ()
-
-    def prepare(self, problem: Problem, inputs: Inputs) -> None:
-        """Its own work is what takes time."""
+    def preference(self, problem: Problem) -> Preference:
+        """It computes every call, and none of them fast."""
+        return Preference.LAST_RESORT
 
     def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
@@ -106,6 +95,6 @@ def _gather(cache: Tensor, block_table: Tensor | None) -> Tensor:
         return cache.new_empty(
             block_table.shape[0], cache.shape[1], block_table.shape[1] * cache.shape[2], cache.shape[3]
         )
-    # Entries behind a sequence's last page mean nothing and may be out of range.
+    # Entries after a sequence's last page mean nothing and may be out of range.
     pages = cache[block_table.clamp(0, cache.shape[0] - 1)]  # (batch, max_pages, heads_kv, page_size, dim)
     return pages.transpose(1, 2).flatten(2, 3)

@@ -29,8 +29,8 @@ from torch.utils._device import DeviceContext
 
 from .. import ops, sdpa
 from ..autograd import is_plain
+from ..backends.dispatch import Report, choose, choose_cached, explain_choice
 from ..casting import autocast
-from ..dispatch import Report, choose, choose_cached, explain_choice
 from ..functional import attention
 from ..problem import Inputs, Options, Problem, describe
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..dispatch import BACKENDS
+from ..backends.dispatch import BACKENDS
 from .cache import KVCache
 from .checks import check_count, check_number
 from .rotary import RotaryEmbedding

@@ -110,7 +110,8 @@ def test_table_is_of_the_classes_that_there_are() -> None:
 def test_table_has_none_that_are_silently_different() -> None:
     outcomes = list(listed().values())
     assert zoo.DIFFERENT not in outcomes
-    assert outcomes.count(zoo.EQUAL) >= 200
+    assert outcomes.count(zoo.EQUAL) >= 187
+    assert outcomes.count(zoo.EQUAL) + outcomes.count(zoo.IN_PART) >= 200
     assert outcomes.count(zoo.NOT_RUN) <= 12
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.inspect import cuda_marks, cuda_module, cuda_report, cuda_simulator, pipes, sass
 from benchmarks.inspect.cuda_marks import Counts, Mark
-from fastattn.backends import cuda
+from fastattn.backends.native import cuda
 
 from ... import simulator
 

@@ -1,4 +1,4 @@
-"""How the values of tensors lie in memory, as one key to look up what is known of calls like this one."""
+"""One key for how tensors lie in memory, to look up what is known of calls like this one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 try:
-    from . import _cpu
+    from .. import _cpu
 except ImportError:  # running from a source tree that was never built
     _cpu = None  # type: ignore[assignment]
 
 NO_LAYOUT = (TypeError, RuntimeError, BufferError)
-"""What `layouts` may raise for tensors that have none: sparse ones, or such without memory."""
+"""What `layout_key` may raise for tensors without a layout: sparse ones, and those without memory."""
 
 
 def attributes(*tensors: Tensor) -> Hashable:
@@ -23,5 +23,5 @@ def attributes(*tensors: Tensor) -> Hashable:
 
 _native = None if _cpu is None else _cpu.layout_reader(torch.Tensor)
 
-layouts: Callable[..., Hashable] = attributes if _native is None else _native
-"""layouts(*tensors): equal only if the tensors differ in nothing but where their values are and what they are."""
+layout_key: Callable[..., Hashable] = attributes if _native is None else _native
+"""layout_key(*tensors): keys are equal only if the tensors differ in addresses and values alone."""

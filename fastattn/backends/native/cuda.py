@@ -9,52 +9,44 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..chunks import CHUNK_BYTES, why_not_in_chunks, why_not_rows_in_chunks
-from ..problem import Inputs, Problem
-from . import Grads, Needs, Prepared, Results, empty_results
-from .native import (
-    Tensors,
-    addresses,
-    as_grads,
-    by_name,
-    described,
-    empty_grads,
-    gradient_tensors,
-    native_inputs,
-    written,
+from ...alignment import ALIGNMENT, why_not_aligned, why_rows_not_aligned
+from ...problem import Inputs, Problem
+from .. import base
+from ..base import (
+    MAX_SEQLEN,
+    Backend,
+    Grads,
+    Needs,
+    Preference,
+    Prepared,
+    Results,
+    empty_results,
+    finish_append,
+    why_too_long,
 )
+from .call import Tensors, addresses, as_grads, by_name, described, empty_grads, gradient_tensors, native_inputs
 from .prepared import PreparedCalls, Step, addresses_of
 
 try:
-    from .. import _cuda
+    from ... import _cuda
 except ImportError as error:  # built without nvcc
     _cuda = None  # type: ignore[assignment]
     _import_error = str(error)
 
-_WORTH_LAUNCHING = 2**36  # multiply-adds, some 0.4 ms on an H100
-_LONGEST = 2**28  # sums of two positions and a window stay within 32 bits
-_CHUNK = 8  # numbers in the 16 bytes that kernels read at once
+_TRITON_IS_FASTER = 2**36  # multiply-adds, some 0.4 ms on an H100
+_ALIGNED_ELEMENTS = 8  # in the 16 bytes that kernels read at once
 _PAGE_UNIT = 16  # keys that lie in one page
 
 
-class Processor(NamedTuple):
-    """What plans depend on besides the call: compute capability times 10, and streaming multiprocessors."""
+class Architecture(NamedTuple):
+    """What plans depend on beside the call: compute capability times 10, and streaming multiprocessors."""
 
     capability: int
     multiprocessors: int
 
 
-class Machine(Protocol):
+class Machine(base.Machine[Architecture], Protocol):
     """What runs planned calls."""
-
-    def why_unavailable(self) -> str | None:
-        """None if kernels can run here, else a sentence."""
-
-    def why_not(self, device: torch.device) -> str | None:
-        """None if kernels can run on tensors there, else a sentence."""
-
-    def processor(self, device: torch.device) -> Processor:
-        """The GPU of tensors there."""
 
     def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
         """Runs an operation ("forward", "backward" or "decode") of a call on tensors of this device."""
@@ -75,23 +67,23 @@ class Gpu:
         reason = _cuda.why_unavailable()
         return f"CUDA cannot run here: {reason}." if reason else None
 
-    def why_not(self, device: torch.device) -> str | None:
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """See `Machine`."""
         return None if device.type == "cuda" else f"its tensors are on {device}, and this backend runs on NVIDIA GPUs."
 
-    def processor(self, device: torch.device) -> Processor:
+    def architecture(self, device: torch.device) -> Architecture:
         """See `Machine`."""
-        return _processor(device)
+        return _architecture(device)
 
     def run(self, device: torch.device, operation: str, call: _cuda.Call, tensors: Tensors) -> None:
         """See `Machine`."""
-        call.run(operation, addresses(tensors), *self.processor(device), *_stream(device))
+        call.run(operation, addresses(tensors), *self.architecture(device), *_stream(device))
 
     def run_step(
         self, device: torch.device, step: Step, tensors: Sequence[Tensor | None], workspace: Tensor | None
     ) -> None:
         """See `Machine`."""
-        step.method(*addresses_of((*tensors, workspace)), *self.processor(device), *_stream(device))
+        step.method(*addresses_of((*tensors, workspace)), *self.architecture(device), *_stream(device))
 
 
 def _stream(device: torch.device) -> tuple[int, int]:
@@ -101,12 +93,12 @@ def _stream(device: torch.device) -> tuple[int, int]:
 
 
 @lru_cache
-def _processor(device: torch.device) -> Processor:
+def _architecture(device: torch.device) -> Architecture:
     properties = torch.cuda.get_device_properties(device)
-    return Processor(10 * properties.major + properties.minor, properties.multi_processor_count)
+    return Architecture(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-class CudaBackend:
+class CudaBackend(Backend):
     """Kernels compiled ahead, for compute capability 7.5 and up."""
 
     name = "cuda"
@@ -128,62 +120,61 @@ class CudaBackend:
         p = problem
         if p.dtype not in (torch.float16, torch.bfloat16):
             return f"its dtype is {p.dtype}, and these kernels compute in torch.float16 and torch.bfloat16."
-        if reason := self._machine.why_not(p.device):
+        if reason := self._machine.why_not(p.device, p.dtype):
             return reason
         if p.page_size % _PAGE_UNIT:
             return f"its page size is {p.page_size}, and these kernels take multiples of {_PAGE_UNIT}."
         for feature in ("mask", "bias", "dropout"):
             if feature in p.features:
                 return f"it uses {feature}, which these kernels do not compute."
-        for name in ("seqlen_q", "seqlen_k"):
-            if getattr(p, name) >= _LONGEST:
-                return f"{name} is {getattr(p, name)}, and this backend takes less than {_LONGEST}."
-        if p.kind == "cache" and (rows := p.seqlen_q * p.group) >= _LONGEST:
-            return f"a key/value head has {rows} rows of queries, and this backend takes less than {_LONGEST}."
+        if reason := why_too_long(p):
+            return reason
+        if p.kind == "cache" and (rows := p.seqlen_q * p.group) >= MAX_SEQLEN:
+            return f"a key/value head has {rows} rows of queries, and this backend takes less than {MAX_SEQLEN}."
         for name in ("head_dim", "head_dim_v"):
-            if getattr(p, name) % _CHUNK:
-                return f"{name} is {getattr(p, name)}, and this backend takes multiples of {_CHUNK}."
+            if getattr(p, name) % _ALIGNED_ELEMENTS:
+                return f"{name} is {getattr(p, name)}, and this backend takes multiples of {_ALIGNED_ELEMENTS}."
         if "unaligned cache" in p.features:
             return "its cache, which is not copied, has rows that are not contiguous or not at multiples of 16 bytes."
-        return _why_not_on(p, self._machine.processor(p.device).capability)
+        return _why_not_on(p, self._machine.architecture(p.device).capability)
 
-    def leaves_to_triton(self, problem: Problem) -> bool:
-        """Whether Triton's kernels are faster: on Hopper, for large calls that are like those that were measured.
+    def preference(self, problem: Problem) -> Preference:
+        """On Hopper, Triton's kernels are faster for large calls that are like those that were measured.
 
-        They use instructions of Hopper's own that these do not. Launching them takes the host longer, so small calls
-        stay.
+        They use Hopper's own instructions. Launching them takes the host longer, so small calls stay here.
         """
         p = problem
         if p.features - {"dense", "causal"} or p.seqlen_q != p.seqlen_k or max(p.head_dim, p.head_dim_v) > 128:
-            return False
+            return Preference.NORMAL
         if p.device.type != "cuda" or self.why_unavailable() is not None:
-            return False
+            return Preference.NORMAL
         pairs = p.batch * p.heads_q * p.seqlen_q * p.seqlen_k // (2 if "causal" in p.features else 1)
-        if pairs * (p.head_dim + p.head_dim_v) < _WORTH_LAUNCHING:
-            return False
-        return self._machine.processor(p.device).capability // 10 == 9
+        if pairs * (p.head_dim + p.head_dim_v) < _TRITON_IS_FASTER:
+            return Preference.NORMAL
+        is_hopper = self._machine.architecture(p.device).capability // 10 == 9
+        return Preference.SLOWER if is_hopper else Preference.NORMAL
 
-    def remarks(self, problem: Problem, inputs: Inputs) -> list[str]:
-        """See `Backend.remarks`."""
-        reasons = {name: why_not_in_chunks(getattr(inputs, name)) for name in _read_in_chunks(problem)}
+    def notes(self, problem: Problem, inputs: Inputs) -> list[str]:
+        """See `Backend.notes`."""
+        reasons = {name: why_not_aligned(getattr(inputs, name)) for name in _read_aligned(problem)}
         return [f"{name} is copied first, as {reason}." for name, reason in reasons.items() if reason]
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Prepared | None:
         """See `Backend.prepare`."""
-        if any(x.is_neg() or x._is_zerotensor() or why_not_rows_in_chunks(x) for x in inputs[:3]):
+        if any(x.is_neg() or x._is_zerotensor() or why_rows_not_aligned(x) for x in inputs[:3]):
             return None
         return _CudaCalls(self, self._machine, problem, inputs)
 
     def forward(self, problem: Problem, inputs: Inputs, for_backward: bool) -> Results:
         """See `Backend.forward`."""
         results = empty_results(problem, inputs.q, for_backward)
-        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | by_name(results)
+        tensors = _aligned(problem, native_inputs(problem, inputs)) | by_name(results)
         self._run("forward", problem, tensors)
         return results
 
     def _run(self, operation: str, problem: Problem, tensors: Tensors) -> None:
         call = described(_cuda.Call, problem, tensors)
-        size = _workspace_bytes(call, operation, tuple(tensors), self._machine.processor(problem.device))
+        size = _workspace_bytes(call, operation, tuple(tensors), self._machine.architecture(problem.device))
         if size:
             tensors = tensors | {"workspace": torch.empty(size, dtype=torch.uint8, device=problem.device)}
         self._machine.run(problem.device, operation, call, tensors)
@@ -194,15 +185,15 @@ class CudaBackend:
         """See `Backend.backward`."""
         grads = empty_grads(problem, inputs, needs)
         tensors = gradient_tensors(native_inputs(problem, inputs), results, dout, dlse, grads)
-        self._run("backward", problem, _in_chunks(problem, tensors))
+        self._run("backward", problem, _aligned(problem, tensors))
         return as_grads(inputs, grads)
 
     def decode(self, problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See `Backend.decode`."""
         results = empty_results(problem, inputs.q, for_backward=False)
-        tensors = _in_chunks(problem, native_inputs(problem, inputs)) | by_name(results)
+        tensors = _aligned(problem, native_inputs(problem, inputs)) | by_name(results)
         self._run("decode", problem, tensors)
-        written(inputs, tensors)
+        finish_append(inputs, tensors["k"], tensors["v"])
         return results.out, results.lse
 
 
@@ -216,7 +207,7 @@ class _CudaCalls(PreparedCalls):
         super().__init__(_cuda.Call, problem, inputs)
 
     def _workspace_bytes(self, operation: str, call: _cuda.Call, tensors: Tensors) -> int:
-        return _workspace_bytes(call, operation, tuple(tensors), self._machine.processor(self._problem.device))
+        return _workspace_bytes(call, operation, tuple(tensors), self._machine.architecture(self._problem.device))
 
     def _run(self, step: Step, tensors: Sequence[Tensor | None]) -> None:
         device, size = self._problem.device, step.workspace_bytes
@@ -224,12 +215,12 @@ class _CudaCalls(PreparedCalls):
         self._machine.run_step(device, step, tensors, workspace)
 
     def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not _begin_in_chunks(q, k, v):
+        if not _begin_aligned(q, k, v):
             return self._backend.forward(self._problem, Inputs(q, k, v), for_backward=False).out
         return super().infer(q, k, v)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
-        if not _begin_in_chunks(q, k, v):
+        if not _begin_aligned(q, k, v):
             return self._backend.forward(self._problem, Inputs(q, k, v), for_backward=True)
         return super().forward(q, k, v)
 
@@ -237,35 +228,35 @@ class _CudaCalls(PreparedCalls):
         self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
         kept = [results.out] if results.residual is None else [results.out, results.residual]
-        if not _begin_in_chunks(q, k, v, *kept) or why_not_in_chunks(dout):
+        if not _begin_aligned(q, k, v, *kept) or why_not_aligned(dout):
             inputs, wanted = Inputs(q, k, v), Needs(*needs, False, False)
             return self._backend.backward(self._problem, inputs, results, dout, None, wanted)[:3]
         return super().backward(q, k, v, results, dout, needs)
 
 
 @lru_cache(maxsize=4096)
-def _workspace_bytes(call: _cuda.Call, operation: str, names: tuple[str, ...], processor: Processor) -> int:
-    """The memory that an operation needs besides its tensors.
+def _workspace_bytes(call: _cuda.Call, operation: str, names: tuple[str, ...], architecture: Architecture) -> int:
+    """The memory that an operation needs beside its tensors.
 
-    That depends on sizes and on which tensors there are, not on where they lie: a call is planned when it runs, once.
+    That depends on sizes and on which tensors are given, not on where they lie: a call is planned when it runs, once.
     """
-    anywhere = dict.fromkeys(names, CHUNK_BYTES)
-    return call.workspace_bytes(operation, anywhere, *processor)
+    anywhere = dict.fromkeys(names, ALIGNMENT)
+    return call.workspace_bytes(operation, anywhere, *architecture)
 
 
-def _begin_in_chunks(*tensors: Tensor) -> bool:
-    return not any([x.data_ptr() % CHUNK_BYTES for x in tensors])
+def _begin_aligned(*tensors: Tensor) -> bool:
+    return not any([x.data_ptr() % ALIGNMENT for x in tensors])
 
 
-def _read_in_chunks(problem: Problem) -> tuple[str, ...]:
-    """Inputs that are copied if kernels cannot read them in chunks; a cache is written in place, and refused."""
+def _read_aligned(problem: Problem) -> tuple[str, ...]:
+    """Inputs that are copied if they are not aligned; a cache is written in place, and refused."""
     return ("q",) if problem.kind == "cache" else ("q", "k", "v")
 
 
-def _in_chunks(problem: Problem, tensors: Tensors) -> Tensors:
-    """The tensors, with copies of those that kernels cannot read in chunks as they are."""
-    read = [name for name in (*_read_in_chunks(problem), "out", "residual", "dout") if name in tensors]
-    unfit = [name for name in read if why_not_in_chunks(tensors[name])]
+def _aligned(problem: Problem, tensors: Tensors) -> Tensors:
+    """The tensors, with copies of those that kernels cannot read as they are."""
+    read = [name for name in (*_read_aligned(problem), "out", "residual", "dout") if name in tensors]
+    unfit = [name for name in read if why_not_aligned(tensors[name])]
     return tensors | {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in unfit}
 
 

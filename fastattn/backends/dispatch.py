@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .backends import Backend
-from .backends.cpu import CpuBackend
-from .backends.cuda import CudaBackend, Gpu
-from .backends.reference import ReferenceBackend
-from .backends.triton import TritonBackend
-from .kernels.machine import machine
-from .problem import Inputs, Problem
+from ..kernels.machine import machine
+from ..problem import Inputs, Problem
+from .base import Backend
+from .native.cpu import CpuBackend
+from .native.cuda import CudaBackend, Gpu
+from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 BACKENDS: tuple[Backend, ...] = (CudaBackend(Gpu()), TritonBackend(machine()), CpuBackend(), ReferenceBackend())
-"""In the order in which automatic choice tries them, but see `in_order`."""
+"""In the order in which automatic choice tries them, if they prefer a call alike."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Report:
     """What `fastattn.explain` found. str() of it is meant for people.
 
     backend: the name of the backend that runs the call. reasons: for each other backend, a sentence that says why
-    it is not the one. problem: the description of the call that the backends judged. remarks: sentences on what the
+    it is not the one. problem: the description of the call that the backends judged. notes: sentences on what the
     chosen backend has to do first, such as copies.
     """
 
     backend: str
     reasons: dict[str, str]
     problem: Problem
-    remarks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         p = self.problem
@@ -40,7 +40,7 @@ class Report:
             f"{p.seqlen_k}, {p.head_dim}), head_dim_v {p.head_dim_v}, {p.dtype}, {p.device}, "
             f"features: {', '.join(sorted(p.features))}",
         ]
-        lines += [f"  note: {remark}" for remark in self.remarks]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines + [f"  not '{name}': {reason}" for name, reason in self.reasons.items()])
 
 
@@ -66,9 +66,7 @@ def by_name(name: str) -> Backend:
 
 def in_order(problem: Problem) -> Sequence[Backend]:
     """The backends in the order in which automatic choice tries them for a call."""
-    if any(isinstance(backend, CudaBackend) and backend.leaves_to_triton(problem) for backend in BACKENDS):
-        return sorted(BACKENDS, key=lambda backend: backend.name != "triton")  # the others stay in order
-    return BACKENDS
+    return sorted(BACKENDS, key=lambda backend: -backend.preference(problem))  # stable: ties keep their order
 
 
 class Refusal(ValueError):
@@ -109,7 +107,7 @@ def explain_choice(problem: Problem, inputs: Inputs, name: str | None) -> Report
             reasons[backend.name] = why_not(backend, problem) or (
                 f"it can compute this call, but {chosen.name!r} {_advantage(chosen, backend, name)}"
             )
-    return Report(chosen.name, reasons, problem, tuple(chosen.remarks(problem, inputs)))
+    return Report(chosen.name, reasons, problem, tuple(chosen.notes(problem, inputs)))
 
 
 def _advantage(chosen: Backend, other: Backend, name: str | None) -> str:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..layouts import layouts
-from ..problem import Inputs, Problem
-from . import Results, empty_grad, empty_results
-from .native import Tensors, by_name, described, in_memory, native_inputs
+from ...problem import Inputs, Problem
+from ..base import Results, empty_grad, empty_results, in_memory
+from ..layout_key import layout_key
+from .call import Tensors, by_name, described, native_inputs
 
-_MOST_LAYOUTS = 64  # of output gradients whose calls a prepared kind keeps
+_MAX_LAYOUTS = 64  # of output gradients whose calls a prepared kind keeps
 
 Allocate = Callable[[Tensor], Tensor]
 
@@ -34,7 +34,7 @@ NAMES = ("q", "k", "v", "out", "lse", "residual", "dout", "dq", "dk", "dv")
 class Step(NamedTuple):
     """A forward or backward pass of a native description `call`: `method` runs it.
 
-    workspace_bytes: the memory that it needs besides its tensors.
+    workspace_bytes: the memory that it needs beside its tensors.
     """
 
     operation: str
@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
 
 def addresses_of(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where their values begin; 0 for what there is not."""
+    """Where their values begin; 0 for None."""
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
@@ -57,7 +57,7 @@ class PreparedCalls(ABC):
     def __init__(self, call: Any, problem: Problem, inputs: Inputs) -> None:
         results = empty_results(problem, inputs.q, for_backward=True)
         named = by_name(results)
-        self.layouts: Hashable = layouts(inputs.q, inputs.k, inputs.v, *named.values())
+        self.layout_key: Hashable = layout_key(inputs.q, inputs.k, inputs.v, *named.values())
         self._call, self._problem = call, problem
         self._forward = self._step("forward", native_inputs(problem, inputs) | named)
         lse = results.lse
@@ -78,7 +78,7 @@ class PreparedCalls(ABC):
 
     @abstractmethod
     def _run(self, step: Step, tensors: Sequence[Tensor | None]) -> None:
-        """Runs a step on tensors in the order of NAMES; None for what there is not."""
+        """Runs a step on tensors in the order of NAMES; None where there is none."""
 
     def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Prepared.infer`."""
@@ -106,7 +106,7 @@ class PreparedCalls(ABC):
         key = (dout.stride(), needs)
         step = self._gradients.get(key)  # once: another thread may clear it meanwhile
         if step is None:
-            if len(self._gradients) >= _MOST_LAYOUTS:
+            if len(self._gradients) >= _MAX_LAYOUTS:
                 self._gradients.clear()
             tensors = {"q": q, "k": k, "v": v, **by_name(results), "dout": dout}
             tensors |= {f"d{name}": grad for name, grad in zip("qkv", grads, strict=True) if grad is not None}

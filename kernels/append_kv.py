@@ -1,21 +1,23 @@
-"""Writes new keys and values into a cache, contiguous or paged, rotating the keys on the way."""
+"""Appends new keys and values to a cache, contiguous or paged, and rotates the keys on the way."""
 
 import triton
 import triton.language as tl
 
 from .arguments import VARYING, Sequences
-from .query_tile import page_and_slot
+from .block_info import keys_of
+from .paged_kv import page_and_slot
 from .rotary import load_rotated
-from .sequences import keys_of
 from .tiles import load_rows, offset_of, store_rows
 
 
 @triton.jit(do_not_specialize=VARYING)
-def append(k_new, v_new, k, v, heads, kv_lengths, batch, seqlen_k, seqlen_new, paging, rotation, VARIANT: tl.constexpr):
-    """One block of new keys of one head and sequence; each number is read and written once, so memory bounds it.
+def append_kv(
+    k_new, v_new, k, v, heads, kv_lengths, batch, seqlen_k, seqlen_new, paging, rotation, VARIANT: tl.constexpr
+):
+    """One block of new keys of one head and sequence. Each number is read and written once, so memory bounds it.
 
-    k_new, v_new: Arrays of (batch, heads_kv, seqlen_new, head_dim or head_dim_v). Key number j of sequence b lands at
-    position kv_lengths[b] + j, which is also the position it is rotated to.
+    k_new, v_new: Arrays of (batch, heads_kv, seqlen_new, head_dim or head_dim_v).
+    Key number j of sequence b is written to position kv_lengths[b] + j, to which it is also rotated.
     """
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     sequences = Sequences(None, None, kv_lengths, batch, seqlen_new, seqlen_k, seqlen_new)
@@ -33,9 +35,9 @@ def append(k_new, v_new, k, v, heads, kv_lengths, batch, seqlen_k, seqlen_new, p
         tile_k = load_rows(k_new, b, head, offs_n, ok, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
     tile_v = load_rows(v_new, b, head, offs_n, ok, WIDTH_V, VARIANT.HEAD_DIM_V)
-    place = b
+    batch_or_page = b
     rows = positions
     if VARIANT.PAGED:
-        place, rows = page_and_slot(b, positions, ok, paging)
-    store_rows(k, place, head, rows, ok, tile_k, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
-    store_rows(v, place, head, rows, ok, tile_v, 0, WIDTH_V, VARIANT.HEAD_DIM_V)
+        batch_or_page, rows = page_and_slot(b, positions, ok, paging)
+    store_rows(k, batch_or_page, head, rows, ok, tile_k, 0, VARIANT.BLOCK_D, VARIANT.HEAD_DIM)
+    store_rows(v, batch_or_page, head, rows, ok, tile_v, 0, WIDTH_V, VARIANT.HEAD_DIM_V)

@@ -3,14 +3,17 @@
 import triton
 import triton.language as tl
 
-from .arguments import VARYING, Dropout, Scores, Sequences
-from .backward import exponents, gradient_of_scores
-from .sequences import diagonal_offset, key_blocks, keys_of, queries_of, visible_keys
+from .arguments import VARYING, BwdRows, Dropout, Mask, ScoreMod, Sequences
+from .block_info import diagonal_offset, key_blocks, keys_of, queries_of
+from .bwd_preprocess import bwd_rows
+from .bwd_scores import probs_and_dscores
+from .mask import in_window, visible_keys
+from .score_mod import ScoreTile
 from .tiles import key_order, load_rows, offset_of
 
 
 @triton.jit(do_not_specialize=VARYING)
-def gradient_of_bias(
+def bwd_dbias(
     q,
     k,
     v,
@@ -49,16 +52,17 @@ def gradient_of_bias(
 ):
     """One tile of dbias, which is float32; the scores and their gradients are computed anew.
 
-    dbias: an Array of (batches, heads_out, tiles_m * BLOCK_M or tiles_m, tiles_n * BLOCK_N or 1). A program sums over
-    all sequences, heads or blocks of queries as the ALL_ arguments say, and over the rows or columns of its tile as
-    the SUM_ arguments say; if over columns, over all keys.
+    dbias: an Array of (batches, heads_out, tiles_m * BLOCK_M or tiles_m, tiles_n * BLOCK_N or 1).
+    ALL_BATCHES, ALL_HEADS, ALL_ROWS: a program sums over all sequences, heads or blocks of queries.
+    SUM_ROWS, SUM_COLUMNS: it also sums over the rows of its tile, or over all keys.
     """
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
-    scores = Scores(scale, softcap, slopes, bias, mask)
+    score_mod = ScoreMod(scale, softcap, slopes, bias)
+    mask = Mask(window, mask)
     dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
     pid = tl.program_id(0)
     n_index = pid % tiles_n
@@ -67,7 +71,7 @@ def gradient_of_bias(
     b_out = pid // tiles_n // tiles_m // heads_out
     cols = key_order(BLOCK_N, VARIANT.PERMUTED)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    lse_rows, low_rows = exponents(row_lse, heads, sequences, VARIANT)
+    arrays = bwd_rows(dout, row_lse, delta, heads, sequences, VARIANT)
     b_count = batch if ALL_BATCHES else batches * 0 + 1
     head_count = heads.heads_q if ALL_HEADS else batches * 0 + 1
     for b_index in tl.range(0, b_count):
@@ -84,54 +88,38 @@ def gradient_of_bias(
             offs_m = m + tl.arange(0, BLOCK_M)
             rows_ok = offs_m <= last_m
             i = tl.minimum(offs_m, last_m)
-            first, last = visible_keys(window, i, offset, kv_length)
-            last = tl.where(rows_ok, last, -1)
-            low, high, whole, cut = key_blocks(window, m, last_m, offset, kv_length, BLOCK_N)
-            n_begin = low // BLOCK_N * BLOCK_N
-            n_end = high
+            first_key, last_key = visible_keys(window, i, offset, kv_length)
+            last_key = tl.where(rows_ok, last_key, -1)
+            n_begin, n_end, full_begin, full_end = key_blocks(window, m, last_m, offset, kv_length, BLOCK_N)
+            begin = n_begin // BLOCK_N * BLOCK_N
+            end = n_end
             if not SUM_COLUMNS:
-                n_begin = tl.maximum(n_begin, n_index * BLOCK_N)
-                n_end = tl.minimum(n_end, n_index * BLOCK_N + BLOCK_N)
+                begin = tl.maximum(begin, n_index * BLOCK_N)
+                end = tl.minimum(end, n_index * BLOCK_N + BLOCK_N)
             for head_index in tl.range(0, head_count):
                 head = head_out + head_index
                 head_kv = head // heads.group
                 tokens = start_q + i
                 tile_q = load_rows(q, b, head, tokens, rows_ok, BLOCK_D, VARIANT.HEAD_DIM)
-                at = offset_of(lse_rows, b, head, tokens)
-                tile_lse = tl.load(lse_rows.data + at)
-                tile_low = tl.load(low_rows.data + at)[:, None] if VARIANT.FLOAT32 else 0.0
+                row_offsets = offset_of(arrays.lse, b, head, tokens)
+                lse = tl.load(arrays.lse.data + row_offsets)
+                residual = tl.load(arrays.lse_residual.data + row_offsets)[:, None] if VARIANT.FLOAT32 else 0.0
                 # The gradient of a row that sees nothing may be NaN.
-                sees = rows_ok & (tile_lse != float("inf"))
+                sees = rows_ok & (lse != float("inf"))
                 tile_do = load_rows(dout, b, head, tokens, sees, WIDTH_V, VARIANT.HEAD_DIM_V)
-                tile_lse = tile_lse[:, None]
-                tile_delta = tl.load(delta + at)[:, None]
-                for n in tl.range(n_begin, n_end, BLOCK_N):
+                rows = BwdRows(tile_do, lse[:, None], residual, tl.load(delta + row_offsets)[:, None])
+                for n in tl.range(begin, end, BLOCK_N):
                     offs_n = n + cols
-                    ok = (offs_n >= low) & (offs_n < high)
+                    ok = (offs_n >= n_begin) & (offs_n < n_end)
                     tile_k = load_rows(k, b, head_kv, start_k + offs_n, ok, BLOCK_D, VARIANT.HEAD_DIM)
                     tile_v = load_rows(v, b, head_kv, start_k + offs_n, ok, WIDTH_V, VARIANT.HEAD_DIM_V)
                     products = tl.dot(tile_q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
                     dprobs = tl.dot(tile_do, tl.trans(tile_v), input_precision=VARIANT.PRECISION)
-                    visible = (cols[None, :] <= (last - n)[:, None]) & (cols[None, :] >= (first - n)[:, None])
+                    visible = in_window(window, first_key, last_key, cols, n)
                     row = b * heads.heads_q + head
-                    probs, dscores, dproducts = gradient_of_scores(
-                        products,
-                        dprobs,
-                        tile_lse,
-                        tile_low,
-                        tile_delta,
-                        scores,
-                        dropout,
-                        b,
-                        head,
-                        row,
-                        i[:, None],
-                        offs_n[None, :],
-                        n,
-                        offset,
-                        visible,
-                        True,
-                        VARIANT,
+                    at = ScoreTile(b, head, row, i[:, None], offs_n[None, :], n, offset)
+                    probs, dscores, dproducts = probs_and_dscores(
+                        products, dprobs, rows, score_mod, mask, dropout, at, visible, True, VARIANT
                     )
                     acc += dscores
     if SUM_COLUMNS:

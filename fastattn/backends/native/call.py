@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import DIFFERENTIABLE, Inputs, Problem
-from . import Grads, Needs, Results, empty_grad
+from ...problem import DIFFERENTIABLE, Inputs, Problem
+from ..base import Grads, Needs, Results, empty_grad, in_memory
 
 # The values of fastattn::DType in csrc/call/params.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -41,13 +41,8 @@ def native_inputs(problem: Problem, inputs: Inputs) -> Tensors:
 
 
 def by_name(results: Results) -> Tensors:
-    """The results that there are."""
+    """The results, without those that are None."""
     return {name: x for name, x in results._asdict().items() if x is not None}
-
-
-def in_memory(x: Tensor) -> Tensor:
-    """The tensor with its values where its address says: not negated on reading, not zero without memory."""
-    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()
 
 
 def _broadcast(problem: Problem, x: Tensor) -> Tensor:
@@ -91,17 +86,6 @@ def as_grads(inputs: Inputs, grads: list[Tensor | None]) -> Grads:
             for grad, like in zip(grads, inputs.differentiable, strict=True)
         ]
     )
-
-
-def written(inputs: Inputs, tensors: Tensors) -> None:
-    """Ends a call that wrote new keys and values: into the caches, or into the copies of them that it was given."""
-    if inputs.k_new is None:
-        return
-    for cache, used in ((inputs.k, tensors["k"]), (inputs.v, tensors["v"])):
-        if used is not cache:
-            cache.copy_(used)
-        elif not cache.is_inference():
-            torch.autograd.graph.increment_version(cache)
 
 
 # ------------------------------------------------------------------------------------------------- native descriptions

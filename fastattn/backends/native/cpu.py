@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..problem import Inputs, Problem
-from . import Grads, Needs, Prepared, Results, empty_results
-from .native import (
+from ...problem import Inputs, Problem
+from ..base import Backend, Grads, Needs, Prepared, Results, empty_results, finish_append, why_too_large
+from .call import (
     DTYPE_CODES,
     addresses,
     as_grads,
@@ -19,20 +19,19 @@ from .native import (
     gradient_tensors,
     native_inputs,
     seed_of,
-    written,
 )
 from .prepared import PreparedCalls, Step, addresses_of
 
 try:
-    from .. import _cpu
+    from ... import _cpu
 except ImportError as error:  # running from a source tree that was never built
     _cpu = None  # type: ignore[assignment]
     _import_error = str(error)
 
-_LARGEST_HEAD_DIM = 2**24  # the kernels count the elements of a few rows in 32 bits
+_MAX_HEAD_DIM = 2**24  # the kernels count the elements of a few rows in 32 bits
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """Fused kernels, compiled for several instruction sets and chosen by the processor at hand."""
 
     name = "cpu"
@@ -50,14 +49,7 @@ class CpuBackend:
         """It computes every call on CPU tensors, up to a head_dim that no memory would hold rows of."""
         if problem.device.type != "cpu":
             return f"its tensors are on {problem.device}, and this backend runs on the CPU."
-        for name in ("head_dim", "head_dim_v"):
-            if getattr(problem, name) > _LARGEST_HEAD_DIM:
-                return f"{name} is {getattr(problem, name)}, and this backend takes at most {_LARGEST_HEAD_DIM}."
-        return None
-
-    def remarks(self, problem: Problem, inputs: Inputs) -> tuple[str, ...]:
-        """See `Backend.remarks`; any layout will do."""
-        return ()
+        return why_too_large(problem, _MAX_HEAD_DIM)
 
     def prepare(self, problem: Problem, inputs: Inputs) -> Prepared | None:
         """See `Backend.prepare`."""
@@ -86,7 +78,7 @@ class CpuBackend:
         results = empty_results(problem, inputs.q, for_backward=False)
         tensors = native_inputs(problem, inputs) | by_name(results)
         described(_cpu.Call, problem, tensors).forward_with_cache(addresses(tensors), 0, torch.get_num_threads())
-        written(inputs, tensors)
+        finish_append(inputs, tensors["k"], tensors["v"])
         return results.out, results.lse
 
 

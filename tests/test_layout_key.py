@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import layouts, shortcuts
-from fastattn.backends import cpu, prepared
+from fastattn import shortcuts
+from fastattn.backends import layout_key
+from fastattn.backends.native import cpu, prepared
 
-READERS = [layouts.attributes]
-if layouts._native is not None:
-    READERS.append(layouts._native)  # type: ignore[arg-type]
+READERS = [layout_key.attributes]
+if layout_key._native is not None:
+    READERS.append(layout_key._native)  # type: ignore[arg-type]
 READER = pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
 
 DIFFERENT: dict[str, Callable[[], Tensor]] = {
@@ -37,7 +38,7 @@ DIFFERENT: dict[str, Callable[[], Tensor]] = {
 
 def test_the_native_reader_is_used_where_torch_exports_the_table() -> None:
     exported = cpu._cpu is not None and hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    assert layouts.layouts is (layouts._native if exported else layouts.attributes)
+    assert layout_key.layout_key is (layout_key._native if exported else layout_key.attributes)
 
 
 @READER
@@ -57,7 +58,7 @@ def test_keys_are_equal_only_for_equal_layouts(read: Callable[..., Hashable]) ->
 def test_what_has_no_layout_is_refused_by_name(
     read: Callable[..., Hashable], make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortcuts, "layouts", read)
+    monkeypatch.setattr(shortcuts, "layout_key", read)
     x = torch.randn(1, 1, 2, 8)
     with pytest.raises((TypeError, ValueError), match=r"^q must be"):
         fastattn.attention(make(), x, x)
@@ -65,9 +66,9 @@ def test_what_has_no_layout_is_refused_by_name(
         fastattn.attention(x, x, make())
 
 
-@pytest.mark.skipif(layouts._native is None, reason="this version of torch does not export DLPack's table")
+@pytest.mark.skipif(layout_key._native is None, reason="this version of torch does not export DLPack's table")
 def test_the_native_reader_refuses_what_it_cannot_tell() -> None:
-    read: Any = layouts._native
+    read: Any = layout_key._native
     assert len({read(*[torch.randn([1] * dims)] * n) for n in range(9) for dims in range(9)}) == 1 + 8 * 9
     with pytest.raises(TypeError, match="at most 8 tensors, got 9"):
         read(*[torch.randn(1)] * 9)
@@ -84,7 +85,7 @@ def test_results_do_not_depend_on_the_reader(monkeypatch: pytest.MonkeyPatch) ->
     results = []
     for read in READERS:
         for module in (shortcuts, prepared):
-            monkeypatch.setattr(module, "layouts", read)
+            monkeypatch.setattr(module, "layout_key", read)
         shortcuts._kinds.clear()
         for _ in range(2):  # the first call prepares
             out = fastattn.attention(q, k, v, causal=True, backend="cpu")
