@@ -37,7 +37,7 @@ GPUS = {"sm_75": "T4", "sm_80": "A100", "sm_90": "H100"}
 
 
 class Name(NamedTuple):
-    """The parts of a kernel's name. has_score_mod: for calls with softcap or ALiBi."""
+    """What a kernel's name says. has_score_mod: for calls with softcap or ALiBi."""
 
     architecture: str
     kernel: str
@@ -47,7 +47,7 @@ class Name(NamedTuple):
 
 
 def parsed(name: str) -> Name | None:
-    """The parts of a name as fastattn_sm80_forward_bf16_general_d64. None for kernels without tensor cores."""
+    """The parts of a name as fastattn_sm80_forward_bf16_general_d64; None of kernels without tensor cores."""
     found = re.fullmatch(r"fastattn_sm(\d+)_(\w+)_(bf16|fp16)(_general)?_d(\d+)", name)
     return Name(f"sm_{found[1]}", found[2], found[3], bool(found[4]), int(found[5])) if found else None
 
