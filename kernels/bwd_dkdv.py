@@ -30,7 +30,7 @@ class KeyTile(NamedTuple):
     m_end: Any
     full_begin: Any
     full_end: Any
-    offset: Any  # of the diagonal
+    diagonal_offset: Any  # the key at which query 0 stands
 
 
 @triton.jit
@@ -88,11 +88,11 @@ def _step(
     dprobs = tl.dot(tile.v, tl.trans(tile_do), input_precision=VARIANT.PRECISION)
 
     i = tl.minimum(offs_m, tile.seqlen_q - 1)
-    first_key, last_key = visible_keys(mask.window, i, tile.offset, tile.kv_length)
+    first_key, last_key = visible_keys(mask.window, i, tile.diagonal_offset, tile.kv_length)
     visible = in_window(mask.window, first_key, last_key, tile.cols, tile.n, True)
     j = tl.minimum(tile.n + tile.cols, tl.maximum(tile.kv_length - 1, 0))
     row = tile.batch * tile.heads_q + head
-    at = ScoreTile(tile.batch, head, row, i[None, :], j[:, None], tile.n, tile.offset)
+    at = ScoreTile(tile.batch, head, row, i[None, :], j[:, None], tile.n, tile.diagonal_offset)
     of_queries = BwdRows(tile_do, tile_lse[None, :], tile_residual, tile_delta[None, :])
     probs, _, dproducts = probs_and_dscores(
         products, dprobs, of_queries, score_mod, mask, dropout, at, visible, MASKED, VARIANT
@@ -206,7 +206,7 @@ def bwd_dkdv(
         m_end=m_end,
         full_begin=full_begin,
         full_end=full_end,
-        offset=offset,
+        diagonal_offset=offset,
     )
     rows = bwd_rows(dout, row_lse, delta, heads, sequences, VARIANT)
     acc_k, acc_v = _over_queries(tile, q, rows, head_kv, heads, score_mod, mask, dropout, False, VARIANT)

@@ -46,7 +46,7 @@ def _step(
     products = tl.dot(tile.q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
     dprobs = tl.dot(rows.dout, tl.trans(tile_v), input_precision=VARIANT.PRECISION)
     visible = in_window(mask.window, tile.first_key, tile.last_key, cols, n)
-    at = ScoreTile(tile.batch, tile.head, tile.row, tile.offs_m, offs_n[None, :], n, tile.offset)
+    at = ScoreTile(tile.batch, tile.head, tile.row, tile.offs_m, offs_n[None, :], n, tile.diagonal_offset)
     _, _, dproducts = probs_and_dscores(products, dprobs, rows, score_mod, mask, dropout, at, visible, MASKED, VARIANT)
     if SKIP_HIDDEN:
         any_sees = tl.max((dproducts != 0).to(tl.int32), 0) != 0

@@ -52,7 +52,7 @@ def _step(
     s = tl.dot(tile.q, tl.trans(tile_k), input_precision=VARIANT.PRECISION)
 
     visible = in_window(mask.window, tile.first_key, tile.last_key, cols, n)
-    at = ScoreTile(tile.batch, tile.head, tile.row, tile.offs_m, offs_n[None, :], n, tile.offset)
+    at = ScoreTile(tile.batch, tile.head, tile.row, tile.offs_m, offs_n[None, :], n, tile.diagonal_offset)
     if VARIANT.HAS_SCORE_MOD:
         s, _ = apply_score_mod(s, score_mod, at, visible, MASKED, VARIANT)
     visible = load_mask(mask, at, visible, MASKED)

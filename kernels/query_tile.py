@@ -32,7 +32,7 @@ class QueryTile(NamedTuple):
     n_end: Any
     full_begin: Any
     full_end: Any
-    offset: Any  # of the diagonal
+    diagonal_offset: Any  # the key at which query 0 stands
     scale_log2: Any  # scores times this are exponents of 2
 
 
@@ -82,6 +82,6 @@ def load_query_tile(q, k, v, heads, sequences, window, score_mod, rotation, m_in
         n_end=n_end,
         full_begin=full_begin,
         full_end=full_end,
-        offset=offset,
+        diagonal_offset=offset,
         scale_log2=scale_log2(score_mod, VARIANT),
     )

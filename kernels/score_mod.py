@@ -24,7 +24,7 @@ class ScoreTile(NamedTuple):
     i: Any  # positions of queries
     j: Any  # positions of keys
     n: Any  # where the block of keys begins
-    offset: Any  # of the diagonal
+    diagonal_offset: Any  # the key at which query 0 stands
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def apply_score_mod(products, score_mod, at, visible, MASKED: tl.constexpr, VARI
     if score_mod.slopes is not None:
         slopes = score_mod.slopes
         slope = tl.load(slopes.data + offset_of(slopes, at.batch, at.head, at.batch * 0)).to(tl.float32) * unit
-        s -= slope * tl.abs(at.i + at.offset - at.j).to(tl.float32)
+        s -= slope * tl.abs(at.i + at.diagonal_offset - at.j).to(tl.float32)
     if score_mod.bias is not None:
         pointers = pointers_of(score_mod.bias, at)
         if MASKED:
