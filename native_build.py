@@ -174,13 +174,13 @@ def cuda_module(nvcc: Path) -> Module:
     turing = (
         "sm75",
         HEAD_DIMS_75,
-        ("forward", "backward"),
+        ("forward", "bwd_dkdv"),
         generate_code("75", [name for name in real if int(name) < 80]),
     )
     for_80 = generate_code("80", [name for name in real if 80 <= int(name) < 90])
     if later := [name for name in real if int(name) >= 90]:
-        for_80 += generate_code("90", later)  # of kernels that use fewer registers, see later_gpus.h
-    ampere = ("sm80", HEAD_DIMS, ("forward", "backward", "decode"), for_80)
+        for_80 += generate_code("90", later)  # of kernels that use fewer registers, see arch.h
+    ampere = ("sm80", HEAD_DIMS, ("forward", "bwd_dkdv", "decode"), for_80)
     objects = {
         f"{folder}_{family}_d{dim}": Object(
             f"csrc/cuda/{folder}/{family}.cu", str(nvcc), [*common, *code, f"-DFASTATTN_HEAD_DIM={dim}"]
@@ -189,9 +189,11 @@ def cuda_module(nvcc: Path) -> Module:
         for family in families
         for dim in dims
     }
-    objects["rows"] = Object("csrc/cuda/rows.cu", str(nvcc), [*common, *generate_code("75", real)])
-    objects["sm80_cache"] = Object("csrc/cuda/sm80/cache.cu", str(nvcc), [*common, *for_80])
+    objects["bwd_preprocess"] = Object(
+        "csrc/cuda/smxx/bwd_preprocess.cu", str(nvcc), [*common, *generate_code("75", real)]
+    )
+    objects["sm80_append_kv"] = Object("csrc/cuda/sm80/append_kv.cu", str(nvcc), [*common, *for_80])
     for name in ("plan", "launch"):
-        objects[name] = Object(f"csrc/cuda/{name}.cpp", str(nvcc), common)
+        objects[name] = Object(f"csrc/cuda/host/{name}.cpp", str(nvcc), common)
     objects["bindings"] = _bindings("csrc/call/bindings_cuda.cpp", [])
     return Module(objects, [str(nvcc), "-shared", "-cudart", "static", *host], [])

@@ -34,7 +34,7 @@ SHARED_BYTES = {"75": 64 * 1024}
 
 @pytest.fixture(params=CUDA_ARCHITECTURES)
 def usage(request: pytest.FixtureRequest) -> dict[str, cuda_module.Usage]:
-    """What the kernels that a GPU runs take there: on 7.5 those of sm75, on others those of sm80, and rows.cu."""
+    """What the kernels that a GPU runs take there: on 7.5 those of sm75, on others those of sm80, and those of smxx."""
     found = cuda_module.usage(f"sm_{request.param}")
     if not found:
         asked = os.environ.get("FASTATTN_CUDA_ARCHITECTURES", "").split(",")
@@ -92,7 +92,7 @@ LATER: tuple[tuple[Case, torch.dtype], ...] = (
     (_case("window, ALiBi", window=(40, 10), alibi="h", **_dims(64)), BF16),
     (Case("varlen", lengths=((7, 19), (130, 150), (0, 5), (65, 64)), causal=True, **GQA), BF16),
 )
-"""Kernels that differ on compute capability 9.0 and up, see later_gpus.h, and some that should not."""
+"""Kernels that differ on compute capability 9.0 and up, see arch.h, and some that should not."""
 
 
 @cuda_machines.needs_simulator

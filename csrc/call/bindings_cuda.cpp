@@ -3,9 +3,9 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/launch.h"
-#include "../cuda/plan.h"
-#include "../cuda/splits.h"
+#include "../cuda/host/launch.h"
+#include "../cuda/host/num_splits.h"
+#include "../cuda/host/plan.h"
 #include "description.h"
 
 namespace fastattn {

@@ -1,8 +1,8 @@
 // Compiled once per head dimension, FASTATTN_HEAD_DIM.
-#include "../forward.h"
-#include "../kernel.h"
+#include "../host/kernel.h"
+#include "../mma_sync/forward.h"
+#include "element.h"
 #include "kernels.h"
-#include "numbers.h"
 
 namespace fastattn {
 namespace cuda {

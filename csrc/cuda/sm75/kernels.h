@@ -2,7 +2,7 @@
 // own.
 #pragma once
 
-#include "../kernel.h"
+#include "../host/kernel.h"
 
 namespace fastattn {
 namespace cuda {

@@ -1,5 +1,5 @@
 // Compiled once per head dimension, FASTATTN_HEAD_DIM.
-#include "../kernel.h"
+#include "../host/kernel.h"
 #include "decode.h"
 #include "kernels.h"
 

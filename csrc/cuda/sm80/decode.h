@@ -8,13 +8,13 @@
 // GPU of compute capability 8.0 and up gives a block.
 #pragma once
 
-#include "../arguments.h"
-#include "../merge.h"
-#include "../numbers.h"
-#include "../packed_tile.h"
-#include "../products.h"
-#include "../softmax.h"
-#include "cache_pieces.h"
+#include "../common/arguments.h"
+#include "../common/combine_state.h"
+#include "../common/element.h"
+#include "../common/online_softmax.h"
+#include "../common/packed_block_info.h"
+#include "../mma_sync/mma.h"
+#include "cache_copy.h"
 
 namespace fastattn {
 namespace cuda {

@@ -1,8 +1,8 @@
 // Compiled once per head dimension, FASTATTN_HEAD_DIM.
-#include "../forward.h"
-#include "../kernel.h"
-#include "../later_gpus.h"
-#include "../numbers.h"
+#include "../common/arch.h"
+#include "../common/element.h"
+#include "../host/kernel.h"
+#include "../mma_sync/forward.h"
 #include "kernels.h"
 
 namespace fastattn {

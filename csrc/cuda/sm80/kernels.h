@@ -2,7 +2,7 @@
 // kernels that take any are in one.
 #pragma once
 
-#include "../kernel.h"
+#include "../host/kernel.h"
 
 namespace fastattn {
 namespace cuda {

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "../call/params.h"
-#include "ptx/arithmetic.h"
-#include "ptx/matrix.h"
+#include "../../call/params.h"
+#include "../ptx/arithmetic.h"
+#include "../ptx/matrix.h"
 
 namespace fastattn {
 namespace cuda {

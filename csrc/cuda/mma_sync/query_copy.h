@@ -1,10 +1,10 @@
 // Copies of queries, with dout and their statistics, for the gradients of keys and values.
 #pragma once
 
-#include "arguments.h"
-#include "row_statistics.h"
-#include "sequences.h"
-#include "tile_copy.h"
+#include "../common/arguments.h"
+#include "../common/block_info.h"
+#include "../common/tile_copy.h"
+#include "../smxx/bwd_preprocess.h"
 
 namespace fastattn {
 namespace cuda {

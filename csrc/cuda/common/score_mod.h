@@ -1,8 +1,8 @@
 // From the products of queries and keys to scores in units of log2, so that a probability is one exp2.
 #pragma once
 
+#include "../ptx/arithmetic.h"
 #include "arguments.h"
-#include "ptx/arithmetic.h"
 
 namespace fastattn {
 namespace cuda {

@@ -1,8 +1,8 @@
 // Which rows a block of threads works on, and which keys they see. Positions are 32-bit: the host refuses longer calls.
 #pragma once
 
-#include "../call/params.h"
-#include "tiles.h"
+#include "../../call/params.h"
+#include "grid.h"
 
 namespace fastattn {
 namespace cuda {
@@ -41,7 +41,7 @@ struct Tile {
   // Queries see keys, and keys are seen by queries: these are the columns. Some row has each of [first, end), and all
   // rows have those in [whole_first, whole_end).
   int first, end, whole_first, whole_end;
-  View keys, values;  // those of the call, for copies that read strides here (see later_gpus.h)
+  View keys, values;  // those of the call, for copies that read strides here (see arch.h)
 };
 
 // Sequence b of a varlen call owns the tiles from cu_seqlens[b] / rows + b on, which are at least as many as it needs:

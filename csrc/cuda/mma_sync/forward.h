@@ -10,13 +10,13 @@
 // which the sums tell afterwards; if one has, the block is done again, carefully.
 #pragma once
 
-#include "arguments.h"
-#include "masks.h"
-#include "numbers.h"
-#include "products.h"
-#include "sequences.h"
-#include "softmax.h"
-#include "tile_copy.h"
+#include "../common/arguments.h"
+#include "../common/block_info.h"
+#include "../common/element.h"
+#include "../common/mask.h"
+#include "../common/online_softmax.h"
+#include "../common/tile_copy.h"
+#include "mma.h"
 
 namespace fastattn {
 namespace cuda {

@@ -4,11 +4,11 @@
 #include <stdexcept>
 #include <string>
 
-#include "rows.h"
-#include "sm75/kernels.h"
-#include "sm80/kernels.h"
-#include "splits.h"
-#include "tiles.h"
+#include "../common/grid.h"
+#include "../sm75/kernels.h"
+#include "../sm80/kernels.h"
+#include "../smxx/kernels.h"
+#include "num_splits.h"
 #include "workspace.h"
 
 namespace fastattn {

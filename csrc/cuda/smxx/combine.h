@@ -4,10 +4,10 @@
 // Each part is read once: memory bounds it. Sums have a fixed order.
 #pragma once
 
-#include "arguments.h"
-#include "merge.h"
-#include "numbers.h"
-#include "softmax.h"
+#include "../common/arguments.h"
+#include "../common/combine_state.h"
+#include "../common/element.h"
+#include "../common/online_softmax.h"
 
 namespace fastattn {
 namespace cuda {

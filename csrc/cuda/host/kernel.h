@@ -2,7 +2,7 @@
 // with or without softcap and ALiBi. Every kernel takes Arguments by value, and a grid of one dimension.
 #pragma once
 
-#include "arguments.h"
+#include "../common/arguments.h"
 
 namespace fastattn {
 namespace cuda {

@@ -1,8 +1,8 @@
 // Kernels that go through rows and need no tensor cores: for any GPU and head dimension.
-#include "kernel.h"
-#include "numbers.h"
-#include "row_statistics.h"
-#include "rows.h"
+#include "../common/element.h"
+#include "../host/kernel.h"
+#include "bwd_preprocess.h"
+#include "kernels.h"
 
 namespace fastattn {
 namespace cuda {

@@ -1,9 +1,9 @@
 // Compiled once per head dimension, FASTATTN_HEAD_DIM.
-#include "../gradient_of_keys.h"
-#include "../gradient_of_queries.h"
-#include "../kernel.h"
-#include "../later_gpus.h"
-#include "../numbers.h"
+#include "../common/arch.h"
+#include "../common/element.h"
+#include "../host/kernel.h"
+#include "../mma_sync/bwd_dkdv.h"
+#include "../mma_sync/bwd_dq.h"
 #include "kernels.h"
 
 namespace fastattn {

@@ -1,7 +1,7 @@
 // What every kernel is launched with: the call, and numbers that the host derives from it once.
 #pragma once
 
-#include "../call/params.h"
+#include "../../call/params.h"
 
 namespace fastattn {
 namespace cuda {
@@ -12,7 +12,7 @@ struct Arguments {
   float softcap_log2 = 0;   // softcap * log2(e); 0 = off
   float softcap_scale = 0;  // scale / softcap
 
-  // Backward: numbers of each row, (batch or 1 for varlen, heads_q, seqlen_q), see row_statistics.h.
+  // Backward: numbers of each row, (batch or 1 for varlen, heads_q, seqlen_q), see bwd_preprocess.h.
   float* row_lse = nullptr;
   float* minus_delta = nullptr;
 

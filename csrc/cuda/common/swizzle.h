@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "../call/params.h"
-#include "ptx/registers.h"
-#include "unrolled.h"
+#include "../../call/params.h"
+#include "../ptx/registers.h"
+#include "static_for.h"
 
 namespace fastattn {
 namespace cuda {

@@ -5,8 +5,8 @@
 // sums its own columns; the four lanes of a row meet at the end.
 #pragma once
 
-#include "ptx/arithmetic.h"
-#include "scores.h"
+#include "../ptx/arithmetic.h"
+#include "score_mod.h"
 
 namespace fastattn {
 namespace cuda {

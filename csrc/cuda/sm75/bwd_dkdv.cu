@@ -1,9 +1,9 @@
 // Compiled once per head dimension, FASTATTN_HEAD_DIM.
-#include "../gradient_of_keys.h"
-#include "../gradient_of_queries.h"
-#include "../kernel.h"
+#include "../host/kernel.h"
+#include "../mma_sync/bwd_dkdv.h"
+#include "../mma_sync/bwd_dq.h"
+#include "element.h"
 #include "kernels.h"
-#include "numbers.h"
 
 namespace fastattn {
 namespace cuda {

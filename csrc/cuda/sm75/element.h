@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../numbers.h"
+#include "../common/element.h"
 #include "../ptx/arithmetic.h"
 #include "../ptx/matrix.h"
 

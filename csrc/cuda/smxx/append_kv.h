@@ -4,8 +4,8 @@
 // One warp per row. Each number is read and written once; a call has few of them beside those in its cache.
 #pragma once
 
-#include "arguments.h"
-#include "pages.h"
+#include "../common/arguments.h"
+#include "../common/paged_cache.h"
 
 namespace fastattn {
 namespace cuda {

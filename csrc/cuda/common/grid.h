@@ -1,7 +1,7 @@
 // How a launch is cut into tiles; both sides of it must agree.
 #pragma once
 
-#include "../call/params.h"
+#include "../../call/params.h"
 
 namespace fastattn {
 namespace cuda {

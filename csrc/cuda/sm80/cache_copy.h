@@ -2,11 +2,11 @@
 // page is a whole number of pieces, so that a piece lies within one.
 #pragma once
 
-#include "../packed_tile.h"
-#include "../pages.h"
+#include "../common/grid.h"
+#include "../common/packed_block_info.h"
+#include "../common/paged_cache.h"
+#include "../common/swizzle.h"
 #include "../ptx/async_copy.h"
-#include "../shared_tile.h"
-#include "../tiles.h"
 
 namespace fastattn {
 namespace cuda {

@@ -6,12 +6,12 @@
 
 #include <cstdint>
 
-#include "../call/params.h"
-#include "later_gpus.h"
-#include "ptx/async_copy.h"
-#include "ptx/memory.h"
-#include "sequences.h"
-#include "shared_tile.h"
+#include "../../call/params.h"
+#include "../ptx/async_copy.h"
+#include "../ptx/memory.h"
+#include "arch.h"
+#include "block_info.h"
+#include "swizzle.h"
 
 namespace fastattn {
 namespace cuda {

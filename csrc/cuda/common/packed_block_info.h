@@ -4,7 +4,7 @@
 #pragma once
 
 #include "arguments.h"
-#include "sequences.h"
+#include "block_info.h"
 
 namespace fastattn {
 namespace cuda {

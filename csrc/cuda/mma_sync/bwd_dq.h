@@ -6,13 +6,13 @@
 // block writes what another one does: the result does not depend on the order in which blocks run.
 #pragma once
 
-#include "arguments.h"
-#include "masks.h"
-#include "products.h"
-#include "row_statistics.h"
-#include "sequences.h"
-#include "softmax.h"
-#include "tile_copy.h"
+#include "../common/arguments.h"
+#include "../common/block_info.h"
+#include "../common/mask.h"
+#include "../common/online_softmax.h"
+#include "../common/tile_copy.h"
+#include "../smxx/bwd_preprocess.h"
+#include "mma.h"
 
 namespace fastattn {
 namespace cuda {

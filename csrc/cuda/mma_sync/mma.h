@@ -4,10 +4,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "ptx/matrix.h"
-#include "ptx/memory.h"
-#include "sequences.h"
-#include "shared_tile.h"
+#include "../common/block_info.h"
+#include "../common/swizzle.h"
+#include "../ptx/matrix.h"
+#include "../ptx/memory.h"
 
 namespace fastattn {
 namespace cuda {

@@ -1,7 +1,7 @@
 // Where the keys of a sequence lie in a cache. A contiguous cache is one of a single page per sequence.
 #pragma once
 
-#include "../call/params.h"
+#include "../../call/params.h"
 
 namespace fastattn {
 namespace cuda {

@@ -5,10 +5,10 @@
 // would go to all score gradients of a row with one sign. Cost: out, residual and dout are read once.
 #pragma once
 
-#include "arguments.h"
-#include "scores.h"
-#include "shared_tile.h"
-#include "tiles.h"
+#include "../common/arguments.h"
+#include "../common/grid.h"
+#include "../common/score_mod.h"
+#include "../common/swizzle.h"
 
 namespace fastattn {
 namespace cuda {

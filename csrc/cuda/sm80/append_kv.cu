@@ -1,8 +1,8 @@
 // What calls with a cache need besides attention itself; kernels for any head dimension.
-#include "../append.h"
-#include "../combine.h"
-#include "../kernel.h"
-#include "../numbers.h"
+#include "../common/element.h"
+#include "../host/kernel.h"
+#include "../smxx/append_kv.h"
+#include "../smxx/combine.h"
 #include "kernels.h"
 
 namespace fastattn {

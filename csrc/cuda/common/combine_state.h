@@ -5,7 +5,7 @@
 // by these. A finished result is such a part too, with its lse, 1 and out.
 #pragma once
 
-#include "ptx/arithmetic.h"
+#include "../ptx/arithmetic.h"
 
 namespace fastattn {
 namespace cuda {

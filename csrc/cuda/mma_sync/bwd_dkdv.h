@@ -2,17 +2,17 @@
 // see them, of each head of queries that shares it in turn.
 //
 // Products are transposed, keys by queries: so P^T and dS^T come out as the A operands of dv += P^T dout and
-// dk += dS^T q, and no probability passes through shared memory. As in gradient_of_queries.h, the products of values
+// dk += dS^T q, and no probability passes through shared memory. As in bwd_dq.h, the products of values
 // and dout start at -delta. Cost: 8 * head_dim flops and one exponential per score. Above head_dim 128 the registers
 // hold the sums of one gradient: the kernel is launched for each, at the cost of a fifth product.
 #pragma once
 
-#include "arguments.h"
-#include "masks.h"
-#include "products.h"
+#include "../common/arguments.h"
+#include "../common/block_info.h"
+#include "../common/mask.h"
+#include "../common/tile_copy.h"
+#include "mma.h"
 #include "query_copy.h"
-#include "sequences.h"
-#include "tile_copy.h"
 
 namespace fastattn {
 namespace cuda {

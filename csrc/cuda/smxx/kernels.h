@@ -1,7 +1,7 @@
-// The kernels of rows.cu.
+// The kernels of bwd_preprocess.cu.
 #pragma once
 
-#include "kernel.h"
+#include "../host/kernel.h"
 
 namespace fastattn {
 namespace cuda {
