@@ -32,18 +32,18 @@ GPUS = {"sm_75": "T4", "sm_80": "A100", "sm_90": "H100"}
 
 
 class Name(NamedTuple):
-    """What a kernel's name says. general: for calls with softcap or ALiBi."""
+    """What a kernel's name says. has_score_mod: for calls with softcap or ALiBi."""
 
     architecture: str
     kernel: str
     dtype: str
-    general: bool
+    has_score_mod: bool
     head_dim: int
 
 
 def parsed(name: str) -> Name | None:
-    """The parts of a name as fastattn_sm80_forward_bf16_general_d64; None of kernels without tensor cores."""
-    found = re.fullmatch(r"fastattn_sm(\d+)_(\w+)_(bf16|fp16)(_general)?_d(\d+)", name)
+    """The parts of a name as fastattn_sm80_forward_bf16_score_mod_d64; None of kernels without tensor cores."""
+    found = re.fullmatch(r"fastattn_sm(\d+)_(\w+)_(bf16|fp16)(_score_mod)?_d(\d+)", name)
     return Name(f"sm_{found[1]}", found[2], found[3], bool(found[4]), int(found[5])) if found else None
 
 
@@ -79,7 +79,7 @@ def static_marks(found: Sequence[Static], architecture: str) -> Iterator[Mark]:
     yield Mark(f"{architecture}: bytes of stack, the largest of {len(found)} kernels", spilled, 0)
     for x in found:
         name = parsed(x.name)
-        if name and architecture == MARKED and name.dtype == "bf16" and not name.general and x.work:
+        if name and architecture == MARKED and name.dtype == "bf16" and not name.has_score_mod and x.work:
             yield from cuda_marks.of_loop(name.kernel, name.head_dim, x.work.instructions)
 
 

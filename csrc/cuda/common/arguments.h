@@ -12,15 +12,15 @@ struct Arguments {
   float softcap_log2 = 0;   // softcap * log2(e); 0 = off
   float softcap_scale = 0;  // scale / softcap
 
-  // Backward: numbers of each row, (batch or 1 for varlen, heads_q, seqlen_q), see bwd_preprocess.h.
-  float* row_lse = nullptr;
-  float* minus_delta = nullptr;
+  // Backward pass, written by bwd_preprocess: (batch, heads_q, seqlen_q), with a batch of 1 in varlen calls.
+  float* lse_log2 = nullptr;
+  float* neg_delta = nullptr;
 
   // Calls with a cache: in the workspace. `splits` parts of the keys give a result each; a single one is the result.
   int32_t splits = 1;
-  View rotated;               // like q; null without rotary embedding
-  float* part_out = nullptr;  // (splits, batch, heads_q, seqlen_q, head_dim_v), contiguous
-  float* part_lse = nullptr;  // (splits, batch, heads_q, seqlen_q), contiguous, in units of log2
+  View q_rotated;              // like q; null without rotary embedding
+  float* out_accum = nullptr;  // (splits, batch, heads_q, seqlen_q, head_dim_v), contiguous
+  float* lse_accum = nullptr;  // (splits, batch, heads_q, seqlen_q), contiguous, in units of log2
 };
 
 }  // namespace cuda

@@ -1,8 +1,8 @@
-// Merging the softmax over disjoint sets of keys into the one over all of them, exactly: the formula of
+// Combines the softmax over disjoint sets of keys into the softmax over all of them, exactly. The formula is that of
 // fastattn/merge.py, in units of log2.
 //
-// A part of the keys gives a row a reference, the sum of its probabilities exp2(score - reference), and values weighted
-// by these. A finished result is such a part too, with its lse, 1 and out.
+// A set of keys gives a row its row_max, its row_sum of probabilities exp2(score - row_max), and values weighted by
+// these. A finished result is such a set too: its lse, 1 and out.
 #pragma once
 
 #include "../ptx/arithmetic.h"
@@ -10,16 +10,16 @@
 namespace fastattn {
 namespace cuda {
 
-struct Merge {
-  float top = -INFINITY;  // the largest reference; NaN is passed over here, and comes back in the weights
-  float sum = 0.0f;       // of all probabilities, relative to `top`
+struct CombineState {
+  float row_max = -INFINITY;  // the largest of all; NaN is passed over here, and comes back in the weights
+  float row_sum = 0.0f;       // of all probabilities, relative to row_max
 
-  // Takes note of a part; all of them, before anything is weighed.
-  __device__ __forceinline__ void see(float reference) { top = fmaxf(top, reference); }
+  // All sets must be seen before any is weighed.
+  __device__ __forceinline__ void update_max(float other) { row_max = fmaxf(row_max, other); }
 
-  // What a part's sum and values count for; nothing if it saw no key.
-  __device__ __forceinline__ float weight(float reference) const {
-    return ptx::ex2_approx(reference - (top == -INFINITY ? 0.0f : top));
+  // The factor of a set's row_sum and values; 0 if it saw no key.
+  __device__ __forceinline__ float weight(float other) const {
+    return ptx::ex2_approx(other - (row_max == -INFINITY ? 0.0f : row_max));
   }
 };
 

@@ -1,4 +1,4 @@
-// The two types of half precision, as the kernels compute with them: 16 bits in memory, products summed in float32.
+// The two element types: 16 bits in memory, products accumulated in float32.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ namespace fastattn {
 namespace cuda {
 
 struct BFloat16 {
-  // What the probabilities of one lane may sum to before their reference is renewed. They have float32's range; the
-  // bound keeps sums far from its end.
+  // What the probabilities of one lane may sum to before row_max is raised. They have the range of float32; the bound
+  // keeps sums far from its end.
   static constexpr float kLargestSum = 1e9f;
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return ptx::cvt_rn_bf16x2(low, high); }
   static __device__ __forceinline__ float2 unpack(uint32_t two) {
@@ -38,18 +38,19 @@ struct Float16 {
   }
 };
 
-// What rounding to Number takes from numbers, times kResidualScale, rounded to it in turn; 0 where that is not finite.
-template <class Number>
-struct RoundedOff {
+// The rounding error of numbers stored as Element, times kResidualScale, itself stored as Element. 0 where it is not
+// finite.
+template <class Element>
+struct RoundingError {
   static __device__ __forceinline__ uint32_t pack(float x, float y) {
-    const float2 high = Number::unpack(Number::pack(x, y));
-    return Number::pack(difference(x, high.x), difference(y, high.y));
+    const float2 rounded = Element::unpack(Element::pack(x, y));
+    return Element::pack(scaled_error(x, rounded.x), scaled_error(y, rounded.y));
   }
 
  private:
-  static __device__ __forceinline__ float difference(float x, float high) {
-    const float low = (x - high) * kResidualScale;
-    return fabsf(low) < INFINITY ? low : 0.0f;
+  static __device__ __forceinline__ float scaled_error(float x, float rounded) {
+    const float error = (x - rounded) * kResidualScale;
+    return fabsf(error) < INFINITY ? error : 0.0f;
   }
 };
 

@@ -1,4 +1,4 @@
-// How a launch is cut into tiles; both sides of it must agree.
+// How a launch is cut into tiles; host and device must agree.
 #pragma once
 
 #include "../../call/params.h"
@@ -6,9 +6,9 @@
 namespace fastattn {
 namespace cuda {
 
-constexpr int kPageUnit = 16;  // a page of a cache is a whole number of them
+constexpr int kPageUnit = 16;  // keys; a page of a cache is a whole number of units
 
-// Tiles that `total` rows of a call may need: an upper bound if the sequences' lengths are known to the device alone.
+// Tiles that `total` rows of a call may need. An upper bound if only the device knows the lengths of the sequences.
 FASTATTN_HOST_DEVICE inline int64_t tiles(int64_t total, int64_t batch, bool varlen, int rows) {
   return varlen ? total / rows + batch + 1 : (total + rows - 1) / rows;
 }

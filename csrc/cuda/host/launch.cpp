@@ -27,7 +27,7 @@ std::string describe(const Launch& launch) {
          " bytes of shared memory)";
 }
 
-// More shared memory than 48 KiB, less what a kernel has besides, must be asked for, once per kernel and GPU.
+// A kernel may have more than 48 KiB of shared memory only after asking for it, once per kernel and GPU.
 void allow_shared_memory(const Launch& launch, int device) {
   if (launch.kernel.shared_bytes == 0) return;
   static std::mutex mutex;
@@ -55,6 +55,32 @@ class CurrentDevice {
   int device_, before_ = 0;
 };
 
+cudaError_t launch_kernel(const Launch& launch, cudaStream_t stream) {
+  constexpr size_t kMostTensorMaps = 8;
+  void* arguments[1 + kMostTensorMaps] = {const_cast<Arguments*>(&launch.arguments)};
+  if (launch.tensor_maps.size() > kMostTensorMaps) return cudaErrorInvalidValue;
+  for (size_t i = 0; i < launch.tensor_maps.size(); ++i)
+    arguments[1 + i] = const_cast<TensorMap*>(&launch.tensor_maps[i]);
+
+  const dim3 blocks(static_cast<unsigned>(launch.blocks)), threads(static_cast<unsigned>(launch.kernel.threads));
+  const size_t shared_bytes = static_cast<size_t>(launch.kernel.shared_bytes);
+  if (launch.cluster_size == 1)
+    return cudaLaunchKernel(launch.kernel.function, blocks, threads, arguments, shared_bytes, stream);
+
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(launch.cluster_size);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, launch.kernel.function, arguments);
+}
+
 }  // namespace
 
 std::string why_unavailable() {
@@ -72,11 +98,7 @@ void run(const Launch& launch, int device, void* stream) {
   if (launch.blocks > 0x7fffffff) throw std::runtime_error(describe(launch) + " has more blocks than a grid can have");
   const CurrentDevice current(device);
   allow_shared_memory(launch, device);
-  void* arguments[] = {const_cast<Arguments*>(&launch.arguments)};
-  check(cudaLaunchKernel(launch.kernel.function, dim3(static_cast<unsigned>(launch.blocks)),
-                         dim3(static_cast<unsigned>(launch.kernel.threads)), arguments,
-                         static_cast<size_t>(launch.kernel.shared_bytes), static_cast<cudaStream_t>(stream)),
-        describe(launch));
+  check(launch_kernel(launch, static_cast<cudaStream_t>(stream)), describe(launch));
 }
 
 }  // namespace cuda

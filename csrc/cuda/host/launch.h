@@ -8,7 +8,7 @@
 namespace fastattn {
 namespace cuda {
 
-// Empty if there is a GPU and a driver for it, else what CUDA says is missing.
+// Empty if there is a GPU and a driver for it, else the reason that CUDA gives.
 std::string why_unavailable();
 
 // Launches on a stream of a GPU, by its number in this process. Safe while the stream is captured into a graph. Throws

@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <stdexcept>
-#include <string>
 
 #include "../common/grid.h"
-#include "../sm75/kernels.h"
-#include "../sm80/kernels.h"
 #include "../smxx/kernels.h"
+#include "kernel_table.h"
 #include "num_splits.h"
 #include "workspace.h"
 
@@ -16,36 +14,6 @@ namespace cuda {
 namespace {
 
 bool varlen(const Params& p) { return p.cu_seqlens_q != nullptr; }
-bool general(const Params& p) { return p.softcap > 0 || p.alibi.data != nullptr; }
-
-// The kernel of a family for the call's head dimension, padded.
-template <template <int> class Family>
-auto of_family(const Params& p) {
-  const int64_t dim = std::max(p.head_dim, p.head_dim_v);
-  if (dim <= 32) return Family<32>::get(p.dtype, general(p));
-  if (dim <= 64) return Family<64>::get(p.dtype, general(p));
-  if (dim <= 96) return Family<96>::get(p.dtype, general(p));
-  if (dim <= 128) return Family<128>::get(p.dtype, general(p));
-  if (dim <= 192) return Family<192>::get(p.dtype, general(p));
-  if (dim <= kLargestHeadDim) return Family<kLargestHeadDim>::get(p.dtype, general(p));
-  throw std::invalid_argument("head_dim is above " + std::to_string(kLargestHeadDim));
-}
-
-// The same for compute capability 7.5.
-template <template <int> class Family>
-auto of_family_75(const Params& p) {
-  if (p.dtype != DType::kFloat16) throw std::invalid_argument("compute capability 7.5 multiplies float16 alone");
-  const int64_t dim = std::max(p.head_dim, p.head_dim_v);
-  if (dim <= 64) return Family<64>::get(general(p));
-  if (dim <= kLargestHeadDim75) return Family<kLargestHeadDim75>::get(general(p));
-  throw std::invalid_argument("head_dim is above " + std::to_string(kLargestHeadDim75));
-}
-
-// The kernel for a GPU.
-template <template <int> class Family75, template <int> class Family80>
-auto of_families(const Params& p, const Gpu& gpu) {
-  return gpu.capability < 80 ? of_family_75<Family75>(p) : of_family<Family80>(p);
-}
 
 int64_t query_blocks(const Params& p, int rows) {
   return tiles(p.seqlen_q, p.batch, varlen(p), rows) * p.heads_q * (varlen(p) ? 1 : p.batch);
@@ -71,32 +39,35 @@ int64_t keys_of_tile(const Params& p, int rows) {
   return open ? p.seqlen_k : std::min(p.seqlen_k, p.window_left + p.window_right + rows);
 }
 
-// Attention of few queries: their keys are split over blocks of threads, whose results are merged.
-void plan_splits(const Params& p, Arguments a, const Gpu& gpu, Workspace& workspace, Plan& plan) {
+// Attention of few queries: their keys are split over blocks of threads, whose results are combined.
+void plan_splits(const Params& p, Arguments a, const Architecture& architecture, int multiprocessors,
+                 Workspace& workspace, Plan& plan) {
   constexpr int kSharedBytes = 96 * 1024;  // of a multiprocessor, at least
-  const Kernel decode = of_family<sm80::DecodeKernels>(p);
-  const int64_t blocks = packed_tiles(p, decode.rows) * p.heads_kv * p.batch;
-  const int64_t slots = int64_t(gpu.multiprocessors) * (kSharedBytes / decode.shared_bytes);
+  const Kernel decode = architecture.find(Family::kDecode, p);
+  const int64_t blocks = packed_tiles(p, decode.block_rows) * p.heads_kv * p.batch;
+  const int64_t slots = int64_t(multiprocessors) * (kSharedBytes / decode.shared_bytes);
   const int64_t rows = p.batch * p.heads_q * p.seqlen_q;
-  a.splits = static_cast<int32_t>(splits(blocks, keys_of_tile(p, decode.rows), slots));
+  a.splits = static_cast<int32_t>(num_splits(blocks, keys_of_tile(p, decode.block_rows), slots));
   if (a.splits > 1) {
-    a.part_out = workspace.take<float>(a.splits * rows * p.head_dim_v);
-    a.part_lse = workspace.take<float>(a.splits * rows);
+    a.out_accum = workspace.take<float>(a.splits * rows * p.head_dim_v);
+    a.lse_accum = workspace.take<float>(a.splits * rows);
   }
   plan.launches.push_back({decode, blocks * a.splits, a});
-  if (a.splits > 1) plan.launches.push_back({sm80::combine_kernel(p.dtype), rows, a});
+  if (a.splits > 1) plan.launches.push_back({architecture.find(Family::kCombine, p), rows, a});
 }
 
 // Attention of the queries in `a`, by the tiles that serve their number.
 void plan_attention(const Params& p, const Arguments& a, const Gpu& gpu, Workspace& workspace, Plan& plan) {
-  // The heads that share keys lie in tiles of 16 rows: up to so many queries, no key is read by more of these than of
-  // the forward's tiles, of 64 to 128 queries of one head.
+  // The heads that share keys are packed into tiles of 16 rows. Up to so many queries, no key is read by more of these
+  // than of the forward's tiles, of 64 to 128 queries of one head.
   constexpr int64_t kFewQueries = 16;
-  if (gpu.capability >= 80 && (p.page_size > 0 || (!varlen(p) && p.seqlen_q <= kFewQueries))) {
-    plan_splits(p, a, gpu, workspace, plan);
+  const Architecture& architecture = architecture_of(gpu.capability);
+  const bool few = p.page_size > 0 || (!varlen(p) && p.seqlen_q <= kFewQueries);
+  if (few && architecture.has(Family::kDecode)) {
+    plan_splits(p, a, architecture, gpu.multiprocessors, workspace, plan);
   } else {
-    const Kernel kernel = of_families<sm75::ForwardKernels, sm80::ForwardKernels>(p, gpu);
-    plan.launches.push_back({kernel, query_blocks(p, kernel.rows), a});
+    const Kernel forward = architecture.find(Family::kForward, p);
+    plan.launches.push_back({forward, query_blocks(p, forward.block_rows), a});
   }
 }
 
@@ -112,39 +83,45 @@ Plan plan_backward(const Params& p, const Gpu& gpu, void* workspace) {
   const int64_t entries = varlen(p) ? 1 : p.batch;
   Workspace memory(workspace);
   Arguments a = arguments_of(p);
-  a.row_lse = memory.take<float>(entries * p.heads_q * p.seqlen_q);
-  a.minus_delta = memory.take<float>(entries * p.heads_q * p.seqlen_q);
+  a.lse_log2 = memory.take<float>(entries * p.heads_q * p.seqlen_q);
+  a.neg_delta = memory.take<float>(entries * p.heads_q * p.seqlen_q);
   Plan plan;
   plan.workspace_bytes = memory.bytes();
   const auto launch = [&](const Kernel& kernel, int64_t blocks) { plan.launches.push_back({kernel, blocks, a}); };
 
-  const Kernel statistics = row_statistics_kernel(p.dtype);
-  launch(statistics, tiles(p.seqlen_q, 1, false, statistics.rows) * p.heads_q * entries);
-  if (p.dsinks.data != nullptr) launch(sink_gradient_kernel(), p.heads_q);
+  const Kernel preprocess = smxx::bwd_preprocess_kernel(p.dtype);
+  launch(preprocess, tiles(p.seqlen_q, 1, false, preprocess.block_rows) * p.heads_q * entries);
+  if (p.dsinks.data != nullptr) launch(smxx::bwd_dsinks_kernel(), p.heads_q);
+  const Architecture& architecture = architecture_of(gpu.capability);
   if (p.dq.data != nullptr) {
-    const Kernel kernel = of_families<sm75::QueryGradientKernels, sm80::QueryGradientKernels>(p, gpu);
-    launch(kernel, query_blocks(p, kernel.rows));
+    const Kernel dq = architecture.find(Family::kBwdDq, p);
+    launch(dq, query_blocks(p, dq.block_rows));
   }
-  const KeyGradients kernels = of_families<sm75::KeyGradientKernels, sm80::KeyGradientKernels>(p, gpu);
-  const bool together = kernels.keys.function == kernels.values.function;
-  if (p.dk.data != nullptr || (together && p.dv.data != nullptr))
-    launch(kernels.keys, key_blocks(p, kernels.keys.rows));
-  if (p.dv.data != nullptr && !together) launch(kernels.values, key_blocks(p, kernels.values.rows));
+  const auto launch_over_keys = [&](Family family) {
+    const Kernel kernel = architecture.find(family, p);
+    launch(kernel, key_blocks(p, kernel.block_rows));
+  };
+  if (architecture.has(Family::kBwdDkdv, padded_head_dim(p))) {
+    if (p.dk.data != nullptr || p.dv.data != nullptr) launch_over_keys(Family::kBwdDkdv);
+  } else {
+    if (p.dk.data != nullptr) launch_over_keys(Family::kBwdDk);
+    if (p.dv.data != nullptr) launch_over_keys(Family::kBwdDv);
+  }
   return plan;
 }
 
 // Appends new keys and values, and rotates: what calls with a cache begin with. Returns the arguments for the rest.
-Arguments plan_append(const Params& p, Workspace& workspace, Plan& plan) {
-  const Kernel append = sm80::append_kernel(p.dtype);
+Arguments plan_append_kv(const Params& p, const Gpu& gpu, Workspace& workspace, Plan& plan) {
+  const Kernel append = architecture_of(gpu.capability).find(Family::kAppendKv, p);
   Arguments a = arguments_of(p);
   int64_t rows = p.batch * p.heads_kv * p.seqlen_new;
   if (p.rotary_dim > 0) {
     const int64_t queries = p.batch * p.heads_q * p.seqlen_q, head = p.seqlen_q * p.head_dim;
-    a.rotated = {workspace.take<uint16_t>(queries * p.head_dim), p.heads_q * head, head, p.head_dim, 1};
+    a.q_rotated = {workspace.take<uint16_t>(queries * p.head_dim), p.heads_q * head, head, p.head_dim, 1};
     rows += queries;
   }
-  plan.launches.push_back({append, (rows + append.rows - 1) / append.rows, a});
-  if (p.rotary_dim > 0) a.p.q = a.rotated;
+  plan.launches.push_back({append, (rows + append.block_rows - 1) / append.block_rows, a});
+  if (p.rotary_dim > 0) a.p.q = a.q_rotated;
   return a;
 }
 
@@ -154,7 +131,7 @@ Plan plan_decode(Params p, const Gpu& gpu, void* memory) {
   if (p.rotary_positions == 0) p.rotary_dim = 0;
   Plan plan;
   Workspace workspace(memory);
-  const Arguments a = plan_append(p, workspace, plan);
+  const Arguments a = plan_append_kv(p, gpu, workspace, plan);
   plan_attention(p, a, gpu, workspace, plan);
   plan.workspace_bytes = workspace.bytes();
   return plan;

@@ -9,19 +9,26 @@
 namespace fastattn {
 namespace cuda {
 
+// A tensor as the copy engine of later GPUs reads it: a CUtensorMap.
+struct alignas(64) TensorMap {
+  unsigned char bytes[128];
+};
+
 struct Launch {
   Kernel kernel;
   int64_t blocks;
   Arguments arguments;
+  int cluster_size = 1;                // blocks that share their shared memory
+  std::vector<TensorMap> tensor_maps;  // what the kernel takes after its Arguments, by value
 };
 
-// Launches, one behind the other, and the memory that they hand numbers on in.
+// Launches, in their order, and the memory through which they pass numbers on.
 struct Plan {
   std::vector<Launch> launches;
   int64_t workspace_bytes = 0;
 };
 
-// What a plan depends on besides the call.
+// What a plan also depends on.
 struct Gpu {
   int capability;  // times 10
   int multiprocessors;
@@ -29,11 +36,8 @@ struct Gpu {
 
 enum class Operation { kForward, kBackward, kDecode };
 
-constexpr int kLargestHeadDim = 256;
-constexpr int kLargestHeadDim75 = 128;  // of compute capability 7.5
-
 // The plan of an operation, with workspace_bytes of memory from `workspace` on, which begins at a multiple of 256
-// bytes. How much is needed does not depend on where it lies.
+// bytes. How much is needed does not depend on where it is.
 Plan plan(Operation operation, const Params& p, const Gpu& gpu, void* workspace);
 
 }  // namespace cuda

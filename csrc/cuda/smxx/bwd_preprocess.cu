@@ -1,24 +1,23 @@
-// Kernels that go through rows and need no tensor cores: for any GPU and head dimension.
+#include "../common/define_kernel.h"
 #include "../common/element.h"
-#include "../host/kernel.h"
 #include "bwd_preprocess.h"
 #include "kernels.h"
 
 namespace fastattn {
 namespace cuda {
 
-using StatisticsBf16 = RowStatisticsTraits<BFloat16>;
-using StatisticsFp16 = RowStatisticsTraits<Float16>;
+using Bf16 = BwdPreprocessTraits<BFloat16>;
+using Fp16 = BwdPreprocessTraits<Float16>;
 
-FASTATTN_KERNEL(fastattn_row_statistics_bf16, StatisticsBf16, row_statistics)
-FASTATTN_KERNEL(fastattn_row_statistics_fp16, StatisticsFp16, row_statistics)
-FASTATTN_KERNEL(fastattn_sink_gradient, SinkGradientTraits, sink_gradient)
+FASTATTN_KERNEL(fastattn_bwd_preprocess_bf16, Bf16, bwd_preprocess)
+FASTATTN_KERNEL(fastattn_bwd_preprocess_fp16, Fp16, bwd_preprocess)
+FASTATTN_KERNEL(fastattn_bwd_dsinks, BwdDsinksTraits, bwd_dsinks)
 
-Kernel row_statistics_kernel(DType dtype) {
-  return dtype == DType::kBFloat16 ? describe<StatisticsBf16>() : describe<StatisticsFp16>();
+Kernel smxx::bwd_preprocess_kernel(DType dtype) {
+  return dtype == DType::kBFloat16 ? describe<Bf16>() : describe<Fp16>();
 }
 
-Kernel sink_gradient_kernel() { return describe<SinkGradientTraits>(); }
+Kernel smxx::bwd_dsinks_kernel() { return describe<BwdDsinksTraits>(); }
 
 }  // namespace cuda
 }  // namespace fastattn

@@ -1,13 +1,15 @@
-// The kernels of bwd_preprocess.cu.
+// Kernels that need no tensor cores: one kernel for any GPU and head dimension.
 #pragma once
 
 #include "../host/kernel.h"
 
 namespace fastattn {
 namespace cuda {
+namespace smxx {
 
-Kernel row_statistics_kernel(DType dtype);
-Kernel sink_gradient_kernel();
+Kernel bwd_preprocess_kernel(DType dtype);
+Kernel bwd_dsinks_kernel();
 
+}  // namespace smxx
 }  // namespace cuda
 }  // namespace fastattn
