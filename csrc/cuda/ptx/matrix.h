@@ -1,7 +1,7 @@
 // Tensor-core products, and the loads of their operands. A fragment is what one lane of the warp holds of a matrix.
 // With g = lane / 4 and t = lane % 4 (PTX ISA 9.7.14.5):
 // clang-format off
-//   A, 16 x 16: 4 registers of 2 elements: (row g, columns 2t), (row g + 8, same), (row g, columns 2t + 8), (row g + 8, same)
+//   A, 16 x 16: 4 registers of 2 elements: (row g, columns 2t), (row g + 8, 2t), (row g, 2t + 8), (row g + 8, 2t + 8)
 //   B, 16 x 8:  2 registers of 2 elements: (rows 2t, column g), (rows 2t + 8, column g)
 //   C, 16 x 8:  4 floats:                  (row g, columns 2t and 2t + 1), (row g + 8, same)
 // clang-format on

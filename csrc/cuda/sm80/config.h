@@ -3,9 +3,8 @@
 // A row: head_dim, then the configuration without and with score_mod.
 //   row_tiles  of 16 rows, per warp: 2 use each fragment of a tile twice, where the registers hold 2
 //   warps      two blocks of 4 warps share the registers of a multiprocessor, or one of 8 warps has them
-//   in_smem    fragments of an operand kept in shared memory: ptxas finds no room for them in registers. The numbers
-//   were
-//              found by trying, see CONTRIBUTING.md.
+//   in_smem    fragments of an operand kept in shared memory, for which ptxas finds no room in registers. The numbers
+//              were found by trying, see CONTRIBUTING.md.
 #pragma once
 
 #include "../common/config.h"
