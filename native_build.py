@@ -41,10 +41,6 @@ if X86:
         "avx512bf16": [*_AVX512, "-mavx512bf16"],
     }
 
-HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of the CUDA kernels
-HEAD_DIMS_75 = (64, 128)  # of those for compute capability 7.5
-CUDA_ARCHITECTURES = ("75", "80", "90", "100", "120")
-
 
 class Object(NamedTuple):
     """An object file: `compiler` is a command, `source` a path from the root of the project."""
@@ -145,6 +141,35 @@ def find_nvcc() -> Path | None:
     return found
 
 
+class CudaFolder(NamedTuple):
+    """The kernels in a folder of csrc/cuda, for GPUs of a range of compute capabilities, times 10.
+
+    ptx: those that it is compiled for; the first is the least, and machine code is made from the nearest below. A later
+    one is left out where no GPU asks for it. end: where the range ends. families: a source each, and the head
+    dimensions that it is compiled for; none means once.
+    """
+
+    name: str
+    ptx: tuple[int, ...]
+    end: int
+    families: dict[str, tuple[int, ...]]
+
+
+CUDA_ARCHITECTURES = ("75", "80", "90", "100", "120")
+HEAD_DIMS_75 = (64, 128)
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+CUDA_FOLDERS = (
+    CudaFolder("smxx", (75,), 1000, {"bwd_preprocess": ()}),
+    CudaFolder("sm75", (75,), 80, dict.fromkeys(("forward", "bwd_dq", "bwd_dkdv"), HEAD_DIMS_75)),
+    CudaFolder(
+        "sm80",
+        (80, 90),  # 90: fewer registers, see ArchTraits in csrc/cuda/common/arch.h
+        1000,
+        {**dict.fromkeys(("forward", "bwd_dq", "bwd_dkdv", "decode"), HEAD_DIMS), "append_kv": (), "combine": ()},
+    ),
+)
+
+
 def cuda_architectures(nvcc: Path) -> list[str]:
     """The GPUs to compile for: those asked for, or else those of CUDA_ARCHITECTURES that this nvcc knows."""
     listed = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
@@ -166,32 +191,31 @@ def generate_code(virtual: str, real: list[str]) -> list[str]:
     return [f"-gencode=arch=compute_{virtual},code=[{codes}]"]
 
 
+def code_of(folder: CudaFolder, real: list[str]) -> list[str]:
+    """Flags for the PTX of a folder, and for machine code for those of the GPUs that are in its range."""
+    flags = []
+    for least, end in zip(folder.ptx, (*folder.ptx[1:], folder.end), strict=True):
+        names = [name for name in real if least <= int(name) < end]
+        if names or least == folder.ptx[0]:
+            flags += generate_code(str(least), names)
+    return flags
+
+
 def cuda_module(nvcc: Path) -> Module:
     """The module fastattn._cuda."""
     host = ["-ccbin", compiler(), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     common = ["-std=c++17", "-O3", *host]
     real = cuda_architectures(nvcc)
-    turing = (
-        "sm75",
-        HEAD_DIMS_75,
-        ("forward", "backward"),
-        generate_code("75", [name for name in real if int(name) < 80]),
-    )
-    for_80 = generate_code("80", [name for name in real if 80 <= int(name) < 90])
-    if later := [name for name in real if int(name) >= 90]:
-        for_80 += generate_code("90", later)  # of kernels that use fewer registers, see later_gpus.h
-    ampere = ("sm80", HEAD_DIMS, ("forward", "backward", "decode"), for_80)
-    objects = {
-        f"{folder}_{family}_d{dim}": Object(
-            f"csrc/cuda/{folder}/{family}.cu", str(nvcc), [*common, *code, f"-DFASTATTN_HEAD_DIM={dim}"]
-        )
-        for folder, dims, families, code in (turing, ampere)
-        for family in families
-        for dim in dims
-    }
-    objects["rows"] = Object("csrc/cuda/rows.cu", str(nvcc), [*common, *generate_code("75", real)])
-    objects["sm80_cache"] = Object("csrc/cuda/sm80/cache.cu", str(nvcc), [*common, *for_80])
-    for name in ("plan", "launch"):
-        objects[name] = Object(f"csrc/cuda/{name}.cpp", str(nvcc), common)
+    objects = {}
+    for folder in CUDA_FOLDERS:
+        flags = [*common, *code_of(folder, real)]
+        for family, head_dims in folder.families.items():
+            source, name = f"csrc/cuda/{folder.name}/{family}.cu", f"{folder.name}_{family}"
+            if not head_dims:
+                objects[name] = Object(source, str(nvcc), flags)
+            for dim in head_dims:
+                objects[f"{name}_d{dim}"] = Object(source, str(nvcc), [*flags, f"-DFASTATTN_HEAD_DIM={dim}"])
+    for name in ("kernel_table", "plan", "launch"):
+        objects[name] = Object(f"csrc/cuda/host/{name}.cpp", str(nvcc), common)
     objects["bindings"] = _bindings("csrc/call/bindings_cuda.cpp", [])
     return Module(objects, [str(nvcc), "-shared", "-cudart", "static", *host], [])

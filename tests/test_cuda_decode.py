@@ -132,9 +132,9 @@ OF_ALL_BACKENDS = [case for case in (*CONTIGUOUS, *ROTARY, *PAGED) if _takes(cas
 def test_decode(run: tuple[CacheCase, torch.dtype], machine: Simulator | Hardware) -> None:
     case, dtype = run
     check(case, dtype, "cuda", machine.device)
-    wanted = [r"append_(bf|fp)16"] if case.seqlen_new or case.rotary_dim else []
+    wanted = [r"append_kv_(bf|fp)16"] if case.seqlen_new or case.rotary_dim else []
     many = case.seqlen_q > 16 and not case.page_size
-    wanted.append(f"{'forward' if many else 'decode'}_(bf|fp)16(_general)?_d[0-9]+")
+    wanted.append(f"{'forward' if many else 'decode'}_(bf|fp)16(_score_mod)?_d[0-9]+")
     if case.capacity > 256 and case.window is None and not many:
         wanted.append(r"combine_(bf|fp)16")
     assert len(machine.kernels) >= len(wanted)
@@ -210,7 +210,7 @@ def test_same_bits_again(machine: Simulator | Hardware) -> None:
     assert torch.equal(first[1], second[1])
 
 
-def test_stale_references_are_renewed(machine: Simulator | Hardware) -> None:
+def test_lagging_row_max_is_raised(machine: Simulator | Hardware) -> None:
     """Keys that grow by far more than a float16 holds, piece after piece."""
     for dtype in (BF16, FP16):
         q = torch.ones(1, 2, 3, 64, dtype=dtype, device=machine.device)

@@ -84,8 +84,8 @@ def check(case: Case, dtype: torch.dtype, machine: Simulator | Hardware) -> None
         assert leaf.grad is not None, name
         term = want.exact.terms.get(name, 0.0)
         assert_close(f"d{name}", leaf.grad, want.exact.grads[name], want.eager_grads[name], dtype, largest_term=term)
-    assert any("gradient_of_queries" in name for name in machine.kernels)
-    assert any("gradient_of_keys" in name for name in machine.kernels)
+    assert any("bwd_dq" in name for name in machine.kernels)
+    assert any("bwd_dk" in name for name in machine.kernels)
     assert not machine.findings
 
 
@@ -125,9 +125,9 @@ def test_subsets_have_the_same_bits(head_dim: int, machine: Simulator | Hardware
         found = _gradients(call, *seeds, of=names)
         assert all(torch.equal(found[name], whole[name]) for name in names), names
         launched = " ".join(machine.kernels[before:])
-        assert ("gradient_of_queries" in launched) == ("q" in names)
-        assert ("gradient_of_keys" in launched) == ("k" in names or ("v" in names and head_dim == 64))
-        assert ("gradient_of_values" in launched) == ("v" in names and head_dim == 192)
+        assert ("bwd_dq" in launched) == ("q" in names)
+        assert ("bwd_dk" in launched) == ("k" in names or ("v" in names and head_dim == 64))
+        assert ("bwd_dv" in launched) == ("v" in names and head_dim == 192)
     assert not machine.findings
 
 
@@ -224,7 +224,7 @@ def test_garbage_does_not_lead_out_of_memory(
     dense = cases.build(_case("garbage", **_dims(64), batch=4, seqlen_q=20, seqlen_k=40), BF16, machine.device)
     dense.options["kv_lengths"] = cu_seqlens
     _gradients(dense, torch.ones_like(dense.q))
-    assert len([name for name in machine.kernels if "gradient_of_keys" in name]) == 4
+    assert len([name for name in machine.kernels if "bwd_dkdv" in name]) == 4
     assert not machine.findings
 
 

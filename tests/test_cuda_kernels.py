@@ -91,7 +91,7 @@ def test_forward(run: tuple[Case, torch.dtype], machine: Simulator | Hardware) -
     assert not machine.findings
 
 
-def test_stale_references_are_renewed(machine: Simulator | Hardware) -> None:
+def test_lagging_row_max_is_raised(machine: Simulator | Hardware) -> None:
     """Keys that grow by far more than a float16 holds, block after block: each block must be done again."""
     for dtype in (BF16, FP16):
         q = torch.ones(1, 1, 150, 64, dtype=dtype, device=machine.device)

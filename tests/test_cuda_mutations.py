@@ -35,8 +35,8 @@ pytestmark = [
 
 KERNELS = {
     "fastattn_sm80_forward_bf16_d64": ("out", "lse"),
-    "fastattn_sm80_gradient_of_queries_bf16_d64": ("dq",),
-    "fastattn_sm80_gradient_of_keys_bf16_d64": ("dk", "dv"),
+    "fastattn_sm80_bwd_dq_bf16_d64": ("dq",),
+    "fastattn_sm80_bwd_dkdv_bf16_d64": ("dk", "dv"),
 }
 """With the tensors that each writes."""
 

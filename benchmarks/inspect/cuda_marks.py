@@ -11,8 +11,8 @@ from typing import NamedTuple
 MAIN_LOOP = {
     ("forward", 64): 3.9,
     ("forward", 128): 2.8,
-    ("gradient_of_queries", 64): 3.0,
-    ("gradient_of_keys", 64): 3.1,
+    ("bwd_dq", 64): 3.0,
+    ("bwd_dkdv", 64): 3.1,
 }
 """Upper limits of SASS instructions per m16n8k16 in the loop over full blocks."""
 

@@ -47,8 +47,8 @@ class Name(NamedTuple):
 
 
 def parsed(name: str) -> Name | None:
-    """The parts of a name as fastattn_sm80_forward_bf16_general_d64; None of kernels without tensor cores."""
-    found = re.fullmatch(r"fastattn_sm(\d+)_(\w+)_(bf16|fp16)(_general)?_d(\d+)", name)
+    """The parts of a name as fastattn_sm80_forward_bf16_score_mod_d64; None of kernels without tensor cores."""
+    found = re.fullmatch(r"fastattn_sm(\d+)_(\w+)_(bf16|fp16)(_score_mod)?_d(\d+)", name)
     return Name(f"sm_{found[1]}", found[2], found[3], bool(found[4]), int(found[5])) if found else None
 
 

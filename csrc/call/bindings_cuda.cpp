@@ -3,9 +3,10 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/launch.h"
-#include "../cuda/plan.h"
-#include "../cuda/splits.h"
+#include "../cuda/host/kernel_table.h"
+#include "../cuda/host/launch.h"
+#include "../cuda/host/num_splits.h"
+#include "../cuda/host/plan.h"
 #include "description.h"
 
 namespace fastattn {
@@ -92,10 +93,10 @@ std::vector<int64_t> address_offsets() {
   for (const auto& [name, field] : kTensors) add((a.p.*field).data);
   for (const auto& [name, field] : kIndices) add(a.p.*field);
   for (const auto& [name, field] : kTables) add(a.p.*field);
-  for (const auto field : {&Arguments::row_lse, &Arguments::minus_delta}) add(a.*field);
-  add(a.rotated.data);
-  add(a.part_out);
-  add(a.part_lse);
+  for (const auto field : {&Arguments::lse_log2, &Arguments::neg_delta}) add(a.*field);
+  add(a.q_rotated.data);
+  add(a.out_accum);
+  add(a.lse_accum);
   return offsets;
 }
 
@@ -108,9 +109,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fastattn. Addresses and strides are trusted: fastattn.problem has checked them.";
   m.def("why_unavailable", &fastattn::cuda::why_unavailable, "Empty, or why kernels cannot run here.");
   m.def("address_offsets", &fastattn::address_offsets, "Offsets of the addresses within a kernel's argument.");
-  m.def("splits", &fastattn::cuda::splits, "How many splits a call with a cache gets: blocks, keys, slots.");
-  m.attr("LARGEST_HEAD_DIM") = fastattn::cuda::kLargestHeadDim;
-  m.attr("LARGEST_HEAD_DIM_75") = fastattn::cuda::kLargestHeadDim75;
+  m.def("splits", &fastattn::cuda::num_splits, "How many splits a call with a cache gets: blocks, keys, slots.");
+  m.def(
+      "max_head_dim", [](int capability) { return fastattn::cuda::architecture_of(capability).max_head_dim(); },
+      "The largest head_dim on a GPU of a compute capability, times 10.");
   py::class_<Call>(m, "Call", py::module_local())
       .def(py::init<const py::dict&, const py::dict&, const py::dict&, const fastattn::Four&>())
       .def("workspace_bytes", &Call::workspace_bytes)

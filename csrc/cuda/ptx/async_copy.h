@@ -1,4 +1,5 @@
-// Copies from global to shared memory that run beside the thread that asked for them (PTX ISA 9.7.9.25, sm_80 and up).
+// Copies from global to shared memory that run while the thread that issued them goes on (PTX ISA 9.7.9.25, sm_80 and
+// up).
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,7 @@ __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, 
                : "memory");
 }
 
-// Closes the group of copies asked for since the last one.
+// Closes the group of copies issued since the last one.
 __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of the newest groups of this thread are under way.
@@ -33,7 +34,7 @@ __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Waits for all copies that this thread asked for.
+// Waits for all copies that this thread issued.
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace ptx

@@ -1,8 +1,10 @@
-// Tensor-core products, and the loads of their operands. A fragment is what one lane of the warp holds of a matrix;
-// with g = lane / 4 and t = lane % 4 (PTX ISA 9.7.14.5):
-//   A, 16 x 16: 4 registers of 2 numbers: (row g, columns 2t), (row g + 8, same), (row g, columns 2t + 8), (g + 8,
-//   same) B, 16 x 8:  2 registers: (rows 2t, column g), (rows 2t + 8, column g) C, 16 x 8:  4 numbers: (row g, columns
-//   2t and 2t + 1), (row g + 8, same)
+// Tensor-core products, and the loads of their operands. A fragment is what one lane of the warp holds of a matrix.
+// With g = lane / 4 and t = lane % 4 (PTX ISA 9.7.14.5):
+// clang-format off
+//   A, 16 x 16: 4 registers of 2 elements: (row g, columns 2t), (row g + 8, 2t), (row g, 2t + 8), (row g + 8, 2t + 8)
+//   B, 16 x 8:  2 registers of 2 elements: (rows 2t, column g), (rows 2t + 8, column g)
+//   C, 16 x 8:  4 floats:                  (row g, columns 2t and 2t + 1), (row g + 8, same)
+// clang-format on
 // So the C of two neighbouring products, rounded and packed, is the A of the next one.
 #pragma once
 
@@ -11,7 +13,7 @@
 namespace fastattn {
 namespace ptx {
 
-// Four 8 x 8 matrices of 16-bit numbers; lane 8 i + j gives the address of row j of matrix i, but for kOffset bytes
+// Four 8 x 8 matrices of 16-bit elements; lane 8 i + j gives the address of row j of matrix i, less kOffset bytes
 // (PTX ISA 9.7.14.5.15).
 template <int kOffset = 0>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {

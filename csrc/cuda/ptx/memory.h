@@ -31,7 +31,7 @@ __device__ __forceinline__ void st_shared_16(uint32_t shared, const uint32_t (&r
                : "memory");
 }
 
-// 16 bytes from shared memory, read each time: not volatile, the assembler would keep them in registers instead
+// 16 bytes from shared memory, read each time. Without `volatile` the assembler would keep them in registers instead
 // (PTX ISA 9.7.9.8).
 __device__ __forceinline__ void ld_shared_16(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

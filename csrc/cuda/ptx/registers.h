@@ -6,7 +6,7 @@
 namespace fastattn {
 namespace ptx {
 
-// The same number, which from here on is kept in a register, not computed anew where it is needed.
+// The same number, kept in a register from here on instead of being computed again where it is needed.
 __device__ __forceinline__ uint32_t kept(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,28 +1,15 @@
-// The families of kernels for compute capability 7.5, float16 alone. Each head dimension is a translation unit of its
-// own.
+// The kernels for compute capability 7.5, which multiplies float16 alone. <family>.cu defines those of a family, once
+// per head dimension.
 #pragma once
 
-#include "../kernel.h"
+#include "../host/kernel.h"
 
 namespace fastattn {
 namespace cuda {
 namespace sm75 {
 
-// general: with softcap or ALiBi.
-template <int kHeadDim>
-struct ForwardKernels {
-  static Kernel get(bool general);
-};
-
-template <int kHeadDim>
-struct QueryGradientKernels {
-  static Kernel get(bool general);
-};
-
-template <int kHeadDim>
-struct KeyGradientKernels {
-  static KeyGradients get(bool general);
-};
+template <Family kFamily, int kHeadDim>
+Kernel kernel(DType dtype, bool has_score_mod);
 
 }  // namespace sm75
 }  // namespace cuda

@@ -1,36 +1,18 @@
-// The families of kernels for compute capability 8.0 and up. Each head dimension is a translation unit of its own;
-// kernels that take any are in one.
+// The kernels for compute capability 8.0 and up. <family>.cu defines those of a family, once per head dimension.
 #pragma once
 
-#include "../kernel.h"
+#include "../host/kernel.h"
 
 namespace fastattn {
 namespace cuda {
 namespace sm80 {
 
-// general: with softcap or ALiBi.
-template <int kHeadDim>
-struct ForwardKernels {
-  static Kernel get(DType dtype, bool general);
-};
+template <Family kFamily, int kHeadDim>
+Kernel kernel(DType dtype, bool has_score_mod);
 
-template <int kHeadDim>
-struct QueryGradientKernels {
-  static Kernel get(DType dtype, bool general);
-};
-
-template <int kHeadDim>
-struct KeyGradientKernels {
-  static KeyGradients get(DType dtype, bool general);
-};
-
-template <int kHeadDim>
-struct DecodeKernels {
-  static Kernel get(DType dtype, bool general);
-};
-
-Kernel append_kernel(DType dtype);
-Kernel combine_kernel(DType dtype);
+// For any head dimension; score_mod makes no difference to them.
+Kernel append_kv_kernel(DType dtype, bool has_score_mod);
+Kernel combine_kernel(DType dtype, bool has_score_mod);
 
 }  // namespace sm80
 }  // namespace cuda

@@ -272,7 +272,7 @@ def _why_not_on(p: Problem, capability: int) -> str | None:
     if capability < 80 and p.dtype != torch.float16:
         return f"its dtype is {p.dtype}, and on a GPU of compute capability {number} this backend takes torch.float16."
     for name in ("head_dim", "head_dim_v"):
-        largest = _cuda.LARGEST_HEAD_DIM if capability >= 80 else _cuda.LARGEST_HEAD_DIM_75
+        largest = _cuda.max_head_dim(capability)
         if getattr(p, name) > largest:
             where = "" if capability >= 80 else f" on a GPU of compute capability {number}"
             return f"{name} is {getattr(p, name)}, and this backend takes at most {largest}{where}."

@@ -110,10 +110,10 @@ def test_registers_and_stack() -> None:
 
 def test_names() -> None:
     parsed = cuda_report.parsed
-    assert parsed("fastattn_sm80_gradient_of_keys_bf16_d128") == ("sm_80", "gradient_of_keys", "bf16", False, 128)
-    assert parsed("fastattn_sm75_forward_fp16_general_d64") == ("sm_75", "forward", "fp16", True, 64)
-    assert parsed("fastattn_row_statistics_bf16") is None
-    assert parsed("fastattn_sm80_append_bf16") is None
+    assert parsed("fastattn_sm80_bwd_dkdv_bf16_d128") == ("sm_80", "bwd_dkdv", "bf16", False, 128)
+    assert parsed("fastattn_sm75_forward_fp16_score_mod_d64") == ("sm_75", "forward", "fp16", True, 64)
+    assert parsed("fastattn_bwd_preprocess_bf16") is None
+    assert parsed("fastattn_sm80_append_kv_bf16") is None
 
 
 def test_counts() -> None:
@@ -132,14 +132,14 @@ def test_marks() -> None:
     assert [mark.met for mark in cuda_marks.of_loop("forward", 64, 3.9)] == [True, False]
     assert [mark.wish for mark in cuda_marks.of_loop("forward", 64, 3.9)] == [False, True]
     assert [mark.met for mark in cuda_marks.of_loop("forward", 128, 2.8004)] == [False, False]  # before rounding
-    assert [mark.met for mark in cuda_marks.of_loop("gradient_of_keys", 64, 3.05)] == [True]
-    assert cuda_marks.of_loop("gradient_of_keys", 128, 9.0) == []
+    assert [mark.met for mark in cuda_marks.of_loop("bwd_dkdv", 64, 3.05)] == [True]
+    assert cuda_marks.of_loop("bwd_dkdv", 128, 9.0) == []
     as_flash = Counts(0, 5.05, 0, 1.168, 1.46, 0, 1445888)
     assert all(mark.met for mark in cuda_marks.of_whole("forward", 64, True, as_flash))
     for field, value in {"instructions": 5.06, "mufu": 1.17, "wavefronts": 1.47, "conflicts": 1}.items():
         marks = cuda_marks.of_whole("forward", 64, True, as_flash._replace(**{field: value}))
         assert [mark.figure for mark in marks if not mark.met] == [value]
-    assert [mark.met for mark in cuda_marks.of_whole("gradient_of_keys", 64, False, as_flash)] == [True]
+    assert [mark.met for mark in cuda_marks.of_whole("bwd_dkdv", 64, False, as_flash)] == [True]
     assert str(Mark("registers", 3, 2)).split() == ["registers", "3", "at", "most", "2", "not", "met"]
 
 
@@ -203,7 +203,7 @@ def test_simulated_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     found, findings = cuda_report.simulated(64, causal=False)
     assert findings == 0
     product = 256 * 256 * 64 // (16 * 8 * 16)
-    dq, dkv = (found[f"fastattn_sm80_gradient_of_{x}_bf16_d64"] for x in ("queries", "keys"))
+    dq, dkv = (found[f"fastattn_sm80_{x}_bf16_d64"] for x in ("bwd_dq", "bwd_dkdv"))
     assert (dq.products, dkv.products) == (3 * product, 4 * product)
     assert (dq.mufu, dkv.mufu) == (1.0, 1.0)
     # q, k, v and out once per tile of 128 queries (two tiles: keys and values twice), and lse.

@@ -1,0 +1,26 @@
+// Compiled once per head dimension, FASTATTN_HEAD_DIM.
+#include "../common/define_kernel.h"
+#include "../mma_sync/bwd_dq.h"
+#include "kernels.h"
+#include "traits.h"
+
+namespace fastattn {
+namespace cuda {
+
+using Bf16 = sm80::BwdDqTraits<BFloat16, FASTATTN_HEAD_DIM, false>;
+using Bf16ScoreMod = sm80::BwdDqTraits<BFloat16, FASTATTN_HEAD_DIM, true>;
+using Fp16 = sm80::BwdDqTraits<Float16, FASTATTN_HEAD_DIM, false>;
+using Fp16ScoreMod = sm80::BwdDqTraits<Float16, FASTATTN_HEAD_DIM, true>;
+
+FASTATTN_KERNEL(FASTATTN_NAME(sm80, bwd_dq, bf16, FASTATTN_HEAD_DIM), Bf16, bwd_dq)
+FASTATTN_KERNEL(FASTATTN_NAME(sm80, bwd_dq, bf16_score_mod, FASTATTN_HEAD_DIM), Bf16ScoreMod, bwd_dq)
+FASTATTN_KERNEL(FASTATTN_NAME(sm80, bwd_dq, fp16, FASTATTN_HEAD_DIM), Fp16, bwd_dq)
+FASTATTN_KERNEL(FASTATTN_NAME(sm80, bwd_dq, fp16_score_mod, FASTATTN_HEAD_DIM), Fp16ScoreMod, bwd_dq)
+
+template <>
+Kernel sm80::kernel<Family::kBwdDq, FASTATTN_HEAD_DIM>(DType dtype, bool has_score_mod) {
+  return pick<Bf16, Bf16ScoreMod, Fp16, Fp16ScoreMod>(dtype, has_score_mod);
+}
+
+}  // namespace cuda
+}  // namespace fastattn
