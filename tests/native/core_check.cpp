@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "cpu/core.h"
+#include "cpu/run.h"
 
 using namespace fastattn;
 

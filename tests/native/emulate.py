@@ -33,9 +33,9 @@ def build_module(folder: Path) -> None:
     """Compiles the module fastattn._cpu into a folder."""
     objects, link, libraries = cpu_module()
     for name in INSTRUCTION_SETS:
-        objects[f"kernels_{name}"] = Object("csrc/cpu/kernels.cpp", compiler(), [*emulated_flags(name), "-O2"])
-    source, program, flags = objects["core"]
-    objects["core"] = Object(source, program, [*flags, "-D__builtin_cpu_supports(name)=1"])
+        objects[f"kernels_{name}"] = Object("csrc/cpu/kernels/table.cpp", compiler(), [*emulated_flags(name), "-O2"])
+    source, program, flags = objects["run"]
+    objects["run"] = Object(source, program, [*flags, "-D__builtin_cpu_supports(name)=1"])
     outputs = compile_all(objects, [], FOLDER)
     module = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run([*link, *outputs, "-o", str(module), *libraries], check=True)

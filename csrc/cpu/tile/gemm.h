@@ -14,7 +14,7 @@
 
 #include <cstddef>
 
-#include "simd/simd.h"
+#include "../simd/simd.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

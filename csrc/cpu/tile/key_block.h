@@ -1,7 +1,7 @@
 // Blocks of keys: K and V as the matrix product reads them, straight from the caller's memory where it lies right.
 #pragma once
 
-#include "kernels.h"
+#include "../kernels/table.h"
 #include "pack.h"
 
 namespace fastattn {

@@ -1,14 +1,14 @@
 // Compiled once per instruction set, with FASTATTN_ISA as its name and FASTATTN_SIMD as its vector types. Nothing from
 // the C++ library may be instantiated here: the linker could pick that copy, with this file's instructions, for all
 // callers.
-#include "kernels.h"
+#include "table.h"
 
+#include "append_kv.h"
 #include "backward.h"
-#include "bias.h"
-#include "cache.h"
-#include "few_rows.h"
+#include "bwd_dbias.h"
+#include "combine.h"
+#include "decode.h"
 #include "forward.h"
-#include "merge.h"
 #include "peak.h"
 
 namespace fastattn {

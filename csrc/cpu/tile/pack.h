@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gemm.h"
-#include "rows.h"
+#include "panel.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

@@ -7,7 +7,7 @@
 
 #include <cstddef>
 
-#include "../call/params.h"
+#include "../../call/params.h"
 
 namespace fastattn {
 

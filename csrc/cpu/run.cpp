@@ -1,4 +1,4 @@
-#include "core.h"
+#include "run.h"
 
 #include <algorithm>
 #include <cstdlib>

@@ -1,7 +1,7 @@
 // Extending a cache in place, and rotary position embedding (Su et al., 2021) on the way.
 #pragma once
 
-#include "rows.h"
+#include "../tile/panel.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

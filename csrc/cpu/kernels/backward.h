@@ -10,7 +10,7 @@
 // atomics, the same bits always.
 #pragma once
 
-#include "few_rows.h"
+#include "decode.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

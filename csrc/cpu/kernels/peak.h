@@ -1,7 +1,7 @@
 // Multiply-adds and nothing else: the ceiling that benchmarks compare the kernels with.
 #pragma once
 
-#include "gemm.h"
+#include "../tile/gemm.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

@@ -1,7 +1,7 @@
 // Merging results over parts of the keys, in the order of the parts.
 #pragma once
 
-#include "few_rows.h"
+#include "decode.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

@@ -7,12 +7,12 @@
 // bound it.
 #pragma once
 
-#include "addend.h"
-#include "block.h"
-#include "dropout.h"
-#include "kernels.h"
-#include "scratch.h"
-#include "simd/math.h"
+#include "../simd/math.h"
+#include "../tile/dropout.h"
+#include "../tile/key_block.h"
+#include "../tile/score_mod.h"
+#include "../tile/scratch.h"
+#include "table.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

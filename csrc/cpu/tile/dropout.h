@@ -1,7 +1,7 @@
 // The dropout mask of a block, from Philox4x32-10 (Salmon et al., SC 2011): a pure function of seed and position.
 #pragma once
 
-#include "rows.h"
+#include "panel.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

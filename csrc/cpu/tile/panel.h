@@ -4,7 +4,7 @@
 // head stands for query r / group in head head_kv * group + r % group. K and V are then read once for the whole group.
 #pragma once
 
-#include "../call/params.h"
+#include "../../call/params.h"
 #include "gemm.h"
 
 namespace fastattn {
