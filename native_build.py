@@ -82,7 +82,7 @@ def _bindings(source: str, flags: list[str]) -> Object:
 
 
 def kernel_flags(instruction_set: str) -> list[str]:
-    """Flags, but for optimisation, that compile csrc/cpu/kernels/table.cpp for an instruction set."""
+    """Flags, except for optimisation, that compile csrc/cpu/kernels/table.cpp for an instruction set."""
     names = [f"-DFASTATTN_ISA={instruction_set}", f'-DFASTATTN_ISA_NAME="{instruction_set}"']
     return [*COMMON, *KERNEL, *names, *INSTRUCTION_SETS[instruction_set]]
 
@@ -100,8 +100,8 @@ def core_objects() -> dict[str, Object]:
         f"kernels_{name}": Object("csrc/cpu/kernels/table.cpp", cxx, [*kernel_flags(name), "-O3"])
         for name in INSTRUCTION_SETS
     }
-    objects["run"] = Object("csrc/cpu/run.cpp", cxx, [*COMMON, "-O2", *(["-DFASTATTN_X86"] if X86 else [])])
-    objects["parallel"] = Object("csrc/cpu/parallel.cpp", cxx, [*COMMON, "-O2"])
+    for name in ("run", "plan", "instruction_sets", "parallel", "workspace"):
+        objects[name] = Object(f"csrc/cpu/{name}.cpp", cxx, [*COMMON, "-O2", *(["-DFASTATTN_X86"] if X86 else [])])
     return objects
 
 

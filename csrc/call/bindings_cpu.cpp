@@ -1,4 +1,5 @@
 // The Python module fastattn._cpu: calls described once, then run on addresses.
+#include "../cpu/instruction_sets.h"
 #include "../cpu/run.h"
 #include "description.h"
 #include "layout_key.h"

@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "cpu/instruction_sets.h"
 #include "cpu/run.h"
 
 using namespace fastattn;
@@ -231,7 +232,7 @@ int main() {
           run(isa.c_str(), p, true);
         }
       }
-      for (const int64_t left : {1, 2, 7}) {  // most rows stand behind the last key and see nothing
+      for (const int64_t left : {1, 2, 7}) {  // most rows stand after the last key and see nothing
         Pool pool;
         Params p = base(pool, dtype, {1, 2, 2, 300, 64, 32, 32});
         p.bottom_right = false;

@@ -1,22 +1,30 @@
-// Blocks of keys: K and V as the matrix product reads them, straight from the caller's memory where it lies right.
+// Blocks of keys: K and V as the matrix product reads them, in place in the caller's memory where its layout allows.
 #pragma once
 
-#include "../kernels/table.h"
+#include "../kernels/jobs.h"
+#include "mask.h"
 #include "pack.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Keys of one block: the words of key n along head_dim at k + n * k_stride; v along head_dim_v, whose words k hold key
-// k, or keys 2 k and 2 k + 1.
+// Rows of words along head_dim or head_dim_v, one per key.
+template <class E>
+struct KeyRows {
+  const typename E::Word* data;
+  int64_t stride;
+  KeyRows from(int64_t key) const { return {data + key * stride, stride}; }
+};
+
+// One block of the forward pass. Word k of v holds key k, or keys 2 k and 2 k + 1.
 template <class E>
 struct KeyBlock {
-  const typename E::Word* k;
-  int64_t k_stride;
+  int64_t n_begin;
+  KeyRows<E> k;
   ColumnTiles<E> v;
 };
 
-// Scratch for copies: k has kBlockKeys * words_of(head_dim) words, v tiles_size<E>(head_dim_v).
+// Scratch for copies: k has kBlockN * words_of(head_dim) words, v tiles_size<E>(head_dim_v).
 template <class E>
 struct BlockScratch {
   typename E::Word *k, *v;
@@ -24,8 +32,7 @@ struct BlockScratch {
 
 // From tile to tile in copies of a block; a cache line more than a tile has, as all are written side by side.
 template <class E>
-constexpr int64_t kTileStride =
-    kBlockKeys / E::kPerWord * ColumnTiles<E>::kRows + 64 / int64_t(sizeof(typename E::Word));
+constexpr int64_t kTileStride = kBlockN / E::kPerWord * ColumnTiles<E>::kRows + 64 / int64_t(sizeof(typename E::Word));
 
 template <class E>
 int64_t tiles_size(int64_t dim) {
@@ -34,12 +41,11 @@ int64_t tiles_size(int64_t dim) {
 
 // Columns of rows [key][dim] that `panels` panels will read: in place, or a copy in tiles if so many repay it.
 template <class E>
-ColumnTiles<E> columns_of(const typename E::Word* rows, int64_t stride, int keys, int dim, int64_t panels,
-                          typename E::Word* copy) {
+ColumnTiles<E> columns_of(KeyRows<E> rows, int keys, int dim, int64_t panels, typename E::Word* copy) {
   constexpr int kRows = ColumnTiles<E>::kRows;
-  if (panels < 4) return ColumnTiles<E>::of_rows(rows, stride);
+  if (panels < 4) return ColumnTiles<E>::of_rows(rows.data, rows.stride);
   for (int n = 0; n < keys; ++n) {
-    const typename E::Word* from = rows + n * stride;
+    const typename E::Word* from = rows.data + n * rows.stride;
     typename E::Word* to = copy + n * kRows;
     int d = 0;
     for (; d + kRows <= dim; d += kRows, to += kTileStride<E>) std::memcpy(to, from + d, kRows * sizeof(*to));
@@ -48,80 +54,66 @@ ColumnTiles<E> columns_of(const typename E::Word* rows, int64_t stride, int keys
   return {copy, kRows, kTileStride<E>};
 }
 
-inline bool in_one_page(const Params& p, int64_t n0, int keys) {
-  return p.block_table == nullptr || n0 / p.page_size == (n0 + keys - 1) / p.page_size;
+inline bool in_one_page(const Params& p, KeyTile tile) {
+  return p.block_table == nullptr || tile.n_begin / p.page_size == (tile.n_end() - 1) / p.page_size;
 }
 
-// Keys as rows of numbers, in place if they lie right.
+// Keys as rows of numbers: in place, or in `copy`.
 template <class V, class T>
-void load_rows(const Params& p, const View& view, int dim, const Sequence& seq, int64_t b, int64_t head_kv, int64_t n0,
-               int keys, typename V::Scalar* copy, const typename V::Scalar*& rows, int64_t& stride) {
+KeyRows<Single<V>> load_rows(const KVHead& kv, const View& view, int dim, KeyTile tile, typename V::Scalar* copy) {
   using S = typename V::Scalar;
-  if (sizeof(T) == sizeof(S) && view.stride_d == 1 && in_one_page(p, n0, keys)) {
-    rows = reinterpret_cast<const S*>(key_row<const T>(p, view, seq, b, head_kv, n0));
-    stride = view.stride_s;
-    return;
-  }
-  for (int n = 0; n < keys; ++n)
-    copy_row<V>(key_row<const T>(p, view, seq, b, head_kv, n0 + n), view.stride_d, dim, copy + int64_t(n) * dim);
-  rows = copy;
-  stride = dim;
+  if (sizeof(T) == sizeof(S) && view.stride_d == 1 && in_one_page(kv.p, tile))
+    return {reinterpret_cast<const S*>(key_row<const T>(kv, view, tile.n_begin)), view.stride_s};
+  for (int n = 0; n < tile.count; ++n)
+    copy_row<V>(key_row<const T>(kv, view, tile.n_begin + n), view.stride_d, dim, copy + int64_t(n) * dim);
+  return {copy, dim};
 }
 
-// panels: how many will read the block.
+// panels: how many will read the block. The pointer tells the element type.
 template <class V, class T>
-KeyBlock<Single<V>> load_block(Single<V>, const T*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv,
-                               int64_t n0, int keys, int64_t panels, BlockScratch<Single<V>> scratch) {
+KeyBlock<Single<V>> load_block(const T*, const KVHead& kv, KeyTile tile, int64_t panels,
+                               BlockScratch<Single<V>> scratch) {
   using E = Single<V>;
-  const int dim = int(p.head_dim_v);
+  const int dim_v = int(kv.p.head_dim_v);
   KeyBlock<E> block;
-  load_rows<V, T>(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, scratch.k, block.k, block.k_stride);
-  const typename E::Word* v;
-  int64_t stride;
-  load_rows<V, T>(p, p.v, dim, seq, b, head_kv, n0, keys, scratch.v, v, stride);
+  block.n_begin = tile.n_begin;
+  block.k = load_rows<V, T>(kv, kv.p.k, int(kv.p.head_dim), tile, scratch.k);
+  const KeyRows<E> v = load_rows<V, T>(kv, kv.p.v, dim_v, tile, scratch.v);
   // A second copy would not be repaid.
-  block.v =
-      v == scratch.v ? ColumnTiles<E>::of_rows(v, stride) : columns_of<E>(v, stride, keys, dim, panels, scratch.v);
+  block.v = v.data == scratch.v ? ColumnTiles<E>::of_rows(v.data, v.stride)
+                                : columns_of<E>(v, tile.count, dim_v, panels, scratch.v);
   return block;
 }
 
 #ifdef __AVX512BF16__
-// Keys as pairs along the row, in place if the rows begin at whole words.
-inline void load_pair_rows(const Params& p, const View& view, int dim, const Sequence& seq, int64_t b, int64_t head_kv,
-                           int64_t n0, int keys, uint32_t* copy, const uint32_t*& words, int64_t& stride) {
-  if (in_one_page(p, n0, keys) && view.stride_d == 1 && view.stride_s % 2 == 0 && dim % 2 == 0) {
-    words = reinterpret_cast<const uint32_t*>(key_row<const bf16>(p, view, seq, b, head_kv, n0));
-    stride = view.stride_s / 2;
-    return;
-  }
-  words = copy;
-  stride = words_of(dim, 2);
-  for (int n = 0; n < keys; ++n)
-    pair_row(key_row<const bf16>(p, view, seq, b, head_kv, n0 + n), view.stride_d, dim, copy + n * stride);
+// Keys as pairs along the row: in place if the rows begin at whole words, or in `copy`.
+inline KeyRows<Pairs> load_pair_rows(const KVHead& kv, const View& view, int dim, KeyTile tile, uint32_t* copy) {
+  if (in_one_page(kv.p, tile) && view.stride_d == 1 && view.stride_s % 2 == 0 && dim % 2 == 0)
+    return {reinterpret_cast<const uint32_t*>(key_row<const bf16>(kv, view, tile.n_begin)), view.stride_s / 2};
+  const int64_t stride = words_of(dim, 2);
+  for (int n = 0; n < tile.count; ++n)
+    pair_row(key_row<const bf16>(kv, view, tile.n_begin + n), view.stride_d, dim, copy + n * stride);
+  return {copy, stride};
 }
 
 // Keys as pairs of neighbouring rows.
-inline ColumnTiles<Pairs> interleave_keys(const Params& p, const View& view, int dim, const Sequence& seq, int64_t b,
-                                          int64_t head_kv, int64_t n0, int keys, uint32_t* words) {
-  for (int n = 0; n < keys; n += 2) {
-    const bf16* even = key_row<const bf16>(p, view, seq, b, head_kv, n0 + n);
-    const bf16* odd = n + 1 < keys ? key_row<const bf16>(p, view, seq, b, head_kv, n0 + n + 1) : nullptr;
+inline ColumnTiles<Pairs> interleave_keys(const KVHead& kv, const View& view, int dim, KeyTile tile, uint32_t* words) {
+  for (int n = 0; n < tile.count; n += 2) {
+    const bf16* even = key_row<const bf16>(kv, view, tile.n_begin + n);
+    const bf16* odd = n + 1 < tile.count ? key_row<const bf16>(kv, view, tile.n_begin + n + 1) : nullptr;
     interleave_rows(even, view.stride_d, odd, dim, words + n / 2 * int64_t(dim));
   }
   return ColumnTiles<Pairs>::of_rows(words, dim);
 }
 
-inline KeyBlock<Pairs> load_block(Pairs, const bf16*, const Params& p, const Sequence& seq, int64_t b, int64_t head_kv,
-                                  int64_t n0, int keys, int64_t, BlockScratch<Pairs> scratch) {
-  KeyBlock<Pairs> block;
-  load_pair_rows(p, p.k, int(p.head_dim), seq, b, head_kv, n0, keys, scratch.k, block.k, block.k_stride);
-  block.v = interleave_keys(p, p.v, int(p.head_dim_v), seq, b, head_kv, n0, keys, scratch.v);
-  return block;
+inline KeyBlock<Pairs> load_block(const bf16*, const KVHead& kv, KeyTile tile, int64_t, BlockScratch<Pairs> scratch) {
+  return {tile.n_begin, load_pair_rows(kv, kv.p.k, int(kv.p.head_dim), tile, scratch.k),
+          interleave_keys(kv, kv.p.v, int(kv.p.head_dim_v), tile, scratch.v)};
 }
 #endif
 
 // C[d][lane] gets the sum over keys of a(d, key word) * words[key word][lane]. An odd number of keys leaves half a
-// word, where the next key may lie, unseen and NaN: `copy` takes that word's row without it.
+// word. The next key may lie there, unseen and NaN: `copy` gets that word's row without it.
 template <class E, int kVectors, Update kUpdate>
 void gemm_over_keys(int dim, int keys, const ColumnTiles<E>& a, const typename E::Word* words, typename E::Scalar* c,
                     typename E::Word* copy, typename E::Scalar* lanes = nullptr) {
