@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "kernels/jobs.h"
+#include "jobs.h"
 
 namespace fastattn {
 

@@ -8,8 +8,8 @@
 // Cost per panel of 32 rows and n keys, in multiply-adds: n * 32 * (3 head_dim + 2 head_dim_v), plus some 20
 // instructions / kWidth per score: the five products bound it. A job owns a range of keys: dK and dV of a block stay in
 // the second-level cache while all queries pass by. dQ is read and written once per block, 2 / kBlockN of the products'
-// work. Jobs over splits of the keys write dQ addends of their own, summed in the order of the splits: no atomics, the
-// same bits always.
+// work. Jobs over splits of the keys write dQ addends of their own, summed in the order of the splits: no
+// atomics, the same bits always.
 #pragma once
 
 #include "bwd_dkdv.h"
@@ -19,7 +19,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// One tile of the block and one panel up to dQ; what dK and dV need is left in the operands. begins: it is the panel's
+// One tile of the block and one panel, up to dQ. The operands of dK and dV stay in scratch. begins: it is the panel's
 // first tile. Returns false, and has done nothing, if nothing is visible.
 template <class E, class T, int kVectors>
 bool backward_step(const BackwardContext<E>& c, const BackwardBlock<E>& block,
@@ -50,7 +50,7 @@ BlockKeys backward_panel(const BackwardContext<E>& c, const BackwardBlock<E>& bl
 }
 
 // A block of keys against a group of panels, the first of which holds the rows from first_row on. The job's first block
-// begins the panels' dQ, and the first group the block's dK and dV: by storing what the others add.
+// stores the panels' dQ, and the first group the block's dK and dV; the others add to them.
 template <class E, class T>
 void backward_group(const BackwardContext<E>& c, const BackwardBlock<E>& block, const BackwardJob& job,
                     int64_t first_row, int64_t rows, typename E::Scalar* dq) {

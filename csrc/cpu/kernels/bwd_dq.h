@@ -1,4 +1,4 @@
-// dQ^T += K^T dS^T: each split of the keys has an addend of dQ, in panels of columns; they are summed in the end.
+// dQ^T += K^T dS^T. Each split of the keys has an addend of dQ, in panels of columns; a last step sums them.
 #pragma once
 
 #include "bwd_load.h"
@@ -6,7 +6,7 @@
 namespace fastattn {
 namespace FASTATTN_ISA {
 
-// Adds a tile's part of dQ to a panel's, or begins it. dq: [head_dim][kLanes].
+// Adds a tile's contribution to a panel's dq [head_dim][kLanes], or stores it if it `begins`.
 template <class E, int kVectors>
 void add_dq(const BackwardContext<E>& c, const BackwardBlock<E>& block, KeyTile tile, bool gaps, bool begins,
             typename E::Scalar* dq) {

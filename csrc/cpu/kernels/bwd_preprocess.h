@@ -1,11 +1,11 @@
 // What the backward pass reads of each row before its products: delta, lse and whether the row saw a key.
 #pragma once
 
+#include "../jobs.h"
 #include "../simd/math.h"
 #include "../tile/lse.h"
 #include "../tile/pack.h"
 #include "../tile/rows.h"
-#include "jobs.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

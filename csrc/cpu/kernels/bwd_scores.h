@@ -36,7 +36,7 @@ struct LaneConstants {
 };
 
 // terms: null in a full tile. factor: of dropout, or null. Scores are rounded as in the forward pass, so that they
-// cancel against lse: a product and a sum are fused only where they were there.
+// cancel against lse: a product and a sum are fused only where the forward pass fuses them.
 template <class V>
 inline ScoreGrad<V> score_grad(const LaneConstants<V>& lanes, const typename V::Scalar* score,
                                const typename V::Scalar* dprob, const typename V::Scalar* terms,
@@ -151,8 +151,8 @@ void recompute_scores(const BackwardContext<E>& c, const BackwardBlock<E>& block
   }
   static_assert(kDecodeRows<V> <= V::kWidth);
   for (int n = 0; n < tile.count; ++n) V::set(0).store(s.scores + n * Panel<V>::kLanes);
-  decode_scores<E, T>(s.decode_queries, s.query_words, panel.count, int(c.kv.p.head_dim),
-                      reinterpret_cast<const T* const*>(s.decode_keys + at), tile.count, s.scores, nullptr, 0);
+  decode_scores<E, T>({s.decode_queries, panel.count, s.query_words, int(c.kv.p.head_dim)},
+                      reinterpret_cast<const T* const*>(s.decode_keys + at), tile.count, s.scores, {nullptr, 0});
 }
 
 // One tile of the block and one panel, up to the operands `to`. dbias: the tile's gradient to add to, or null. Does

@@ -1,10 +1,10 @@
 // The memory of a thread in the backward pass, and what its steps share.
 #pragma once
 
+#include "../jobs.h"
 #include "../tile/decode_products.h"
 #include "../tile/scores.h"
 #include "../tile/scratch.h"
-#include "jobs.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {

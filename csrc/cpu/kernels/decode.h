@@ -4,8 +4,8 @@
 // not float32. Here each key's row is read once, as it lies (any page size, any dtype), and dotted with all queries.
 // Each value's row is added to all outputs. Cost per key and row: (head_dim + head_dim_v) / kWidth / kPerWord
 // multiply-adds and 1 / kWidth of a transpose; bytes: each key and value once. Reading them bounds it, so they are read
-// in memory order, whole rows, few side by side. With eight rows side by side, or pieces of rows, a Zen 3 core read two
-// thirds as fast from memory.
+// in memory order, whole rows, few side by side. With eight rows side by side, or with parts of rows, a Zen 3 core read
+// two thirds as fast from memory.
 #pragma once
 
 #include "../tile/decode_products.h"
@@ -112,7 +112,7 @@ void decode_step(const DecodeContext<E>& c, const MaskedPanel<typename E::Vector
   if (!full) visible = make_masked_terms(c.kv, panel, step.tile, c.mod, s.tile.terms);
   if (!visible.any) return;
   if (visible.gaps) step.seen = s.tile.terms.seen;
-  decode_scores<E, T>(s.queries, s.query_words, panel.count, dim, s.k, keys, s.tile.scores, s.v, dim_v);
+  decode_scores<E, T>({s.queries, panel.count, s.query_words, dim}, s.k, keys, s.tile.scores, {s.v, dim_v});
   typename V::Scalar full_max[kLanes];
   if (full) column_maximum<V, 1>(s.tile.scores, keys, full_max);
   softmax_step<E, 1>(p, c.mod, panel, step.tile, full ? full_max : nullptr, s.tile, state);

@@ -1,8 +1,8 @@
 // How rows of the forward pass end: finalize, out, lse and their residuals.
 #pragma once
 
+#include "../jobs.h"
 #include "../tile/online_softmax.h"
-#include "jobs.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -46,7 +46,7 @@ void store_lse(const Params& p, const Sequence& seq, int64_t b, int64_t head, in
     *row_of<S>(residual, seq, b, head, query) = row.saw_nothing ? S(__builtin_inf()) : row.lse.low;
 }
 
-// Where a row's place in a split's results is.
+// The place of a row in a split's results.
 inline int64_t accum_row(const ForwardJob& job, const Splits& splits, int64_t row) {
   return job.split * splits.rows_total + job.first_accum_row + row;
 }

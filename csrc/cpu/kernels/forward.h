@@ -51,7 +51,7 @@ struct ForwardContext {
   ForwardScratch<E> s;
 };
 
-// A panel of a job, and what it has come to.
+// A panel of a job, and its results so far.
 template <class E>
 struct ForwardPanel {
   using V = typename E::Vector;
@@ -176,7 +176,7 @@ void forward_job(const Params& p, const ForwardJob& job, const Splits& splits, v
     if (mask.sees_keys()) keys = {smaller(keys.first, mask.keys().first), larger(keys.last, mask.keys().last)};
   }
   // Blocks begin at whole words and end at multiples of their size, so that a panel's results do not depend on which
-  // others share its job. Without visible keys there is none: `keys` may lie anywhere.
+  // others share its job. Without visible keys there is no block: `keys` may lie anywhere.
   if (keys.first < keys.last) keys.first = keys.first / E::kPerWord * E::kPerWord;
   for (int64_t n_begin = keys.first; n_begin < keys.last;) {
     const int64_t n_end = smaller(keys.last, (n_begin / kBlockN + 1) * kBlockN);

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "jobs.h"
+#include "../jobs.h"
 
 namespace fastattn {
 

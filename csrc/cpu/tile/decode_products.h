@@ -104,35 +104,49 @@ void for_row_pieces(int rows, F f) {
   if (r < rows) f(Constant<1>{}, r);
 }
 
-// ahead: rows of ahead_dim numbers to prefetch meanwhile, one per key; may be null.
+// Queries as decode_scores reads them: [row][ld words], zeros where a row sees nothing.
+template <class E>
+struct DecodeQueries {
+  const typename E::Word* words;
+  int rows, ld, dim;
+};
+
+// Rows of keys or values, by pointers: with pages, and whatever their stride.
+template <class T>
+struct RowPointers {
+  const T* const* rows;  // null: none
+  int dim;
+};
+
 template <class E, class T, int kRows>
-void decode_scores_piece(const typename E::Word* queries, int ld, int dim, const T* const* k, int keys,
-                         typename E::Scalar* scores, const T* const* ahead, int ahead_dim) {
+void decode_scores_piece(const DecodeQueries<E>& q, int first_row, const T* const* k, int keys,
+                         typename E::Scalar* scores, RowPointers<T> next) {
   constexpr int kKeys = E::Vector::kWidth / kRows;
+  const typename E::Word* queries = q.words + first_row * q.ld;
   for (int n = 0; n < keys; n += kKeys) {
     const int some = int(smaller(kKeys, keys - n));
-    for (int i = 0; i < some && ahead != nullptr; ++i) prefetch_row(ahead[n + i], ahead_dim);
-    auto* to = scores + n * Panel<typename E::Vector>::kLanes;
-    if (dim % (E::Vector::kWidth * E::kPerWord) == 0) {
-      decode_scores_tile<E, T, kRows, true>(queries, ld, dim, k + n, some, to);
+    for (int i = 0; i < some && next.rows != nullptr; ++i) prefetch_row(next.rows[n + i], next.dim);
+    auto* to = scores + n * Panel<typename E::Vector>::kLanes + first_row;
+    if (q.dim % (E::Vector::kWidth * E::kPerWord) == 0) {
+      decode_scores_tile<E, T, kRows, true>(queries, q.ld, q.dim, k + n, some, to);
     } else {
-      decode_scores_tile<E, T, kRows, false>(queries, ld, dim, k + n, some, to);
+      decode_scores_tile<E, T, kRows, false>(queries, q.ld, q.dim, k + n, some, to);
     }
   }
 }
 
-// scores[key][row] of `rows` queries, which are ld words apart. A score has the same bits whatever else is computed
-// with it: the backward pass computes it again among others. ahead: see above.
+// scores[key][row] of queries and the rows k of keys. A score has the same bits whatever else is computed with it: the
+// backward pass computes it again among others. next: one row per key to prefetch meanwhile.
 template <class E, class T>
-void decode_scores(const typename E::Word* queries, int ld, int rows, int dim, const T* const* k, int keys,
-                   typename E::Scalar* scores, const T* const* ahead, int ahead_dim) {
-  for_row_pieces<typename E::Vector>(rows, [&](auto count, int r) {
-    decode_scores_piece<E, T, decltype(count)::value>(queries + r * ld, ld, dim, k, keys, scores + r,
-                                                      r == 0 ? ahead : nullptr, ahead_dim);
+void decode_scores(const DecodeQueries<E>& q, const T* const* k, int keys, typename E::Scalar* scores,
+                   RowPointers<T> next) {
+  for_row_pieces<typename E::Vector>(q.rows, [&](auto count, int r) {
+    const RowPointers<T> first_only = r == 0 ? next : RowPointers<T>{nullptr, 0};
+    decode_scores_piece<E, T, decltype(count)::value>(q, r, k, keys, scores, first_only);
   });
 }
 
-// The queries of a panel as decode_scores reads them: [row][ld words], zeros where a row sees nothing.
+// Loads the queries of a panel.
 template <class E, class T>
 void load_decode_queries(const KVHead& kv, const MaskedPanel<typename E::Vector>& panel, int ld,
                          typename E::Word* queries) {

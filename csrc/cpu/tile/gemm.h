@@ -70,9 +70,10 @@ struct ColumnTiles {
   }
 };
 
-// A tile of kRows rows, kept in registers; stride: from one k to the next (kColumns), or from row to row. Out of line:
-// inlined into its callers, GCC spills the accumulators. It also keeps them in memory, and writes and reads each once
-// more, unless all loops over them are unrolled. Four steps at a time: with a jump and its counting in
+// A tile of kRows rows, kept in registers; stride: from one k to the next (kColumns), or from row to row.
+//
+// Out of line: inlined into its callers, GCC spills the accumulators. Unless all loops over them are unrolled, it also
+// keeps them in memory, and writes and reads each once more. Four steps at a time: with a jump and its counting in
 // each, tiles took 5 to 9 percent longer on AVX2 in a virtual machine, probably as threads of a core share its front
 // end.
 template <class E, int kRows, int kVectors, Update kUpdate, bool kColumns>

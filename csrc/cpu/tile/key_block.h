@@ -1,7 +1,7 @@
 // Blocks of keys: K and V as the matrix product reads them, in place in the caller's memory where its layout allows.
 #pragma once
 
-#include "../kernels/jobs.h"
+#include "../jobs.h"
 #include "mask.h"
 #include "pack.h"
 

@@ -4,7 +4,7 @@
 // of threads, which decides at most which rows share a job. So results have the same bits on any number of threads.
 #pragma once
 
-#include "../../call/params.h"
+#include "../call/params.h"
 
 namespace fastattn {
 
