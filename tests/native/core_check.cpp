@@ -1,5 +1,5 @@
-// Runs the whole CPU core, every instruction set of this processor, on tensors that end where their memory ends, for
-// the sanitizers to watch (make sanitize): reads and writes out of bounds, undefined behaviour, races between threads.
+// Runs the whole CPU core, with every instruction set of this processor, on tensors that end where their memory ends.
+// The sanitizers watch it (make sanitize): reads and writes out of bounds, undefined behaviour, races between threads.
 // Results are compared between 1 and 3 threads, bit for bit.
 #include <algorithm>
 #include <cmath>

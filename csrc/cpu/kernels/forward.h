@@ -175,8 +175,8 @@ void forward_job(const Params& p, const ForwardJob& job, const Splits& splits, v
     const PanelMask<typename E::Vector>& mask = panels[i].rows.mask;
     if (mask.sees_keys()) keys = {smaller(keys.first, mask.keys().first), larger(keys.last, mask.keys().last)};
   }
-  // Blocks begin at whole words and end at multiples of their size, so that a panel's results do not depend on which
-  // others share its job. Without visible keys there is no block: `keys` may lie anywhere.
+  // Blocks begin at whole words and end at multiples of their size. So a panel's results do not depend on which others
+  // share its job. Without visible keys there is no block: `keys` may lie anywhere.
   if (keys.first < keys.last) keys.first = keys.first / E::kPerWord * E::kPerWord;
   for (int64_t n_begin = keys.first; n_begin < keys.last;) {
     const int64_t n_end = smaller(keys.last, (n_begin / kBlockN + 1) * kBlockN);

@@ -74,8 +74,7 @@ struct ColumnTiles {
 //
 // Out of line: inlined into its callers, GCC spills the accumulators. Unless all loops over them are unrolled, it also
 // keeps them in memory, and writes and reads each once more. Four steps at a time: with a jump and its counting in
-// each, tiles took 5 to 9 percent longer on AVX2 in a virtual machine, probably as threads of a core share its front
-// end.
+// each, tiles took 5 to 9 percent longer on AVX2 in a virtual machine. Its threads probably share a core's front end.
 template <class E, int kRows, int kVectors, Update kUpdate, bool kColumns>
 __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64_t stride, const typename E::Word* b,
                                          typename E::Scalar* c, typename E::Scalar* lanes) {
