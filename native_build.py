@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -fno-math-errno and -fno-trapping-math change no result: NaN, inf and signed zero keep their meaning. Products are
-# fused with sums only where the code says fma: see log_sum() in csrc/cpu/lse.h. GCC 12 warns of uninitialised values
-# inside its own AVX-512 header, and its vectoriser reads past the end of arrays with gaps, so it stays off where the
+# fused with sums only where the code says fma: see log_sum() in csrc/cpu/tile/lse.h. GCC 12 warns of uninitialised
+# values inside its own AVX-512 header. Its vectoriser reads past the end of arrays with gaps, so it stays off where the
 # code does not use vector types of its own.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
@@ -78,7 +78,7 @@ def _bindings(source: str, flags: list[str]) -> Object:
 
 
 def kernel_flags(instruction_set: str) -> list[str]:
-    """Flags, but for optimisation, that compile csrc/cpu/kernels.cpp for an instruction set."""
+    """Flags, except for optimisation, that compile csrc/cpu/kernels/table.cpp for an instruction set."""
     names = [f"-DFASTATTN_ISA={instruction_set}", f'-DFASTATTN_ISA_NAME="{instruction_set}"']
     return [*COMMON, *KERNEL, *names, *INSTRUCTION_SETS[instruction_set]]
 
@@ -93,11 +93,11 @@ def core_objects() -> dict[str, Object]:
     """The CPU core, without the Python module around it."""
     cxx = compiler()
     objects = {
-        f"kernels_{name}": Object("csrc/cpu/kernels.cpp", cxx, [*kernel_flags(name), "-O3"])
+        f"kernels_{name}": Object("csrc/cpu/kernels/table.cpp", cxx, [*kernel_flags(name), "-O3"])
         for name in INSTRUCTION_SETS
     }
-    objects["core"] = Object("csrc/cpu/core.cpp", cxx, [*COMMON, "-O2", *(["-DFASTATTN_X86"] if X86 else [])])
-    objects["parallel"] = Object("csrc/cpu/parallel.cpp", cxx, [*COMMON, "-O2"])
+    for name in ("run", "plan", "instruction_sets", "parallel", "workspace"):
+        objects[name] = Object(f"csrc/cpu/{name}.cpp", cxx, [*COMMON, "-O2", *(["-DFASTATTN_X86"] if X86 else [])])
     return objects
 
 

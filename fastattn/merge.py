@@ -2,7 +2,7 @@
 
 Source: the rescaling of partial softmax results, as in Milakov and Gimelshein, "Online normalizer calculation for
 softmax" (2018), and ring attention. Kernels merge what they compute over parts of the keys by the same formula, in
-units of log2: csrc/cpu/merge.h, csrc/cuda/common/combine_state.h.
+units of log2: csrc/cpu/kernels/combine.h, csrc/cuda/common/combine_state.h.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def test_sums_stay_in_registers() -> None:
     """GCC keeps them in memory, and writes and reads all of them once more per tile, if a loop over them is left."""
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", _cpu.__file__]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    name = re.compile(r"fastattn::(avx\w+)::(gemm_tile|few_scores_tile|few_outputs_tile)<(.*?)>\(")
+    name = re.compile(r"fastattn::(avx\w+)::(gemm_tile|decode_scores_tile|decode_outputs_tile)<(.*?)>\(")
     spill = re.compile(r"\tvmov\w+ +%[yz]mm\d+,-?(?:0x[0-9a-f]+)?\(%r[sb]p\)")
     stores = {}
     for function in listing.split("\n\n"):
@@ -64,7 +64,7 @@ def test_sums_stay_in_registers() -> None:
             stores[found.groups()] = len(spill.findall(function))
     if not re.search(r"<.*fastattn::avx2::.*>:", listing):
         pytest.skip("this module has no symbols, or no kernels with vectors")
-    assert {who[1] for who in stores} == {"gemm_tile", "few_scores_tile", "few_outputs_tile"}
+    assert {who[1] for who in stores} == {"gemm_tile", "decode_scores_tile", "decode_outputs_tile"}
     assert {who: count for who, count in stores.items() if count > 3} == {}
 
 
@@ -104,7 +104,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("seqlen_q", [130, 274], ids=["keys in parts", "rows left over"])
+@pytest.mark.parametrize("seqlen_q", [130, 274], ids=["keys in splits", "rows left over"])
 def test_same_bits_for_any_number_of_threads(seqlen_q: int, features: str, dtype: torch.dtype) -> None:
     options = FEATURES[features]
     results = []

@@ -1,5 +1,6 @@
 // The Python module fastattn._cpu: calls described once, then run on addresses.
-#include "../cpu/core.h"
+#include "../cpu/instruction_sets.h"
+#include "../cpu/run.h"
 #include "description.h"
 #include "layout_key.h"
 

@@ -5,9 +5,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -18,9 +15,8 @@ using TeamStart = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 bool forked = false;
 
-// The OpenMP runtime that torch has loaded, if it speaks GNU's interface. Its workers spin for a while after each of
-// torch's own regions; a second pool would compete with them for the cores, so the same workers are asked to help.
-// After a fork they are gone.
+// The OpenMP runtime that torch has loaded, if it has GNU's interface; null after a fork, when its workers are gone.
+// Its workers spin for a while after each of torch's own regions. A second pool would compete with them for the cores.
 TeamStart openmp_team() {
 #ifdef FASTATTN_NO_OPENMP
   return nullptr;
@@ -63,47 +59,5 @@ void parallel_for(int64_t jobs, int threads, const std::function<void(int64_t, i
   team.work();
   for (std::thread& helper : helpers) helper.join();
 }
-
-namespace {
-
-constexpr size_t kKeptBytes = size_t(32) << 20;
-
-struct Buffer {
-  void* data = nullptr;
-  size_t size = 0;
-  ~Buffer() { std::free(data); }
-  void release() {
-    std::free(data);
-    data = nullptr;
-    size = 0;
-  }
-};
-
-thread_local Buffer buffer;
-
-void grow(size_t bytes) {
-  buffer.release();
-  constexpr size_t kPage = 4096;
-  if (bytes > SIZE_MAX - kPage) throw std::bad_alloc();
-  const size_t rounded = (bytes + kPage - 1) / kPage * kPage;
-  buffer.data = std::aligned_alloc(kPage, rounded);
-  if (buffer.data == nullptr) throw std::bad_alloc();
-  buffer.size = rounded;
-}
-
-}  // namespace
-
-Scratch::Scratch(size_t bytes) {
-  if (buffer.size < bytes) grow(bytes);
-#ifdef FASTATTN_POISON
-  std::memset(buffer.data, 0xff, buffer.size);  // NaN: what is read before it is written shows
-#endif
-}
-
-Scratch::~Scratch() {
-  if (buffer.size > kKeptBytes) buffer.release();
-}
-
-char* Scratch::data() const { return static_cast<char*>(buffer.data); }
 
 }  // namespace fastattn

@@ -1,5 +1,5 @@
-// Runs the whole CPU core, every instruction set of this processor, on tensors that end where their memory ends, for
-// the sanitizers to watch (make sanitize): reads and writes out of bounds, undefined behaviour, races between threads.
+// Runs the whole CPU core, with every instruction set of this processor, on tensors that end where their memory ends.
+// The sanitizers watch it (make sanitize): reads and writes out of bounds, undefined behaviour, races between threads.
 // Results are compared between 1 and 3 threads, bit for bit.
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "cpu/core.h"
+#include "cpu/instruction_sets.h"
+#include "cpu/run.h"
 
 using namespace fastattn;
 
@@ -231,7 +232,7 @@ int main() {
           run(isa.c_str(), p, true);
         }
       }
-      for (const int64_t left : {1, 2, 7}) {  // most rows stand behind the last key and see nothing
+      for (const int64_t left : {1, 2, 7}) {  // most rows stand after the last key and see nothing
         Pool pool;
         Params p = base(pool, dtype, {1, 2, 2, 300, 64, 32, 32});
         p.bottom_right = false;

@@ -33,16 +33,16 @@ def build_module(folder: Path) -> None:
     """Compiles the module fastattn._cpu into a folder."""
     objects, link, libraries = cpu_module()
     for name in INSTRUCTION_SETS:
-        objects[f"kernels_{name}"] = Object("csrc/cpu/kernels.cpp", compiler(), [*emulated_flags(name), "-O2"])
-    source, program, flags = objects["core"]
-    objects["core"] = Object(source, program, [*flags, "-D__builtin_cpu_supports(name)=1"])
+        objects[f"kernels_{name}"] = Object("csrc/cpu/kernels/table.cpp", compiler(), [*emulated_flags(name), "-O2"])
+    source, program, flags = objects["instruction_sets"]
+    objects["instruction_sets"] = Object(source, program, [*flags, "-D__builtin_cpu_supports(name)=1"])
     outputs = compile_all(objects, [], FOLDER)
     module = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run([*link, *outputs, "-o", str(module), *libraries], check=True)
 
 
 def link_to(source: Path, folder: Path) -> None:
-    """Links to all of a folder but hidden files, what is built, and the module that takes another's place."""
+    """Links to all of a folder except hidden files, what is built, and the module that takes another's place."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.name.startswith((".", "_cpu.c")) or path.name in ("build", "fastattn"):

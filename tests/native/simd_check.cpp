@@ -5,8 +5,8 @@
 #include <limits>
 #include <random>
 
-#include "cpu/gemm.h"
 #include "cpu/simd/math.h"
+#include "cpu/tile/gemm.h"
 
 using namespace fastattn::FASTATTN_ISA;
 

@@ -1,7 +1,7 @@
-// The logarithm of a softmax's denominator, with the digits that one number has no room for.
+// The logarithm of a softmax's denominator, as a number and its rounding error.
 //
 // Probabilities are recomputed from it, so its absolute error is their relative one: at scores of 7e4 a float alone is
-// off by up to 0.004. The rest is kept beside it (see lse_residual).
+// off by up to 0.004. The rounding error is kept beside it (see lse_residual).
 #pragma once
 
 namespace fastattn {
@@ -12,7 +12,7 @@ constexpr double kLog2E = 1.4426950408889634;
 inline float log_of(float x) { return __builtin_logf(x); }
 inline double log_of(double x) { return __builtin_log(x); }
 
-// A number as the sum of two: the nearest one, and what that lacks.
+// A number as the sum of two: the nearest one, and its rounding error.
 template <class S>
 struct Twofold {
   S high, low;
@@ -70,8 +70,8 @@ inline Twofold<S> log_sum(const Unit<S>& unit, S row_max, S row_sum) {
   return {lse.high, lse.low + base.low};
 }
 
-// Takes a sink into lse; returns what is left to everything else of its probability. A row that saw nothing, whose lse
-// is -inf, is all sink.
+// Adds a sink to lse; returns the probability that is left to everything else. A row that saw nothing, whose lse is
+// -inf, is all sink.
 template <class S>
 inline S add_sink(S sink, Twofold<S>& lse) {
   if (lse.high == S(-__builtin_inf())) {

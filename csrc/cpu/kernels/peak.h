@@ -1,14 +1,13 @@
 // Multiply-adds and nothing else: the ceiling that benchmarks compare the kernels with.
 #pragma once
 
-#include "gemm.h"
+#include "../tile/gemm.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
 // `steps` multiply-adds on each of so many accumulators that no instruction waits for another. Returns the operations
-// done, a multiplication and an addition counting as two. *sink, which must hold 0, keeps the compiler from leaving
-// them out.
+// done: a multiplication and an addition are two. *sink must hold 0; it keeps the compiler from leaving them out.
 template <class E>
 int64_t multiply_adds(int64_t steps, volatile typename E::Scalar* sink) {
   using V = typename E::Vector;

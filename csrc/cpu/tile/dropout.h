@@ -1,7 +1,7 @@
 // The dropout mask of a block, from Philox4x32-10 (Salmon et al., SC 2011): a pure function of seed and position.
 #pragma once
 
-#include "rows.h"
+#include "mask.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -23,13 +23,13 @@ void philox(uint32_t (&c)[4][kLanes], uint64_t seed) {
   }
 }
 
-// factors[n][lane] = 0 or `kept`, for keys n0 .. n0 + keys.
+// factors[key][lane] = 0 or `kept`, for the keys of a tile.
 template <class V>
-void make_dropout(const Params& p, const Panel<V>& panel, int64_t n0, int keys, typename V::Scalar kept,
+void make_dropout(const Params& p, const Panel<V>& panel, KeyTile tile, typename V::Scalar kept,
                   typename V::Scalar* factors) {
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
-  for (int64_t quad = n0 / 4; quad * 4 < n0 + keys; ++quad) {
+  for (int64_t quad = tile.n_begin / 4; quad * 4 < tile.n_end(); ++quad) {
     uint32_t words[4][kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       words[0][lane] = uint32_t(quad);
@@ -39,8 +39,8 @@ void make_dropout(const Params& p, const Panel<V>& panel, int64_t n0, int keys, 
     }
     philox<kLanes>(words, p.seed);
     for (int w = 0; w < 4; ++w) {
-      const int64_t n = quad * 4 + w - n0;
-      if (n < 0 || n >= keys) continue;
+      const int64_t n = quad * 4 + w - tile.n_begin;
+      if (n < 0 || n >= tile.count) continue;
       for (int lane = 0; lane < kLanes; ++lane)
         factors[n * kLanes + lane] = words[w][lane] >= p.dropout_threshold ? kept : S(0);
     }

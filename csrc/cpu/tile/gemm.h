@@ -4,17 +4,18 @@
 //
 // Every element of A is broadcast against kVectors vectors of B, so A may be K or V as they are: words along k are
 // neighbours (gemm), or those along r (gemm_columns). With A = K, B = Q^T it gives S^T; with A = V^T, B = P^T it gives
-// O^T; and so on (see forward.h and backward.h). Rows of B and C are two vectors long and follow one another, as those
-// of a wider matrix, often a power of two apart, would drive one another out of the first-level cache. Cost: rows * k *
-// kVectors fused multiply-adds, and per k one load for each row and each vector: with 8 rows and 2 vectors the
-// multiply-adds bound it, not the loads.
+// O^T; and so on (see forward.h and backward.h). Rows of B and C are two vectors long and follow one another. Those of
+// a wider matrix, often a power of two apart, would drive one another out of the first-level cache.
 //
-// Elements are words: one float or double, or two bfloat16 that a dot product instruction takes at once.
+// Cost: rows * k * kVectors fused multiply-adds, and per k one load for each row and each vector. With 8 rows and 2
+// vectors the multiply-adds bound it, not the loads.
+//
+// Elements are words: one float or double, or two bfloat16 that one dot product instruction multiplies.
 #pragma once
 
 #include <cstddef>
 
-#include "simd/simd.h"
+#include "../simd/simd.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
@@ -55,8 +56,8 @@ struct Pairs {
 enum class Update { kStore, kStoreMax, kAdd, kScaleAdd };
 
 // Words of A, word (r, k) at data[r / kTileRows * tile_stride + r % kTileRows + k * stride]. Where rows are as wide as
-// A a tile touches a cache line for each k, and lines a power of two apart drive one another out of the first-level
-// cache; a copy in which a tile's words follow one another does not.
+// A a tile touches a cache line for each k. Lines a power of two apart drive one another out of the first-level cache.
+// A copy in which a tile's words follow one another avoids that.
 template <class E>
 struct ColumnTiles {
   static constexpr int kRows = E::Vector::kTileRows;
@@ -69,11 +70,11 @@ struct ColumnTiles {
   }
 };
 
-// A tile of kRows rows, kept in registers; stride: from one k to the next (kColumns), or from row to row. Out of line:
-// inlined into its callers, GCC spills the accumulators. It also keeps them in memory, and writes and reads each once
-// more, unless all loops over them are unrolled. Four steps at a time: with a jump and its counting in
-// each, tiles took 5 to 9 percent longer on AVX2 in a virtual machine, probably as threads of a core share its front
-// end.
+// A tile of kRows rows, kept in registers; stride: from one k to the next (kColumns), or from row to row.
+//
+// Out of line: inlined into its callers, GCC spills the accumulators. Unless all loops over them are unrolled, it also
+// keeps them in memory, and writes and reads each once more. Four steps at a time: with a jump and its counting in
+// each, tiles took 5 to 9 percent longer on AVX2 in a virtual machine. Its threads probably share a core's front end.
 template <class E, int kRows, int kVectors, Update kUpdate, bool kColumns>
 __attribute__((noinline)) void gemm_tile(int k, const typename E::Word* a, int64_t stride, const typename E::Word* b,
                                          typename E::Scalar* c, typename E::Scalar* lanes) {

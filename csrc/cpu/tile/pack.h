@@ -1,32 +1,33 @@
-// Bringing rows of the caller's tensors into the order and the words that the matrix product takes, and back.
+// Bringing rows of the caller's tensors into the order and the words that the matrix product reads, and back.
 #pragma once
 
 #include "gemm.h"
-#include "rows.h"
+#include "integers.h"
 
 namespace fastattn {
 namespace FASTATTN_ISA {
 
+// Words that hold so many numbers.
 inline int words_of(int numbers, int per_word) { return (numbers + per_word - 1) / per_word; }
 
-// The first `left` of `size` numbers, and zeros behind them. Out of line, to keep it out of the callers' registers; but
+// The first `left` of `size` numbers, and zeros after them. Out of line, to keep it out of the callers' registers; but
 // a call while sums are in registers spills them all.
 template <class T>
-__attribute__((noinline)) void copy_part(const T* from, int left, int size, T* to) {
+__attribute__((noinline)) void copy_padded(const T* from, int left, int size, T* to) {
   for (int i = 0; i < size; ++i) to[i] = i < left ? from[i] : T{};
 }
 
 template <class V, class T>
-V load_part(const T* from, int left) {
+V load_copy(const T* from, int left) {
   T values[V::kWidth];
-  copy_part(from, left, V::kWidth, values);
+  copy_padded(from, left, V::kWidth, values);
   return V::load(values);
 }
 
 // kWidth numbers of a row of which `left` exist; the others are zero and are not read.
 template <class V, class T>
-inline V load_some(const T* from, int left) {
-  return left >= V::kWidth ? V::load(from) : load_part<V>(from, left);
+inline V load_padded(const T* from, int left) {
+  return left >= V::kWidth ? V::load(from) : load_copy<V>(from, left);
 }
 
 // n numbers of a row as the vector's scalars.
@@ -50,7 +51,7 @@ void store_row(const typename V::Scalar* from, int n, T* to, int64_t stride) {
 
 // The first `columns` numbers of a vector.
 template <class V, class T>
-void store_some(V x, int columns, T* to, int64_t stride) {
+void store_partial(V x, int columns, T* to, int64_t stride) {
   if (columns == V::kWidth && stride == 1) {
     x.store(to);
     return;
@@ -80,7 +81,31 @@ inline void store_columns(int dim, int count, Column column, T* const* rows, int
     V tile[kWidth];
     for (int i = 0; i < kWidth; ++i) tile[i] = i < columns ? column(d + i) : V::set(0);
     transpose(tile);
-    for (int i = 0; i < count; ++i) store_some(tile[i], columns, rows[i] + d * stride, stride);
+    for (int i = 0; i < count; ++i) store_partial(tile[i], columns, rows[i] + d * stride, stride);
+  }
+}
+
+// f(n, values) for the keys n < keys of kWidth rows of a bias or mask, `values` being a key's in all rows. at: where
+// the rows begin. Whole tiles are read along the keys and transposed, so that no line is touched twice.
+template <class V, class T, class F>
+inline void for_each_key(const T* from, const int64_t* at, int64_t key_stride, int keys, F f) {
+  using S = typename V::Scalar;
+  constexpr int kWidth = V::kWidth;
+  int n = 0;
+  if constexpr (sizeof(S) == 8 ? sizeof(T) == 8 : sizeof(T) <= 4) {  // what the vector can load
+    for (; key_stride == 1 && n + kWidth <= keys; n += kWidth) {
+      V tile[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) tile[i] = V::load(from + at[i] + n);
+      transpose(tile);
+#pragma GCC unroll 16
+      for (int t = 0; t < kWidth; ++t) f(n + t, tile[t]);
+    }
+  }
+  for (; n < keys; ++n) {
+    S values[kWidth];
+    for (int i = 0; i < kWidth; ++i) values[i] = S(to_float(from[at[i] + n * key_stride]));
+    f(n, V::load(values));
   }
 }
 
@@ -172,6 +197,32 @@ inline void pair_row(const bf16* row, int64_t stride, int dim, uint32_t* words) 
   }
   for (int d = 0; d < dim; d += 2)
     words[d / 2] = row[d * stride].bits | uint32_t(d + 1 < dim ? row[(d + 1) * stride].bits : 0) << 16;
+}
+#endif
+
+// At most kLanes numbers from column d on of each row, as [word of lanes][kLanes]; zeros after the last that exists, up
+// to whole vectors. A null row gives zeros.
+template <class V, class T>
+void pack_rows(Single<V>, const T* const* rows, int lanes, int64_t stride, int d, int columns,
+               typename V::Scalar* words) {
+  constexpr int kLanes = kLanesOf<V>;
+  for (int lane = 0; lane < lanes; ++lane, words += kLanes) {
+    int i = 0;
+    if (rows[lane] != nullptr) {
+      copy_row<V>(rows[lane] + d * stride, stride, columns, words);
+      i = columns;
+    }
+    for (; i < round_up(columns, V::kWidth); ++i) words[i] = typename V::Scalar(0);
+  }
+}
+
+#ifdef __AVX512BF16__
+inline void pack_rows(Pairs, const bf16* const* rows, int lanes, int64_t stride, int d, int columns, uint32_t* words) {
+  auto from = [&](int lane) { return rows[lane] ? rows[lane] + d * stride : nullptr; };
+  for (int lane = 0; lane < lanes; lane += 2, words += kLanesOf<F32>) {
+    interleave_rows(from(lane), stride, from(lane + 1), columns, words);
+    for (int i = columns; i < round_up(columns, F32::kWidth); ++i) words[i] = 0;
+  }
 }
 #endif
 
