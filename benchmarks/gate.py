@@ -1,6 +1,6 @@
 """The correctness gate: no result is timed that is not right.
 
-Right means: every output is within the bound of `fastattn.tolerance`; the truth is `fastattn.reference` in float64.
+Right means: every output is within the bound of `fastattn.cli.tolerance`; the truth is `fastattn.reference` in float64.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.tolerance import bound, eager_error, max_error
+from fastattn.cli.tolerance import bound, eager_error, max_error
 
 from .cases import Case
 from .data import Data, hidden_pairs, options, split, split_packed
