@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 import fastattn
-from fastattn.arguments import parse_device
+from fastattn.cli.arguments import parse_device
 
 from .cases import DTYPES, Case
 from .harness import run_cases

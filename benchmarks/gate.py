@@ -1,6 +1,6 @@
 """The correctness gate: only a correct result is timed.
 
-A result is correct if each output is within the bound of `fastattn.tolerance` around `fastattn.reference` in float64.
+Each output must be within the bound of `fastattn.cli.tolerance` around `fastattn.reference` in float64.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastattn import reference
-from fastattn.tolerance import bound, eager_error, max_error
+from fastattn.cli.tolerance import bound, eager_error, max_error
 
 from .cases import Case
 from .data import Data, hidden_pairs, options, split, split_packed

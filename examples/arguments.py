@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import fastattn
-from fastattn.arguments import parse_device
+from fastattn.cli.arguments import parse_device
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import fastattn.__main__ as command_line
+import fastattn.cli as command_line
 
 from . import seq2seq, train_lm
 from .arguments import add_common, apply_common

@@ -3,7 +3,7 @@
 import typing as _typing
 
 from . import reference
-from .flops import register_once_imported as _register_flop_formulas
+from .autograd.flops import register_once_imported as _register_flop_formulas
 from .functional import (
     Report,
     Rotary,

@@ -7,10 +7,11 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from typing_extensions import Unpack  # a requirement of torch itself
 
-from . import autograd, sdpa, shortcuts
+from . import autograd, sdpa
+from .autograd import fast_path
+from .autograd.autocast import autocast
 from .backends import dispatch
 from .backends.dispatch import Report, available_backends
-from .casting import autocast
 from .merge import merge_states
 from .philox import seed_tensor
 from .problem import (
@@ -138,7 +139,7 @@ def attention(
     extras = mask is not None or bias is not None or alibi_slopes is not None or sinks is not None
     dropped = type(dropout_p) is not float or dropout_p != 0.0  # None, False and the like are for the checks
     if not (extras or kv_lengths is not None or seed is not None or dropped or return_lse):
-        out = shortcuts.attend(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
+        out = fast_path.attend(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
         if out is not None:
             return out
     q, k, v = autocast(q, k, v)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn import shortcuts
+from fastattn.autograd import fast_path
 from fastattn.backends import Backend, dispatch
 from fastattn.backends.native import cuda
 from fastattn.kernels.machine import interpreting
@@ -110,7 +110,7 @@ def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
 
     def forget() -> None:
         dispatch._choose_cached.cache_clear()
-        shortcuts._kinds.clear()
+        fast_path._kinds.clear()
 
     def use(*backends: Backend) -> None:
         monkeypatch.setattr(dispatch, "BACKENDS", backends)

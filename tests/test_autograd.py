@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastattn
-from fastattn import attention, attention_varlen, ops, reference
+from fastattn import attention, attention_varlen, reference
+from fastattn.autograd import operators
 from fastattn.problem import Inputs, Options
 
 
@@ -286,7 +287,7 @@ def operator(name: str, *args: object) -> Tensor:
 
 def backward_operator(dout: Tensor) -> Tensor:
     q = torch.ones(dout.shape)
-    call = ops.join_arguments(Inputs(q, q, q), Options(), None)
+    call = operators.join_arguments(Inputs(q, q, q), Options(), None)
     return operator(
         "backward", dout, None, *torch.ops.fastattn.forward(*call, True)[:3], *call, [True] * 3 + [False] * 2
     )
@@ -302,11 +303,11 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "flash-attn's function": lambda x: fastattn.integrations.flash_attn.flash_attn_func(x[None], x[None], x[None]),
     "cache": lambda x: fastattn.attention_with_kv_cache(x[None], x[None], x[None], cache_lengths=LENGTHS),
     "operator forward": lambda x: operator(
-        "forward", *ops.join_arguments(Inputs(x[None], x[None], x[None]), Options(), None), True
+        "forward", *operators.join_arguments(Inputs(x[None], x[None], x[None]), Options(), None), True
     ),
     "operator backward": lambda x: backward_operator(x[None]),
     "operator cache": lambda x: operator(
-        "cache", *ops.join_cache_arguments(Inputs(*[x[None]] * 3, kv_lengths=LENGTHS), Options(), None)
+        "cache", *operators.join_cache_arguments(Inputs(*[x[None]] * 3, kv_lengths=LENGTHS), Options(), None)
     ),
 }
 FORWARD_MODE = (

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastattn
-from fastattn import ops
+from fastattn.autograd import operators
 
 FORWARD, DRAW_SEED = torch.ops.fastattn.forward.default, torch.ops.fastattn.draw_seed.default
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -21,13 +21,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows by one with each forward pass that is computed by the operator."""
     passes: list[None] = []
-    real = ops.run_forward
+    real = operators.run_forward
 
     def run_forward(*args: Any) -> Any:
         passes.append(None)
         return real(*args)
 
-    monkeypatch.setattr(ops, "run_forward", run_forward)
+    monkeypatch.setattr(operators, "run_forward", run_forward)
     return passes
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import ops, tolerance, validate_oracle
-from fastattn.__main__ import main
+from fastattn.autograd import operators
 from fastattn.backends import Grads, Needs, Results, dispatch
 from fastattn.backends.reference import ReferenceBackend
+from fastattn.cli import main, tolerance
+from fastattn.cli.validate import oracle
+from fastattn.cli.validate.cases import CASES, Case
+from fastattn.cli.validate.checks import compare, run_case
 from fastattn.problem import Inputs, Problem
-from fastattn.validate_cases import CASES, Case
-from fastattn.validate_checks import compare, run_case
 
 CPU = torch.device("cpu")
 FLOAT32 = ["--dtype", "float32"]
@@ -170,7 +171,7 @@ class Broken(ReferenceBackend):
 def use_backend(monkeypatch: pytest.MonkeyPatch, backend: ReferenceBackend) -> None:
     """Makes it the only one. Choices are remembered by name, and backends here share theirs: so none is remembered."""
     monkeypatch.setattr(dispatch, "BACKENDS", (backend,))
-    monkeypatch.setattr(ops, "choose_cached", dispatch.choose)
+    monkeypatch.setattr(operators, "choose_cached", dispatch.choose)
 
 
 def _drop(field: str) -> Callable[[Inputs], Inputs]:
@@ -287,20 +288,20 @@ def test_cases_have_names_of_their_own() -> None:
 
 def test_the_oracle_is_torchs_own_attention() -> None:
     """The yardstick itself, where torch can do the call."""
-    from fastattn.validate_data import make_data
+    from fastattn.cli.validate.data import make_data
 
     data = make_data(Case("oracle", "grouped", heads=(6, 2), mask="bhqk"), torch.float64, CPU)
     theirs = torch.nn.functional.scaled_dot_product_attention(
         data.q, data.k, data.v, attn_mask=data.options["mask"], enable_gqa=True
     )
-    torch.testing.assert_close(validate_oracle.attend(data)[0], theirs, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(oracle.attend(data)[0], theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_the_oracle_takes_a_scale_of_zero_at_its_word() -> None:
-    from fastattn.validate_data import make_data
+    from fastattn.cli.validate.data import make_data
 
     data = make_data(Case("oracle", "scale 0", options={"scale": 0.0}), torch.float64, CPU)
-    out, lse = validate_oracle.attend(data)
+    out, lse = oracle.attend(data)
     torch.testing.assert_close(out, data.v.mean(dim=2, keepdim=True).expand_as(out))
     torch.testing.assert_close(lse, torch.full_like(lse, data.k.shape[2]).log())
 
@@ -344,7 +345,7 @@ PHILOX_ANSWERS = [
 def test_the_oracles_generator_gives_the_published_words(
     counter: tuple[int, int, int, int], key: tuple[int, int], words: tuple[int, ...]
 ) -> None:
-    assert validate_oracle.philox4x32(counter, key) == words
+    assert oracle.philox4x32(counter, key) == words
 
 
 # ----------------------------------------------------------------------------------------------------------- bench

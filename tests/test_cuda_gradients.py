@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import problem
 from fastattn.backends.native import cuda
+from fastattn.problem import values
 
 from . import cases
 from .cases import GQA, Call, Case
@@ -211,7 +211,7 @@ def test_garbage_does_not_lead_out_of_memory(
 ) -> None:
     """Index tensors on a GPU are checked by nobody; the simulator raises on an access outside of a tensor."""
     for check in ("_check_cu_seqlens", "_check_lengths"):
-        monkeypatch.setattr(problem, check, lambda *_: None)
+        monkeypatch.setattr(values, check, lambda *_: None)
     cu_seqlens, good = (
         torch.tensor(x, dtype=torch.int32, device=machine.device) for x in (GARBAGE[number], (0, 7, 30, 60))
     )

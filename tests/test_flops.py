@@ -202,7 +202,7 @@ def test_reloading(counted_first: bool) -> None:
         importlib.reload(fastattn)
         for _ in range(2):
             importlib.reload(torch.utils.flop_counter)
-        importlib.reload(fastattn.flops)
+        importlib.reload(fastattn.autograd.flops)
         importlib.reload(fastattn)
         counter = importlib.reload(torch.utils.flop_counter)
         assert len([x for x in sys.meta_path if type(x).__module__.startswith("fastattn")]) == 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import shortcuts
+from fastattn.autograd import fast_path
 from fastattn.backends import layout_key
 from fastattn.backends.native import cpu, prepared
 
@@ -58,7 +58,7 @@ def test_keys_are_equal_only_for_equal_layouts(read: Callable[..., Hashable]) ->
 def test_what_has_no_layout_is_refused_by_name(
     read: Callable[..., Hashable], make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortcuts, "layout_key", read)
+    monkeypatch.setattr(fast_path, "layout_key", read)
     x = torch.randn(1, 1, 2, 8)
     with pytest.raises((TypeError, ValueError), match=r"^q must be"):
         fastattn.attention(make(), x, x)
@@ -84,12 +84,12 @@ def test_results_do_not_depend_on_the_reader(monkeypatch: pytest.MonkeyPatch) ->
     dout = torch.randn(2, 4, 5, 8)
     results = []
     for read in READERS:
-        for module in (shortcuts, prepared):
+        for module in (fast_path, prepared):
             monkeypatch.setattr(module, "layout_key", read)
-        shortcuts._kinds.clear()
+        fast_path._kinds.clear()
         for _ in range(2):  # the first call prepares
             out = fastattn.attention(q, k, v, causal=True, backend="cpu")
             results.append((out, *torch.autograd.grad(out, (q, k, v), dout)))
-    shortcuts._kinds.clear()
+    fast_path._kinds.clear()
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

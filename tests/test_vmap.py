@@ -12,7 +12,8 @@ from torch.func import functional_call, grad, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastattn.nn as fnn
-from fastattn import attention, attention_varlen, ops, scaled_dot_product_attention
+from fastattn import attention, attention_varlen, scaled_dot_product_attention
+from fastattn.autograd import operators
 
 pytestmark = pytest.mark.filterwarnings("error")  # a missing batching rule is a warning of torch's
 
@@ -117,8 +118,8 @@ def test_gradients_in_half_precision() -> None:
 
 def test_it_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.Size] = []
-    real = ops.run_forward
-    monkeypatch.setattr(ops, "run_forward", lambda *args: (calls.append(args[0].shape), real(*args))[1])
+    real = operators.run_forward
+    monkeypatch.setattr(operators, "run_forward", lambda *args: (calls.append(args[0].shape), real(*args))[1])
     vmap(lambda q, k, v: attention(q, k, v, bias=torch.zeros(SQ, SK, dtype=torch.float64)))(*qkv(N))
     vmap(grad(lambda q, k, v: attention(q, k, v).sum()))(*qkv(N))
     assert calls == [(N * B, H, SQ, D)] * 2

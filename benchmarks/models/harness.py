@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastattn.tolerance import bound, eager_error
+from fastattn.cli.tolerance import bound, eager_error
 
 from ..gate import Expected
 from ..harness import admit, measure
@@ -61,7 +61,7 @@ def run_model_case(
 
 
 def expect_model(case: ModelCase, model: Any, batch: Batch) -> dict[str, Expected]:
-    """The outputs of `prepare` in float64, with the limits of `fastattn.tolerance`.
+    """The outputs of `prepare` in float64, with the limits of `fastattn.cli.tolerance`.
 
     The limits follow from the error of eager attention in the model's own dtype.
     """

@@ -14,6 +14,7 @@ from transformers import masking_utils
 
 import fastattn
 from fastattn.integrations import huggingface
+from fastattn.integrations.huggingface import attention as implementation
 from fastattn.integrations.huggingface import attention_forward
 from tests.integrations import huggingface_models as models
 from tests.integrations.huggingface_models import BATCH, SEQLEN, VERSION, build, padding_mask, tokens
@@ -63,7 +64,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, Any]]:
         calls.append({**options, "tensors": tensors[:3]})
         return function(*tensors, **options)
 
-    monkeypatch.setattr(huggingface, name, record)
+    monkeypatch.setattr(implementation, name, record)
     return calls
 
 

@@ -14,8 +14,8 @@ from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastattn.integrations import huggingface
-from fastattn.integrations.huggingface_classes import WITHOUT_SDPA, calls
-from fastattn.integrations.huggingface_masks import PlannedMask, make_mask
+from fastattn.integrations.huggingface.classes import WITHOUT_SDPA, calls
+from fastattn.integrations.huggingface.masks import PlannedMask, make_mask
 from tests.integrations import zoo
 from tests.integrations.huggingface_models import VERSION, build
 

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from fastattn.integrations import huggingface
-from fastattn.integrations.huggingface_masks import PlannedMask, make_mask
-from fastattn.integrations.huggingface_patterns import read_pattern
+from fastattn.integrations.huggingface.masks import PlannedMask, make_mask
+from fastattn.integrations.huggingface.patterns import read_pattern
 from tests.integrations import huggingface_models as models
 from tests.integrations.huggingface_models import ARCHITECTURES, VERSION, build
 

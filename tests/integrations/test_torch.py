@@ -21,8 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import fastattn
 import fastattn.nn as fnn
 from fastattn.backends.reference import ReferenceBackend
-from fastattn.integrations import torch as integration
-from fastattn.integrations.torch import explain, use
+from fastattn.integrations.torch import explain, switch, use
 
 from ..test_sdpa import CALLS, arguments, evaluate
 from ..tolerance import assert_close, to_numpy
@@ -44,7 +43,7 @@ def fastattn_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
         calls.append(None)
         return fastattn.attention(*args, **kwargs)
 
-    monkeypatch.setattr(integration, "attention", attention)
+    monkeypatch.setattr(switch, "attention", attention)
     return calls
 
 
@@ -401,12 +400,12 @@ def test_devices_come_and_go() -> None:
         assert not on()
     with torch.device("meta"):
         use()
-    assert torch.overrides._get_current_function_mode_stack() == [integration._mode]
+    assert torch.overrides._get_current_function_mode_stack() == [switch._mode]
     torch.set_default_device("meta")
     with use(False), torch.device("cpu"), use():
         pass
     torch.set_default_device(None)
-    assert torch.overrides._get_current_function_mode_stack() == [integration._mode]
+    assert torch.overrides._get_current_function_mode_stack() == [switch._mode]
     use(False)
 
 

@@ -24,9 +24,8 @@ from torch.utils.checkpoint import (
 )
 
 import fastattn
-from fastattn import ops
-from fastattn.integrations import torch as integration
-from fastattn.integrations.torch import explain, use
+from fastattn.autograd import operators
+from fastattn.integrations.torch import explain, switch, use
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 
@@ -40,7 +39,7 @@ def fastattn_calls(monkeypatch: pytest.MonkeyPatch) -> list[None]:
         calls.append(None)
         return fastattn.attention(*args, **kwargs)
 
-    monkeypatch.setattr(integration, "attention", attention)
+    monkeypatch.setattr(switch, "attention", attention)
     return calls
 
 
@@ -277,7 +276,7 @@ POLICIES: dict[str, tuple[Any, int]] = {
 def test_policies_that_name_torchs_operators(name: str, preserve: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """They mean fastattn's: what is kept, the dropout mask included, is not computed again."""
     policy, runs = POLICIES[name]
-    runs_seen, real = [], ops.run_forward
+    runs_seen, real = [], operators.run_forward
 
     def run_forward(*args: Any) -> Any:
         runs_seen.append(None)
@@ -288,7 +287,7 @@ def test_policies_that_name_torchs_operators(name: str, preserve: bool, monkeypa
         return checkpoint(module[0], x, use_reentrant=False, preserve_rng_state=preserve, context_fn=context_fn)
 
     want = step(lambda module, x: module[0](x))
-    monkeypatch.setattr(ops, "run_forward", run_forward)
+    monkeypatch.setattr(operators, "run_forward", run_forward)
     found = step(region, backward=nullcontext)
     assert len(runs_seen) == runs
     for a, b in zip(found, want, strict=True):

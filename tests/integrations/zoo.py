@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from fastattn.integrations import huggingface
-from fastattn.integrations.huggingface_classes import layers_of_its_own
+from fastattn.integrations.huggingface.classes import layers_of_its_own
 from tests.integrations.huggingface_models import register_exact
 
 PAGE = Path(__file__).parents[2] / "docs" / "huggingface.md"

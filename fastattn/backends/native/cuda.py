@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...alignment import ALIGNMENT, why_not_aligned, why_rows_not_aligned
 from ...problem import Inputs, Problem
+from ...problem.alignment import ALIGNMENT, why_not_aligned, why_rows_not_aligned
 from .. import base
 from ..base import (
     MAX_SEQLEN,

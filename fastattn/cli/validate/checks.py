@@ -1,6 +1,6 @@
 """Runs one validation case on one backend and compares every result with the oracle.
 
-What may be rounded is bounded by `fastattn.tolerance`. What must be exact is counted: one for each wrong element.
+What may be rounded is bounded by `fastattn.cli.tolerance`. What must be exact is counted: one for each wrong element.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional, tolerance, validate_oracle
-from .validate_cases import Case
-from .validate_data import Data, make_data
+from ... import functional
+from .. import tolerance
+from . import oracle
+from .cases import Case
+from .data import Data, make_data
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def _results(data: Data, attend: Attend, dtype: torch.dtype | None = None) -> di
 
 
 def _compare_all(data: Data, results: dict[str, Tensor], dtype: torch.dtype) -> list[Check]:
-    truth = _results(data, validate_oracle.attend, torch.float64)
-    eager = _results(data, validate_oracle.attend, dtype)
+    truth = _results(data, oracle.attend, torch.float64)
+    eager = _results(data, oracle.attend, dtype)
     checks = [compare(name, results[name], truth[name], eager[name], dtype) for name in truth]
     hidden = truth["lse"] == -torch.inf
     if hidden.any() and all(check.ok for check in checks):
@@ -159,7 +161,7 @@ def _cache(case: Case, backend: str, dtype: torch.dtype, device: torch.device) -
     out, lse = functional.attention_with_kv_cache(
         data.q, caches["k"], caches["v"], **data.options, return_lse=True, backend=backend
     )
-    truth, eager = (validate_oracle.attend_with_cache(data.leaves(x)[0]) for x in (torch.float64, dtype))
+    truth, eager = (oracle.attend_with_cache(data.leaves(x)[0]) for x in (torch.float64, dtype))
     checks = [
         compare("out", out, truth[0].detach(), eager[0], dtype),
         compare("lse", lse, truth[1].detach(), eager[1], dtype),
@@ -209,7 +211,7 @@ def _dropout_mask(case: Case, backend: str, dtype: torch.dtype, device: torch.de
     else:
         out = functional.attention(q, k, v, dropout_p=p, seed=seed, backend=backend)
     (dv,) = torch.autograd.grad(out, v, v.detach())
-    keep = torch.stack([validate_oracle.dropout_keep(seed, p, b, (heads, n, n)) for b in range(batch)]).to(device)
+    keep = torch.stack([oracle.dropout_keep(seed, p, b, (heads, n, n)) for b in range(batch)]).to(device)
     seen = {"forward": out.detach(), "backward": dv}
     if packed:
         seen = {name: x.unflatten(0, (batch, n)).transpose(1, 2) for name, x in seen.items()}

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
-from .autograd import gradients, is_batched, is_plain
-from .backends import Prepared, Results, dispatch
-from .backends.layout_key import NO_LAYOUT, attributes, layout_key
-from .problem import Inputs, Options, describe, split_window
+from ..backends import Prepared, Results, dispatch
+from ..backends.layout_key import NO_LAYOUT, attributes, layout_key
+from ..problem import Inputs, Options, describe, split_window
+from . import operators
+from .functions import gradients, is_batched, is_plain
 
 
 class _Kind(NamedTuple):
@@ -99,7 +99,7 @@ def _fit(prepared: Prepared, saved: tuple[Tensor, ...]) -> bool:
 
 
 class PreparedAttention(torch.autograd.Function):
-    """`autograd.Attention` for calls of a prepared kind.
+    """`Attention` for calls of a prepared kind.
 
     Of the older form, without setup_context: torch looks up the other form's signature at every call.
     """
@@ -122,8 +122,8 @@ class PreparedAttention(torch.autograd.Function):
         plain = is_plain(dout, *saved) and forward_ad._current_level < 0 and not is_batched(dout)
         if plain and not torch.is_grad_enabled() and _fit(kind.prepared, saved):
             return (None, *kind.prepared.backward(q, k, v, results, dout, needs))
-        arguments = ops.join_arguments(Inputs(q, k, v), kind.options, kind.backend)
-        return (None, *gradients(dout, None, ops.filled(results), arguments, [*needs, False, False])[:3])
+        arguments = operators.join_arguments(Inputs(q, k, v), kind.options, kind.backend)
+        return (None, *gradients(dout, None, operators.filled(results), arguments, [*needs, False, False])[:3])
 
 
 # What `apply` comes to where no function transform is active; looking for one, and for tensors that one left behind,

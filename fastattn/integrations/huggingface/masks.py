@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import masking_utils
 
-from .huggingface_classes import WITHOUT_SDPA, check_config
-from .huggingface_patterns import Pattern, read_pattern
+from .classes import WITHOUT_SDPA, check_config
+from .patterns import Pattern, read_pattern
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from . import __version__
-from .backends import Backend, dispatch
+from .. import __version__
+from ..backends import Backend, dispatch
 
 _INSTRUCTION_SETS = {
     "avx2": "AVX2",

@@ -1,32 +1,19 @@
-"""fastattn as an attention implementation of Hugging Face Transformers.
-
-from fastattn.integrations import huggingface
-
-huggingface.register()
-model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fastattn")
-"""
+"""Attention as the models of transformers call it."""
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..functional import attention, attention_varlen
-from ..philox import draw_seed
+from ... import reference
+from ...functional import attention, attention_varlen
+from ...philox import draw_seed
 
 if TYPE_CHECKING:
-    from .huggingface_masks import MaskPlan
-
-__all__ = ["attention_forward", "register"]
-
-NAME = "fastattn"
-OLDEST = (4, 57)
-INTERFACES = ("AttentionInterface", "AttentionMaskInterface")
+    from .masks import MaskPlan
 
 # What models hand down to every attention implementation, and eager ignores: it is used elsewhere in the model, or is
 # about something that the mask says as well.
@@ -39,31 +26,6 @@ HARMLESS = frozenset(
     )
 )
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
-
-def register() -> None:
-    """Makes `attn_implementation="fastattn"` known to transformers, with its masks; more than once does no harm.
-
-    From then on the library refuses that name, with ValueError, for model classes that compute attention themselves:
-    it would change nothing. Raises ImportError if transformers is missing, or older than 4.57.
-    """
-    try:
-        transformers = importlib.import_module("transformers")
-    except ModuleNotFoundError as missing:
-        raise ImportError(f"fastattn.integrations.huggingface needs transformers>=4.57: {missing}") from missing
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if version < OLDEST or not all(hasattr(transformers, name) for name in INTERFACES):
-        raise ImportError(
-            "fastattn.integrations.huggingface needs transformers>=4.57, with its AttentionInterface and "
-            f"AttentionMaskInterface, got transformers {transformers.__version__}"
-        )
-    from .huggingface_classes import guard
-    from .huggingface_masks import make_mask
-
-    guard()
-    # A name that only the first knows gets no masks at all, silently.
-    for interface, function in zip(INTERFACES, (attention_forward, make_mask), strict=True):
-        getattr(transformers, interface).register(NAME, function)
 
 
 def attention_forward(

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .backends import Needs
-from .problem import Inputs, Options, Problem, describe
+from ..backends import Needs
+from ..problem import Inputs, Options, Problem, describe
+from . import operators
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -74,13 +74,13 @@ def _clamped_sum(start: int, count: int, most: int) -> int:
 
 def forward_flops(*args: Any, out_val: Any = None) -> int:
     """Of the operator `forward`: the scores and their product with v."""
-    problem, pairs = _described(None, *ops.split_arguments(args))
+    problem, pairs = _described(None, *operators.split_arguments(args))
     return 2 * pairs * (problem.head_dim + problem.head_dim_v)
 
 
 def backward_flops(*args: Any, out_val: Any = None) -> int:
     """Of the operator `backward`: the scores again, the gradient of the probabilities, and those asked for."""
-    problem, pairs = _described(None, *ops.split_arguments(args[-1 - ops.FORWARD_ARGUMENTS : -1]))
+    problem, pairs = _described(None, *operators.split_arguments(args[-1 - operators.FORWARD_ARGUMENTS : -1]))
     needs = Needs(*args[-1])
     dprobs = needs.q or needs.k or needs.bias or needs.sinks
     return 2 * pairs * (problem.head_dim * (1 + needs.q + needs.k) + problem.head_dim_v * (dprobs + needs.v))
@@ -88,7 +88,7 @@ def backward_flops(*args: Any, out_val: Any = None) -> int:
 
 def cache_flops(*args: Any, out_val: Any = None) -> int:
     """Of the operator `cache`, as of `forward`."""
-    problem, pairs = _described("cache", *ops.split_cache_arguments(args))
+    problem, pairs = _described("cache", *operators.split_cache_arguments(args))
     return 2 * pairs * (problem.head_dim + problem.head_dim_v)
 
 

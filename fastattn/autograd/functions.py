@@ -16,15 +16,15 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from . import batching, ops
-from .backends import Needs
-from .philox import draw_seed
-from .problem import DIFFERENTIABLE, Inputs, Options, check_tensors, describe
-from .reference import softmax_attention_double_backward
+from ..backends import Needs
+from ..philox import draw_seed
+from ..problem import DIFFERENTIABLE, Inputs, Options, check_tensors, describe
+from ..reference import softmax_attention_double_backward
+from . import operators, vmap
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
-_N_ARGS = len(ops.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
+_N_ARGS = len(operators.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
 _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
 _BACKWARD_LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward
 _NO_FORWARD_MODE = (
@@ -91,13 +91,13 @@ def _attend(inputs: Inputs, options: Options, backend: str | None, for_backward:
     recorded = in_transform or (torch.is_grad_enabled() and _any_requires_grad(inputs))
     # torch.jit's traces run with and without gradients.
     traced = not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is not None
-    args = (*ops.join_arguments(inputs, options, backend), for_backward or recorded or traced)
+    args = (*operators.join_arguments(inputs, options, backend), for_backward or recorded or traced)
     if torch.compiler.is_dynamo_compiling() and _dynamo_in_transform():
         return _traced_forward(*args)
     if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
         return _forward_operator(*args)
-    return Attention.apply(*args) if recorded else ops.run_forward(*args)
+    return Attention.apply(*args) if recorded else operators.run_forward(*args)
 
 
 def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -107,9 +107,9 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
             "attention_with_kv_cache is for inference only, but an input requires grad: call it under "
             "torch.no_grad() or torch.inference_mode()"
         )
-    args = ops.join_cache_arguments(inputs, options, backend)
+    args = operators.join_cache_arguments(inputs, options, backend)
     if _all_plain(inputs) and forward_ad._current_level < 0:
-        return ops.run_cache(*args)
+        return operators.run_cache(*args)
     check_tensors("cache", inputs)
     if _any_dtensor(*inputs):
         from . import sharding
@@ -121,7 +121,7 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
 
 def _forward_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, residual) by the operator. DTensors need strategies, which are registered first, and checks."""
-    inputs, options, backend = ops.split_arguments(args)
+    inputs, options, backend = operators.split_arguments(args)
     if _any_dtensor(*inputs):
         from . import sharding  # registers how the operators are sharded
 
@@ -159,7 +159,7 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
 
 def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`_attend`, with the arguments of the operator."""
-    return _attend(*ops.split_arguments(args), for_backward=args[-1])
+    return _attend(*operators.split_arguments(args), for_backward=args[-1])
 
 
 def _traced_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +185,7 @@ _dynamo_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined
 
 
 def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    return batching.forward(_run_forward, info.batch_size, in_dims, args)
+    return vmap.forward(_run_forward, info.batch_size, in_dims, args)
 
 
 def _refuse_tangents(ctx: Any, *grad_inputs: Any) -> Any:
@@ -201,15 +201,15 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
         if is_plain(*args[:3]):
-            return ops.run_forward(*args)
+            return operators.run_forward(*args)
         return _forward_operator(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: D102
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: ops.FORWARD_TENSORS], *output)
-        ctx.options = inputs[ops.FORWARD_TENSORS : -1]
+        ctx.save_for_backward(*inputs[: operators.FORWARD_TENSORS], *output)
+        ctx.options = inputs[operators.FORWARD_TENSORS : -1]
 
     @staticmethod
     def backward(  # noqa: D102
@@ -251,7 +251,7 @@ def _run_backward(*args: Any) -> tuple[Tensor, ...]:
         return torch.ops.fastattn.backward(*args)
     if in_transform or torch.is_grad_enabled():
         return AttentionBackward.apply(*args)
-    return ops.run_backward(*args)
+    return operators.run_backward(*args)
 
 
 def _with_implicit_replication(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -270,7 +270,7 @@ def _with_implicit_replication(function: Callable[..., Any]) -> Callable[..., An
 
 
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    return batching.backward(_run_backward, info.batch_size, in_dims, args)
+    return vmap.backward(_run_backward, info.batch_size, in_dims, args)
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -282,22 +282,22 @@ class AttentionBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
         if is_plain(args[0], *args[_BACKWARD_LEADING : _BACKWARD_LEADING + 2]):
-            return ops.run_backward(*args)
+            return operators.run_backward(*args)
         return torch.ops.fastattn.backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
         ctx.set_materialize_grads(False)
         dout, dlse, _, _, _, *args, needs = inputs
-        ctx.save_for_backward(dout, dlse, *args[: ops.FORWARD_TENSORS])
-        ctx.options = args[ops.FORWARD_TENSORS :]
+        ctx.save_for_backward(dout, dlse, *args[: operators.FORWARD_TENSORS])
+        ctx.options = args[operators.FORWARD_TENSORS :]
         ctx.needs = Needs(*needs)
 
     @staticmethod
     @_with_implicit_replication
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         dout, dlse, *tensors = ctx.saved_tensors
-        inputs, options, _ = ops.split_arguments((*tensors, *ctx.options))
+        inputs, options, _ = operators.split_arguments((*tensors, *ctx.options))
         problem = describe("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options, cached=False)
         tangents = tuple([c if need else None for c, need in zip(cotangents, ctx.needs, strict=True)])
         second = softmax_attention_double_backward(problem, inputs, dout, dlse, tangents)
@@ -313,8 +313,8 @@ class AttentionBackward(torch.autograd.Function):
 def _setup_context_of_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """The seed that is kept is a result, since arguments may have been computed again when results were not."""
     *results, seed = output
-    if inputs[ops.SEED] is not None:
-        inputs = (*inputs[: ops.SEED], seed, *inputs[ops.SEED + 1 :])
+    if inputs[operators.SEED] is not None:
+        inputs = (*inputs[: operators.SEED], seed, *inputs[operators.SEED + 1 :])
     Attention.setup_context(ctx, inputs, tuple(results))  # type: ignore[arg-type]
     ctx.mark_non_differentiable(results[2], seed)
 
@@ -354,9 +354,9 @@ _operators.impl("cache", _cache_below_autograd, "Autograd", with_keyset=True)
 @torch.library.register_vmap("fastattn::forward")
 def _vmap_forward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """For graphs of operators under vmap."""
-    return batching.forward(torch.ops.fastattn.forward, info.batch_size, in_dims, args)
+    return vmap.forward(torch.ops.fastattn.forward, info.batch_size, in_dims, args)
 
 
 @torch.library.register_vmap("fastattn::backward")
 def _vmap_backward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    return batching.backward(torch.ops.fastattn.backward, info.batch_size, in_dims, args)
+    return vmap.backward(torch.ops.fastattn.backward, info.batch_size, in_dims, args)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .problem import Inputs
+from ..problem import Inputs
+from . import operators
 
 Run = Callable[..., tuple[Tensor, ...]]
 Result = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
@@ -23,31 +23,31 @@ _LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the 
 
 def forward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:
     """`run` (the operator `forward`) over the dimension in_dims of each argument: (results, their dimensions)."""
-    inputs, options, backend = ops.split_arguments(args)
-    dims: Any = Inputs(*in_dims[: ops.FORWARD_TENSORS])
+    inputs, options, backend = operators.split_arguments(args)
+    dims: Any = Inputs(*in_dims[: operators.FORWARD_TENSORS])
     if inputs.cu_seqlens_q is not None or dims.sinks is not None or options.dropout_p:
         return _one_by_one(run, size, in_dims, args)
     batch = _without(inputs.q.shape, in_dims[0])[0]
     folded = _fold(inputs, dims, size, batch, separate_bias=False)
-    results = run(*ops.join_arguments(folded, options, backend), args[-1])
-    found = [(x, None) if ops.is_none(x) else (x.unflatten(0, (size, batch)), 0) for x in results]
+    results = run(*operators.join_arguments(folded, options, backend), args[-1])
+    found = [(x, None) if operators.is_none(x) else (x.unflatten(0, (size, batch)), 0) for x in results]
     return tuple(x for x, _ in found), tuple(dim for _, dim in found)
 
 
 def backward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:
     """Likewise for the operator `backward`."""
     gradients, needs = args[:_LEADING], args[-1]
-    inputs, options, backend = ops.split_arguments(args[_LEADING:-1])
-    dims: Any = Inputs(*in_dims[_LEADING : _LEADING + ops.FORWARD_TENSORS])
+    inputs, options, backend = operators.split_arguments(args[_LEADING:-1])
+    dims: Any = Inputs(*in_dims[_LEADING : _LEADING + operators.FORWARD_TENSORS])
     if inputs.cu_seqlens_q is not None or inputs.sinks is not None or options.dropout_p:
         return _one_by_one(run, size, in_dims, args)
     batch = _without(inputs.q.shape, in_dims[_LEADING])[0]
     folded = _fold(inputs, dims, size, batch, separate_bias=needs[3])
     outer = [
-        x if x is not None and dim is None and ops.is_none(x) else _into_batch(x, dim, size, batch)
+        x if x is not None and dim is None and operators.is_none(x) else _into_batch(x, dim, size, batch)
         for x, dim in zip(gradients, in_dims, strict=False)
     ]
-    *grads, dbias, dsinks = run(*outer, *ops.join_arguments(folded, options, backend), needs)
+    *grads, dbias, dsinks = run(*outer, *operators.join_arguments(folded, options, backend), needs)
     separated = [x.unflatten(0, (size, batch)) if need else x for x, need in zip(grads, needs, strict=False)]
     if needs[3]:
         assert inputs.bias is not None

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, Needs, Results, empty_grad, empty_results
-from .backends.dispatch import choose, choose_cached
-from .philox import draw_seed
-from .problem import Inputs, Options, Problem, check_results, check_values, describe
+from ..backends import Backend, Needs, Results, empty_grad, empty_results
+from ..backends.dispatch import choose, choose_cached
+from ..philox import draw_seed
+from ..problem import Inputs, Options, Problem, check_results, check_values, describe
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "

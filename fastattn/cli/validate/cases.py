@@ -33,7 +33,7 @@ class Case:
     alibi: the shape of the slopes, "h" or "bh".
     kv_lengths: keys behind them are NaN.
     lengths: of the sequences of a varlen call, (queries, keys); spare: unused rows behind the last one.
-    layout: how q, k and v lie in memory, a name in `fastattn.validate_data.LAYOUTS`.
+    layout: how q, k and v lie in memory, a name in `fastattn.cli.validate.data.LAYOUTS`.
     mean: size of what the keys of a head have in common, and the values; no gradient comes through lse then.
     detail: every quantity gets a line in the table, not the worst alone.
     repeat: the results must be the same bits in a second run, with another number of threads.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .validate_data import Data
+from .data import Data
 
 
 @dataclass(frozen=True)

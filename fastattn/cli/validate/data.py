@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .validate_cases import Cache, Case
+from .cases import Cache, Case
 
 DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
 _FAR_PAGE = 10**6  # what a block table may hold where no page is needed

@@ -1,7 +1,7 @@
 """`python -m fastattn validate`: every feature on every backend of this machine against float64.
 
 Each line sets the error of a backend beside the error that plain eager attention makes in the same dtype, and
-the bound that follows from it (see `fastattn.validate_checks`). Everything printed was computed in that run.
+the bound that follows from it (see `fastattn.cli.validate.checks`). Everything printed was computed in that run.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from itertools import groupby
 
 import torch
 
-from .arguments import parse_device
-from .backends import dispatch
-from .validate_cases import CASES, Case
-from .validate_checks import Check, run_case
+from ...backends import dispatch
+from ..arguments import parse_device
+from .cases import CASES, Case
+from .checks import Check, run_case
 
 DTYPES = {
     "float32": torch.float32,

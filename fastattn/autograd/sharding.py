@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from . import ops
-from .backends.dispatch import choose
-from .problem import CACHE_NAMES, DIFFERENTIABLE, Inputs, Options, describe
+from ..backends.dispatch import choose
+from ..problem import CACHE_NAMES, DIFFERENTIABLE, Inputs, Options, describe
+from . import operators
 
 _LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward
 
@@ -159,8 +159,8 @@ _Strategies = list[tuple[list[Any], list[Any]]]  # placements of the results, pl
 
 @register_sharding(torch.ops.fastattn.forward.default)
 def _shard_forward(*args: Any) -> _Strategies:
-    inputs, options, _ = ops.split_arguments(args)
-    like = ops.fake_forward(*_without_memory(ops.join_arguments(inputs, options, None)), args[-1])
+    inputs, options, _ = operators.split_arguments(args)
+    like = operators.fake_forward(*_without_memory(operators.join_arguments(inputs, options, None)), args[-1])
     results = [_dims_of_result(x, inputs) for x in like]
     return [([plan.placement(dims) for dims in results], _placements(plan, args)) for plan in _plans(inputs)]
 
@@ -168,7 +168,7 @@ def _shard_forward(*args: Any) -> _Strategies:
 @register_sharding(torch.ops.fastattn.backward.default)
 def _shard_backward(*args: Any) -> _Strategies:
     leading, arguments, needs = args[:_LEADING], args[_LEADING:], args[-1]
-    inputs, *_ = ops.split_arguments(arguments)
+    inputs, *_ = operators.split_arguments(arguments)
     dims = _dims_of_inputs(inputs)
     wanted = [name if need and name in dims else None for name, need in zip(DIFFERENTIABLE, needs, strict=True)]
     return [
@@ -185,9 +185,9 @@ def _shard_backward(*args: Any) -> _Strategies:
 
 def _placements(plan: _Plan, args: Sequence[Any]) -> list[Any]:
     """Of each argument of `forward`; None for what is no tensor."""
-    dims = _dims_of_inputs(ops.split_arguments(tuple(args))[0])
+    dims = _dims_of_inputs(operators.split_arguments(tuple(args))[0])
     tensors = [plan.placement(dims[name], name) if name in dims else None for name in Inputs._fields]
-    return tensors[: ops.FORWARD_TENSORS] + [None] * (len(args) - ops.FORWARD_TENSORS)
+    return tensors[: operators.FORWARD_TENSORS] + [None] * (len(args) - operators.FORWARD_TENSORS)
 
 
 def _without_memory(args: Sequence[Any]) -> list[Any]:
@@ -223,8 +223,8 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
         if name == "v" and list(x.placements) != placements:
             raise ValueError(f"v_cache must have the placements of k_cache, {k_cache.placements}, got {x.placements}")
         local[name] = x.redistribute(mesh, placements).to_local() if name in dims else None
-    results = ops.run_cache(*ops.join_cache_arguments(Inputs(**local), options, backend))
-    whole = ops.fake_cache(*_without_memory(ops.join_cache_arguments(inputs, options, None)))
+    results = operators.run_cache(*operators.join_cache_arguments(Inputs(**local), options, backend))
+    whole = operators.fake_cache(*_without_memory(operators.join_cache_arguments(inputs, options, None)))
     placements = [plan.placement(_Dims(0, 1)) for plan in plans]
     out, lse = (
         DTensor.from_local(x, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())

@@ -1,0 +1,64 @@
+"""The options of a call: types and ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .types import ALIGNMENTS, AttentionOptions, Options
+
+
+def check_option_types(options: Options) -> None:
+    """Refuses options of the wrong type; a bool is no number here."""
+    if not isinstance(options.causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(options.causal).__name__} {options.causal!r}")
+    if not isinstance(options.causal_alignment, str):
+        raise TypeError(f"causal_alignment must be one of {ALIGNMENTS}, got {options.causal_alignment!r}")
+    for side in (options.window_left, options.window_right):
+        if side is not None and not _is_number(side, (int, torch.SymInt)):
+            raise TypeError(f"window must hold integers or None, got {type(side).__name__} {side!r}")
+    for name, value in (("softcap", options.softcap), ("scale", options.scale), ("dropout_p", options.dropout_p)):
+        optional = name != "dropout_p"
+        if not (value is None and optional) and not _is_number(value, (int, float, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+
+
+def _is_number(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def check_options(options: Options) -> None:
+    """Refuses options outside their range."""
+    for name in ("window_left", "window_right"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            raise ValueError(f"window must hold integers >= 0 or None (= open), got {name} = {value}")
+    if options.causal_alignment not in ALIGNMENTS:
+        raise ValueError(f"causal_alignment must be one of {ALIGNMENTS}, got {options.causal_alignment!r}")
+    for name in ("softcap", "scale", "dropout_p"):
+        value = getattr(options, name)
+        # The bound keeps products with it inside float32's range; the comparison is False for NaN.
+        if isinstance(value, (int, float)) and not abs(value) <= 1e30:
+            raise ValueError(f"{name} must be finite, and at most 1e30 in size, got {value}")
+    if options.softcap is not None and options.softcap <= 0:
+        raise ValueError(f"softcap must be positive, or None to switch it off, got {options.softcap}")
+    if not 0 <= options.dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {options.dropout_p}")
+
+
+def check_keywords(function: str, given: Iterable[str]) -> None:
+    """Refuses keyword arguments that `AttentionOptions` does not list."""
+    unknown = set(given) - AttentionOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{function} got an unexpected keyword argument {min(unknown)!r}")
+
+
+def split_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    """(left, right) of a `window` argument."""
+    if window is None:
+        return None, None
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window must be a pair (left, right) of integers or None, got {window!r}")
+    return window[0], window[1]
