@@ -50,6 +50,7 @@ class _Softmax(NamedTuple):
     dropout: Tensor | float  # what dropout multiplies them with: 0 or 1 / (1 - p)
     lse: Tensor  # (batch, heads_q, seqlen_q)
     empty: Tensor  # bool, likewise: rows that see no key
+    sink_probs: Tensor | None  # likewise: what the sinks take of each row
 
 
 def softmax_attention(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -87,18 +88,18 @@ def _softmax(problem: Problem, inputs: Inputs, batches: range) -> _Softmax:
         scores = scores + inputs.bias.to(scores.dtype)
     scores = scores.masked_fill(~visible, -torch.inf)
     sinks = None if inputs.sinks is None else inputs.sinks.to(scores.dtype)[:, None]
-    probs, lse, empty = _normalise(scores, sinks)
+    probs, lse, empty, sink_probs = _normalise(scores, sinks)
 
     dropout: Tensor | float = 1.0
     if problem.dropout_p > 0.0 and inputs.seed is not None:
         size = (problem.heads_q, *scores.shape[-2:])
         keep = dropout_keep(inputs.seed, problem.dropout_threshold, batches, *size, device=problem.device)
         dropout = keep.to(scores.dtype) / (1.0 - problem.dropout_p)
-    return _Softmax(q, k, v, visible, tanh, probs, dropout, lse, empty)
+    return _Softmax(q, k, v, visible, tanh, probs, dropout, lse, empty, sink_probs)
 
 
-def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(probs, lse, empty) of the scores; `empty` rows, whose scores are all -inf, give 0, and the sink or -inf."""
+def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(probs, lse, empty, sink_probs); `empty` rows, whose scores are all -inf, give 0, and the sink or -inf."""
     # Any finite shift gives the same result. The maximum keeps exp from overflowing; 0 stands in where no score is
     # finite, so that -inf - (-inf) = NaN never arises.
     shape = scores.shape
@@ -109,13 +110,16 @@ def _normalise(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Te
     row_max = row_max.masked_fill(row_max == -torch.inf, 0.0)
     weights = torch.exp(scores - row_max[..., None])
     row_sum = weights.sum(dim=-1)
-    if sinks is not None:
-        row_sum = row_sum + torch.exp(sinks - row_max)
+    sink_weights = None if sinks is None else torch.exp(sinks - row_max)
+    if sink_weights is not None:
+        row_sum = row_sum + sink_weights
     nothing = row_sum == 0.0
     row_sum = row_sum.masked_fill(nothing, 1.0)
     probs = (weights / row_sum[..., None]).masked_fill(empty[..., None], 0.0)  # a sink may be NaN
     lse = (row_max + torch.log(row_sum)).masked_fill(nothing, -torch.inf)
-    return probs, lse if sinks is None else torch.where(empty, sinks, lse), empty
+    if sinks is None or sink_weights is None:
+        return probs, lse, empty, None
+    return probs, torch.where(empty, sinks, lse), empty, sink_weights / row_sum
 
 
 def _visibility(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -178,8 +182,8 @@ def _dense_backward(
     dbias = dsinks = None
     if inputs.bias is not None:
         dbias = dscores.sum_to_size(inputs.bias.shape)
-    if inputs.sinks is not None:
-        dsinks = -(_sink_probs(inputs.sinks, s.lse) * sink_delta).sum(dim=(0, 2))
+    if s.sink_probs is not None:
+        dsinks = -(s.sink_probs * sink_delta).sum(dim=(0, 2))
     draw = problem.scale * dscores * (1.0 - s.tanh * s.tanh)
     dk = draw.transpose(-2, -1) @ s.q
     dv = (s.probs * s.dropout).transpose(-2, -1) @ dout
@@ -201,11 +205,6 @@ def _bwd_preprocess(
     # d lse / d scores = probs, so it takes part as a shift of delta.
     sink_delta = delta - dlse.to(delta.dtype).masked_fill(s.lse == -torch.inf, 0.0)
     return dout, dprobs, sink_delta.masked_fill(s.empty, 0.0), sink_delta
-
-
-def _sink_probs(sinks: Tensor, lse: Tensor) -> Tensor:
-    """What the sinks take of each row's softmax, (batch, heads_q, seqlen_q)."""
-    return torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
 
 
 def _sum_groups(x: Tensor, problem: Problem) -> Tensor:
@@ -259,9 +258,9 @@ def _dense_double_backward(
         t_scores = t_scores + moves.bias.to(t_scores.dtype)
     t_scores = t_scores.masked_fill(~s.visible, 0.0)
     t_lse = (s.probs * t_scores).sum(dim=-1)
-    if inputs.sinks is not None and moves.sinks is not None:
-        sink_probs, t_sinks = _sink_probs(inputs.sinks, s.lse), moves.sinks.to(t_lse.dtype)[:, None]
-        t_lse = t_lse + sink_probs * t_sinks
+    if s.sink_probs is not None and moves.sinks is not None:
+        t_sinks = moves.sinks.to(t_lse.dtype)[:, None]
+        t_lse = t_lse + s.sink_probs * t_sinks
     t_probs = s.probs * (t_scores - t_lse[..., None])
     t_out = (t_probs * s.dropout) @ s.v + (s.probs * s.dropout) @ t_v
 
@@ -271,8 +270,8 @@ def _dense_double_backward(
     t_dbias = t_dsinks = None
     if inputs.bias is not None:
         t_dbias = t_dscores.sum_to_size(inputs.bias.shape)
-    if inputs.sinks is not None:
-        t_dsinks = -(sink_probs * ((t_sinks - t_lse) * sink_delta + t_delta)).sum(dim=(0, 2))
+    if s.sink_probs is not None:
+        t_dsinks = -(s.sink_probs * ((t_sinks - t_lse) * sink_delta + t_delta)).sum(dim=(0, 2))
     draw, t_draw = problem.scale * slope * dscores, problem.scale * (slope * t_dscores + curvature * t_raw * dscores)
     t_dk = t_draw.transpose(-2, -1) @ s.q + draw.transpose(-2, -1) @ t_q
     t_dv = (t_probs * s.dropout).transpose(-2, -1) @ dout

@@ -64,12 +64,18 @@ def towering(
     return tuple(x.to(dtype).to(device) for x in (q, k, v))  # type: ignore[return-value]
 
 
+def _largest_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Of the last query with each head's keys: sinks of that size take half of its row, or all of others."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (q[:, :, -1:].double() @ k.double().mT * scale).amax((0, 2, 3)).to(q.dtype)
+
+
 def filled_in(options: dict[str, Any], q: Tensor, k: Tensor) -> dict[str, Any]:
     """The options, with tensors where they say True: of numbers with few digits, so that scores stay exact."""
     options = dict(options)
     heads_q, pair = q.shape[1], (q.shape[2], k.shape[2])
     made: dict[str, Any] = {
-        "sinks": lambda: torch.full((heads_q,), SCORE, dtype=q.dtype, device=q.device),
+        "sinks": lambda: _largest_scores(q, k, options.get("scale", 0.125)),
         "bias": lambda: torch.randint(-3, 4, pair, device=q.device).to(q.dtype),
         "alibi_slopes": lambda: (2.0 ** -torch.arange(heads_q, device=q.device)).float(),
         "mask": lambda: torch.rand(pair, device=q.device) < 0.7,
