@@ -215,14 +215,14 @@ class Attention(torch.autograd.Function):
     def backward(  # noqa: D102
         ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse, low = ctx.saved_tensors
+        *tensors, out, lse, residual = ctx.saved_tensors
         needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
         result: list[Tensor | None] = [None] * (_N_ARGS + 1)
         if dout is None and dlse is None:
             return tuple(result)
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = gradients(dout, dlse, (out, lse, low), (*tensors, *ctx.options), needs)
+        grads = gradients(dout, dlse, (out, lse, residual), (*tensors, *ctx.options), needs)
         for position, grad in zip(_POSITIONS, grads, strict=True):
             result[position] = grad
         return tuple(result)

@@ -131,8 +131,8 @@ def run_backward(
 
 def filled(results: Results) -> tuple[Tensor, Tensor, Tensor]:
     """The results as the operators pass them on."""
-    out, lse, low = results
-    return out, lse, out.new_empty(0) if low is None else low
+    out, lse, residual = results
+    return out, lse, out.new_empty(0) if residual is None else residual
 
 
 def is_none(x: Tensor) -> bool:
