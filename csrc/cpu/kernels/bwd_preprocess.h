@@ -46,7 +46,7 @@ V row_product(const T* a, int64_t stride_a, const T* b, int64_t stride_b, int di
 }
 
 // delta = rowsum(dout * out) - dlse of one head of a sequence; out with its rounding error, see Results in
-// fastattn/backends/__init__.py. -dlse for queries that saw nothing, whose dout may hold anything.
+// fastattn/backends/base.py. -dlse for queries that saw nothing, whose dout may hold anything.
 template <class V, class T>
 void bwd_preprocess_job(const Params& p, const BackwardBuffers& buffers, int64_t b, int64_t head) {
   using S = typename V::Scalar;
