@@ -22,6 +22,7 @@ from .problem import (
     check_keywords,
     check_values,
     describe,
+    offset_tensor,
     split_window,
 )
 from .rotary import Rotary, apply_rotary
@@ -80,6 +81,7 @@ def attention(
     causal: bool = False,
     window: Window = None,
     causal_alignment: str = "bottom-right",
+    q_offset: int | Tensor | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -113,6 +115,9 @@ def attention(
         window            (left, right), None = open: query i sees i + offset - left <= j <= i + offset + right
         causal_alignment  "bottom-right" (default): offset = kv_length - seqlen_q, the last query stands at the last
                           key; "top-left": offset = 0, the first query stands at the first key
+        q_offset          int or (batch,), int32, from -2^28 to 2^28: the position of the first query among the keys,
+                          as in a chunk of a longer sequence. offset = q_offset, whatever the alignment, and dropout
+                          counts queries from it: chunks give what the whole gives
         dropout_p         probability, in [0, 1), of dropping each entry of the softmax; survivors grow by 1 / (1 - p)
         seed              int in [0, 2^63) or int64 tensor without dimensions: fixes the dropout mask (Philox4x32-10,
                           the same on all backends); None draws one from torch's default CPU generator
@@ -138,13 +143,16 @@ def attention(
     """
     extras = mask is not None or bias is not None or alibi_slopes is not None or sinks is not None
     dropped = type(dropout_p) is not float or dropout_p != 0.0  # None, False and the like are for the checks
-    if not (extras or kv_lengths is not None or seed is not None or dropped or return_lse):
+    extras = extras or kv_lengths is not None or q_offset is not None
+    if not (extras or seed is not None or dropped or return_lse):
         out = fast_path.attend(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
         if out is not None:
             return out
     q, k, v = autocast(q, k, v)
     left, right = split_window(window)
-    inputs = Inputs(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, None, None, _seed(seed, dropout_p))
+    inputs = Inputs(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, seed=_seed(seed, dropout_p))
+    if q_offset is not None:
+        inputs = inputs._replace(q_offset=offset_tensor(q_offset, inputs))
     options = Options(causal, left, right, causal_alignment, softcap, scale, dropout_p)
     result = autograd.attend(inputs, options, backend)
     return result if return_lse else result[0]
@@ -196,6 +204,7 @@ def attention_varlen(
     causal: bool = False,
     window: Window = None,
     causal_alignment: str = "bottom-right",
+    q_offset: int | Tensor | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -219,7 +228,8 @@ def attention_varlen(
         mask, bias     (batch, heads_q, at least the longest query sequence, at least the longest key sequence), or 1
                        in any of these
 
-    All other arguments as in `attention`; positions, lengths, alignment and dropout count within each sequence.
+    All other arguments as in `attention`; positions, lengths, alignment, q_offset and dropout count within each
+    sequence.
     Returns out (total_q, heads_q, head_dim_v) or (out, lse), lse (heads_q, total_q).
     Raises TypeError or ValueError that names the argument, what came and what was expected.
     """
@@ -229,8 +239,13 @@ def attention_varlen(
     q, k, v = autocast(q, k, v)
     left, right = split_window(window)
     inputs = Inputs(
-        *(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, cu_seqlens_q, cu_seqlens_k, _seed(seed, dropout_p))
+        *(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seed=_seed(seed, dropout_p),
     )
+    if q_offset is not None:
+        inputs = inputs._replace(q_offset=offset_tensor(q_offset, inputs))
     options = Options(causal, left, right, causal_alignment, softcap, scale, dropout_p)
     result = autograd.attend(inputs, options, backend)
     return result if return_lse else result[0]
@@ -279,6 +294,7 @@ def attention_with_kv_cache(
     causal: bool = False,
     window: Window = None,
     causal_alignment: str = "bottom-right",
+    q_offset: int | Tensor | None = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -319,6 +335,8 @@ def attention_with_kv_cache(
         cos=cos,
         sin=sin,
     )
+    if q_offset is not None:
+        inputs = inputs._replace(q_offset=offset_tensor(q_offset, inputs))
     options = Options(causal, left, right, causal_alignment, softcap, scale, 0.0, interleaved)
     result = autograd.attend_cache(inputs, options, backend)
     return result if return_lse else result[0]
@@ -372,11 +390,13 @@ def explain(
     given: dict[str, Any] = dict(options)
     left, right = split_window(given.pop("window", None))
     seed = _seed(given.pop("seed", None), given.get("dropout_p", 0.0), draw=False)
+    q_offset = given.pop("q_offset", None)
     tensors = {name: given.pop(name) for name in list(given) if name in Inputs._fields}
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together, got only one of them")
     q, k, v = autocast(q, k, v)
     inputs = Inputs(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed, **tensors)
+    inputs = inputs._replace(q_offset=offset_tensor(q_offset, inputs))
     kind = "dense" if cu_seqlens_q is None else "varlen"
     problem = describe(kind, inputs, Options(**given, window_left=left, window_right=right), cached=False)
     check_values(problem, inputs)

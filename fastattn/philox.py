@@ -43,14 +43,17 @@ def dropout_keep(
     seqlen_k: int,
     *,
     device: torch.device,
+    q_offset: Tensor | None = None,
 ) -> Tensor:
     """Which probabilities survive dropout: bool (len(batches), heads, seqlen_q, seqlen_k).
 
     Element (b, h, i, j) is kept iff word j mod 4 of Philox(key = seed, counter = (j div 4, i, b * heads + h, 0)) is at
-    least `threshold` = floor(p * 2^32).
+    least `threshold` = floor(p * 2^32). q_offset, (len(batches),): what is added to i in each sequence.
     """
     j = torch.arange(-(-seqlen_k // 4), device=device)
     i = torch.arange(seqlen_q, device=device)[:, None]
+    if q_offset is not None:
+        i = (i + q_offset.to(torch.int64)[:, None, None, None]) & _MASK
     row = torch.arange(batches.start * heads, batches.stop * heads, device=device).view(len(batches), heads, 1, 1)
     words = philox4x32((j, i, row, torch.zeros_like(j)), (seed & _MASK, seed >> 32 & _MASK))
     keep = torch.stack(torch.broadcast_tensors(*words), dim=-1) >= threshold

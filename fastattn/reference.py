@@ -23,6 +23,7 @@ from typing_extensions import Unpack  # a requirement of torch itself
 from .philox import dropout_keep, seed_tensor
 from .problem import (
     DIFFERENTIABLE,
+    PER_SEQUENCE,
     AttentionOptions,
     Inputs,
     Options,
@@ -30,6 +31,7 @@ from .problem import (
     check_keywords,
     check_values,
     describe,
+    offset_tensor,
     split_window,
 )
 
@@ -93,7 +95,9 @@ def _softmax(problem: Problem, inputs: Inputs, batches: range) -> _Softmax:
     dropout: Tensor | float = 1.0
     if problem.dropout_p > 0.0 and inputs.seed is not None:
         size = (problem.heads_q, *scores.shape[-2:])
-        keep = dropout_keep(inputs.seed, problem.dropout_threshold, batches, *size, device=problem.device)
+        keep = dropout_keep(
+            inputs.seed, problem.dropout_threshold, batches, *size, device=problem.device, q_offset=inputs.q_offset
+        )
         dropout = keep.to(scores.dtype) / (1.0 - problem.dropout_p)
     return _Softmax(q, k, v, visible, tanh, probs, dropout, lse, empty, sink_probs)
 
@@ -134,7 +138,10 @@ def _visibility(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         length = torch.full((1, 1, 1, 1), seqlen_k, device=problem.device)
     else:
         length = inputs.kv_lengths.to(torch.int64)[:, None, None, None]
-    offset = length - seqlen_q if problem.bottom_right else torch.zeros_like(length)
+    if inputs.q_offset is not None:
+        offset = inputs.q_offset.to(torch.int64)[:, None, None, None]
+    else:
+        offset = length - seqlen_q if problem.bottom_right else torch.zeros_like(length)
     distance = i + offset - j
     visible = (j < length).expand_as(distance)
     if problem.window_left is not None:
@@ -377,7 +384,8 @@ def _sequence(inputs: Inputs, b: int, ends_q: list[int], ends_k: list[int]) -> I
         x = x[:, :, : queries.stop - queries.start] if x.shape[2] > 1 else x
         return x[..., : keys.stop - keys.start] if x.shape[3] > 1 else x
 
-    slopes, lengths = inputs.alibi_slopes, inputs.kv_lengths
+    slopes = inputs.alibi_slopes
+    numbers: dict[str, Any] = {name: getattr(inputs, name) for name in PER_SEQUENCE}
     return inputs._replace(
         q=_one_dense(inputs.q, queries),
         k=_one_dense(inputs.k, keys),
@@ -385,7 +393,7 @@ def _sequence(inputs: Inputs, b: int, ends_q: list[int], ends_k: list[int]) -> I
         mask=cut(inputs.mask),
         bias=cut(inputs.bias),
         alibi_slopes=slopes[b] if slopes is not None and slopes.ndim == 2 else slopes,
-        kv_lengths=None if lengths is None else lengths[b : b + 1],
+        **{name: None if x is None else x[b : b + 1] for name, x in numbers.items()},
     )
 
 
@@ -432,8 +440,9 @@ def _prepare(kind: str, inputs: Inputs, given: AttentionOptions) -> tuple[Proble
     """Sorts a call's keyword arguments into tensors and options, and validates them."""
     check_keywords("fastattn.reference", given)
     arguments: dict[str, Any] = dict(given)
-    tensors = {name: arguments.pop(name, None) for name in ("mask", "bias", "alibi_slopes", "sinks", "kv_lengths")}
     seed = arguments.pop("seed", None)
+    tensors = {name: arguments.pop(name) for name in list(arguments) if name in Inputs._fields}
+    tensors["q_offset"] = offset_tensor(tensors.get("q_offset"), inputs)
     left, right = split_window(arguments.pop("window", None))
     options = Options(**arguments, window_left=left, window_right=right)
     if seed is not None or options.dropout_p:

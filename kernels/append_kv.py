@@ -20,7 +20,7 @@ def append_kv(
     Key number j of sequence b is written to position kv_lengths[b] + j, to which it is also rotated.
     """
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
-    sequences = Sequences(None, None, kv_lengths, batch, seqlen_new, seqlen_k, seqlen_new)
+    sequences = Sequences(None, None, kv_lengths, None, batch, seqlen_new, seqlen_k, seqlen_new)
     tiles = (seqlen_new + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     offs_n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 VARYING = [
-    *("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "batch", "seqlen_q", "seqlen_k", "seqlen_new"),
+    *("cu_seqlens_q", "cu_seqlens_k", "kv_lengths", "q_offset", "batch", "seqlen_q", "seqlen_k", "seqlen_new"),
     *("seed_low", "seed_high", "threshold"),
     *("lse", "lse_residual", "dlse", "row_lse", "delta", "lse_accum", "lse_accum_residual"),
     *("rows", "heads_q", "splits", "stride_out", "stride_lse"),
@@ -54,6 +54,7 @@ class Sequences(NamedTuple):
     cu_seqlens_q: Pointer | None  # (batch + 1,) int32
     cu_seqlens_k: Pointer | None  # (batch + 1,) int32
     kv_lengths: Pointer | None  # (batch,) int32, without the seqlen_new new keys
+    q_offset: Pointer | None  # (batch,) int32: the position of query 0; None: see Window
     batch: int
     seqlen_q: int
     seqlen_k: int
@@ -71,7 +72,7 @@ class Heads(NamedTuple):
 class Window(NamedTuple):
     """Query i sees the keys from i + offset - left to i + offset + right; left None = all to the left.
 
-    bottom_right: 1 if offset is the number of keys less that of queries, 0 if it is 0.
+    bottom_right: without q_offset, 1 if offset is the number of keys less that of queries, 0 if it is 0.
     """
 
     left: int | None
@@ -98,13 +99,15 @@ class ScoreMod(NamedTuple):
 class Dropout(NamedTuple):
     """A probability is kept iff its Philox word is at least `threshold`. Made inside the kernels.
 
-    All are None without dropout. Integers are the signed numbers of the same 32 bits.
+    first_query: the number of query 0, see block_info.q_offset_of. All others are None without dropout. The seed and
+    the threshold are the signed numbers of the same 32 bits.
     """
 
     seed_low: int | None
     seed_high: int | None
     threshold: int | None
     scale: float | None
+    first_query: int
 
 
 class KeysValues(NamedTuple):

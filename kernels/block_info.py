@@ -102,9 +102,23 @@ def program_tile(heads, sequences, splits, VARIANT: tl.constexpr):
 
 
 @triton.jit
-def diagonal_offset(window, seqlen_q, kv_length):
+def q_offset_of(sequences, b):
+    """Where query 0 stands if the call says so, else 0: what dropout adds to the numbers of queries."""
+    offset = b * 0
+    if sequences.q_offset is not None:
+        # Within 2^28: sums with positions and sides of windows stay within 32 bits.
+        given = tl.load(sequences.q_offset + b, mask=b < sequences.batch, other=0)
+        offset = tl.minimum(tl.maximum(given, -(2**28)), 2**28)
+    return offset
+
+
+@triton.jit
+def diagonal_offset(window, sequences, b, seqlen_q, kv_length):
     """The key at which query 0 stands."""
-    return (kv_length - seqlen_q) * window.bottom_right
+    offset = (kv_length - seqlen_q) * window.bottom_right
+    if sequences.q_offset is not None:
+        offset = q_offset_of(sequences, b)
+    return offset
 
 
 @triton.jit

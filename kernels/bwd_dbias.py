@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arguments import VARYING, BwdRows, Dropout, Mask, ScoreMod, Sequences
-from .block_info import diagonal_offset, key_blocks, keys_of, queries_of
+from .block_info import diagonal_offset, key_blocks, keys_of, q_offset_of, queries_of
 from .bwd_preprocess import bwd_rows
 from .bwd_scores import probs_and_dscores
 from .mask import in_window, visible_keys
@@ -25,6 +25,7 @@ def bwd_dbias(
     cu_seqlens_q,
     cu_seqlens_k,
     kv_lengths,
+    q_offset,
     batch,
     seqlen_q,
     seqlen_k,
@@ -60,10 +61,9 @@ def bwd_dbias(
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
-    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, q_offset, batch, seqlen_q, seqlen_k, seqlen_new)
     score_mod = ScoreMod(scale, softcap, slopes, bias)
     mask = Mask(window, mask)
-    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
     pid = tl.program_id(0)
     n_index = pid % tiles_n
     m_index = pid // tiles_n % tiles_m
@@ -76,9 +76,10 @@ def bwd_dbias(
     head_count = heads.heads_q if ALL_HEADS else batches * 0 + 1
     for b_index in tl.range(0, b_count):
         b = b_out + b_index
+        dropout = Dropout(seed_low, seed_high, threshold, dropout_scale, q_offset_of(sequences, b))
         start_q, seqlen_q = queries_of(sequences, b)
         start_k, seqlen_k, kv_length = keys_of(sequences, b)
-        offset = diagonal_offset(window, seqlen_q, kv_length)
+        offset = diagonal_offset(window, sequences, b, seqlen_q, kv_length)
         m_begin = m_index * BLOCK_M
         m_end = tl.minimum(seqlen_q, m_begin + BLOCK_M)
         if ALL_ROWS:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .arguments import VARYING, BwdRows, Dropout, Mask, ScoreMod, Sequences
-from .block_info import diagonal_offset, keys_of, masked_block, queries_of, query_blocks, varlen_tile
+from .block_info import diagonal_offset, keys_of, masked_block, q_offset_of, queries_of, query_blocks, varlen_tile
 from .bwd_preprocess import bwd_rows
 from .bwd_scores import probs_and_dscores
 from .mask import in_window, visible_keys
@@ -148,6 +148,7 @@ def bwd_dkdv(
     cu_seqlens_q,
     cu_seqlens_k,
     kv_lengths,
+    q_offset,
     batch,
     seqlen_q,
     seqlen_k,
@@ -169,10 +170,9 @@ def bwd_dkdv(
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
     WIDTH_V: tl.constexpr = VARIANT.PART * VARIANT.PARTS
-    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, q_offset, batch, seqlen_q, seqlen_k, seqlen_new)
     score_mod = ScoreMod(scale, softcap, slopes, bias)
     mask = Mask(window, mask)
-    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
     tiles = (seqlen_k + BLOCK_N - 1) // BLOCK_N
     if cu_seqlens_k is not None:
         tiles = seqlen_k // BLOCK_N + batch + 1
@@ -182,6 +182,7 @@ def bwd_dkdv(
     b = pid // tiles // heads.heads_kv
     if cu_seqlens_k is not None:
         b, n_index = varlen_tile(n_index, cu_seqlens_k, batch, BLOCK_N)
+    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale, q_offset_of(sequences, b))
     start_q, queries = queries_of(sequences, b)
     start_k, keys, kv_length = keys_of(sequences, b)
     n = n_index * BLOCK_N
@@ -189,7 +190,7 @@ def bwd_dkdv(
         return
     cols = key_order(BLOCK_N, VARIANT.PERMUTED)
     exists = n + cols < kv_length
-    offset = diagonal_offset(window, queries, kv_length)
+    offset = diagonal_offset(window, sequences, b, queries, kv_length)
     m_begin, m_end, full_begin, full_end = query_blocks(window, n, n + BLOCK_N - 1, offset, queries, kv_length, BLOCK_M)
     tokens = start_k + n + cols
     tile = KeyTile(

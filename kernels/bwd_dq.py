@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .arguments import VARYING, BwdRows, Dropout, KeysValues, Mask, ScoreMod, Sequences
-from .block_info import masked_block, program_tile, queries_of
+from .block_info import masked_block, program_tile, q_offset_of, queries_of
 from .bwd_preprocess import bwd_rows
 from .bwd_scores import probs_and_dscores
 from .mask import in_window
@@ -87,6 +87,7 @@ def bwd_dq(
     cu_seqlens_q,
     cu_seqlens_k,
     kv_lengths,
+    q_offset,
     batch,
     seqlen_q,
     seqlen_k,
@@ -106,12 +107,12 @@ def bwd_dq(
     """dQ of one tile of queries: 3 products of tiles per block of keys."""
     BLOCK_M: tl.constexpr = VARIANT.BLOCK_M
     BLOCK_D: tl.constexpr = VARIANT.BLOCK_D
-    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, q_offset, batch, seqlen_q, seqlen_k, seqlen_new)
     score_mod = ScoreMod(scale, softcap, slopes, bias)
     mask = Mask(window, mask)
-    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
     kv = KeysValues(k, v, None, None, None)
     m_index, _, head, b = program_tile(heads, sequences, None, VARIANT)
+    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale, q_offset_of(sequences, b))
     _, queries = queries_of(sequences, b)
     if m_index * BLOCK_M >= queries:
         return

@@ -15,7 +15,12 @@ def keep_mask(dropout, i, row, n, BLOCK_N: tl.constexpr):
     k0 = dropout.seed_low.to(tl.uint32, bitcast=True)
     k1 = dropout.seed_high.to(tl.uint32, bitcast=True)
     w0, w1, w2, w3 = tl.philox_impl(
-        zero + fours.to(tl.uint32), zero + i.to(tl.uint32), zero + row.to(tl.uint32), zero, k0, k1
+        zero + fours.to(tl.uint32),
+        zero + (i + dropout.first_query).to(tl.uint32),
+        zero + row.to(tl.uint32),
+        zero,
+        k0,
+        k1,
     )
     # Column 16 a + 8 b + 2 t + e is key 16 a + 4 t + 2 b + e: word 2 b + e of four number 4 a + t.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))

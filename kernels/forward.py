@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .arguments import VARYING, Array, Dropout, KeysValues, Mask, ScoreMod, Sequences
-from .block_info import masked_block, program_tile, queries_of, rows_per_query
+from .block_info import masked_block, program_tile, q_offset_of, queries_of, rows_per_query
 from .dropout import keep_mask
 from .mask import apply_mask, in_window, load_mask
 from .online_softmax import combine_lse, finalize, init, split_lse, update
@@ -138,6 +138,7 @@ def forward(
     cu_seqlens_q,
     cu_seqlens_k,
     kv_lengths,
+    q_offset,
     batch,
     seqlen_q,
     seqlen_k,
@@ -171,12 +172,12 @@ def forward(
     BLOCK_N: tl.constexpr = VARIANT.BLOCK_N
     PART: tl.constexpr = VARIANT.PART
     PARTS: tl.constexpr = VARIANT.PARTS
-    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, batch, seqlen_q, seqlen_k, seqlen_new)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, kv_lengths, q_offset, batch, seqlen_q, seqlen_k, seqlen_new)
     score_mod = ScoreMod(scale, softcap, slopes, bias)
     mask = Mask(window, mask)
-    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale)
     kv = KeysValues(k, v, k_map, v_map, paging)
     m_index, split, head, b = program_tile(heads, sequences, splits, VARIANT)
+    dropout = Dropout(seed_low, seed_high, threshold, dropout_scale, q_offset_of(sequences, b))
     _, queries = queries_of(sequences, b)
     if m_index * BLOCK_M >= queries * rows_per_query(heads, VARIANT):
         return

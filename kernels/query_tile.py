@@ -51,7 +51,7 @@ def load_query_tile(q, k, v, heads, sequences, window, score_mod, rotation, m_in
     head_m = head * per_query + offs_r % per_query if VARIANT.PACK_GQA else head
     head_beside_scores = head_m[:, None] if VARIANT.PACK_GQA else head_m
 
-    offset = diagonal_offset(window, seqlen_q, kv_length)
+    offset = diagonal_offset(window, sequences, b, seqlen_q, kv_length)
     first_key, last_key = visible_keys(window, offs_m, offset, kv_length)
     first_m = m_index * BLOCK_M // per_query
     last_m = (tl.minimum(m_index * BLOCK_M + BLOCK_M, rows) - 1) // per_query

@@ -36,6 +36,7 @@ class CacheCase:
     causal: bool = True
     window: tuple[int | None, int | None] | None = None
     causal_alignment: str = "bottom-right"
+    q_offset: tuple[int, ...] | None = None
     mask: bool = False
     bias: bool = False
     alibi: bool = False
@@ -89,8 +90,10 @@ def build(case: CacheCase, dtype: torch.dtype = torch.float32, device: str = "cp
     if case.seqlen_new:
         options["k_new"] = normal(batch, case.heads_kv, case.seqlen_new, case.head_dim)
         options["v_new"] = normal(batch, case.heads_kv, case.seqlen_new, case.head_dim_v)
+    if case.q_offset is not None:
+        options["q_offset"] = torch.tensor(case.q_offset, dtype=torch.int32, device=device)
     if case.rotary_dim:
-        positions = max([*case.totals, case.seqlen_q, 1])
+        positions = max([*case.totals, case.seqlen_q, 1, *(first + case.seqlen_q for first in case.q_offset or ())])
         options["rotary"] = tables(case.rotary_dim, positions, case.interleaved, dtype, device)
     if case.mask:
         shape = (batch, 1, case.seqlen_q, case.capacity)
@@ -185,6 +188,7 @@ def eager_cached(call: CacheCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     total = lengths + case.seqlen_new
     if rotary is not None:
         offset = total - case.seqlen_q if case.causal_alignment == "bottom-right" else torch.zeros_like(total)
+        offset = options.get("q_offset", offset)
         q = eager.rotate(q, *rotary, (offset[:, None] + torch.arange(case.seqlen_q)).clamp(min=0))
         if k_new is not None:
             k_new = eager.rotate(k_new.to(dtype), *rotary, lengths[:, None] + torch.arange(case.seqlen_new))
@@ -215,6 +219,10 @@ CONTIGUOUS = (
     CacheCase("fewer queries than new keys", seqlen_q=1, seqlen_new=6),
     CacheCase("more queries than keys", lengths=(2, 0), seqlen_q=6, seqlen_new=1),
     CacheCase("top-left", causal_alignment="top-left", seqlen_q=4, **_STEP),
+    CacheCase("q_offset", q_offset=(9, 0, 28), **_CHUNK),
+    CacheCase("q_offset before the keys", q_offset=(-9, -3, 8), **_CHUNK),
+    CacheCase("q_offset past the keys", q_offset=(16, 9, 1000), window=(4, None), sinks=True, **_CHUNK),
+    CacheCase("q_offset, everything", q_offset=(9, 0, 28), rotary_dim=8, window=(6, 3), **_CHUNK, **_FLAGS),
     CacheCase("window", window=(7, 0), **_CHUNK),
     CacheCase("window both sides", window=(6, 2), causal=False, **_CHUNK),
     CacheCase("mask", mask=True, **_CHUNK),

@@ -49,6 +49,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     kv_lengths: tuple[int, ...] | None = None
+    q_offset: tuple[int, ...] | None = None
     scale: float | None = None
     dropout_p: float = 0.0
     seed: int = 0x1234_5678_9ABC_DEF0
@@ -137,8 +138,9 @@ def build(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -
         options["alibi_slopes"] = slopes.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     if case.sinks:
         options["sinks"] = normal(case.heads_q).to(extras_dtype)
-    if case.kv_lengths is not None:
-        options["kv_lengths"] = torch.tensor(case.kv_lengths, dtype=torch.int32, device=device)
+    for name in ("kv_lengths", "q_offset"):
+        if (numbers := getattr(case, name)) is not None:
+            options[name] = torch.tensor(numbers, dtype=torch.int32, device=device)
     if case.dropout_p:
         options |= {"dropout_p": case.dropout_p, "seed": case.seed}
     cu_seqlens = cumulative_lengths(case, device)
@@ -357,6 +359,12 @@ FEATURES = (
     Case("sinks", sinks=True),
     Case("kv_lengths", kv_lengths=(51, 83)),
     Case("kv_lengths 0 and 1", kv_lengths=(0, 1)),
+    Case("q_offset", q_offset=(20, 46), causal=True),
+    Case("q_offset before the keys", q_offset=(-20, -60), causal=True, sinks=True),
+    Case("q_offset past the keys", q_offset=(80, 2000), window=(9, 3), bias="1hqk"),
+    Case("q_offset at its bounds", q_offset=(-(2**28), 2**28), window=(2**28 + 20, 2**28 + 50)),
+    Case("q_offset, ALiBi", q_offset=(-7, 90), alibi="bh"),
+    Case("q_offset, dropout", q_offset=(-3, 50), dropout_p=0.4),
     Case("scale", scale=0.5),
     Case("scale 0", scale=0.0),
     Case("scale negative", scale=-0.7),
@@ -389,12 +397,15 @@ _COMBINED: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 0.8},
     "sinks": {"sinks": True},
     "kv_lengths": {"kv_lengths": (29, 11)},
+    "q_offset": {"q_offset": (13, -4)},
     "scale": {"scale": 0.4},
     "dropout": {"dropout_p": 0.4},
     "GQA": GQA,
     "head_dim_v": {"head_dim_v": 12},
 }
 ALL_TOGETHER = {name: value for options in _COMBINED.values() for name, value in options.items()}
+
+BOTTOM_RIGHT: dict[str, Any] = {"causal_alignment": "bottom-right", "q_offset": None}
 
 PAIRS = tuple(
     Case(f"{first} + {second}", seqlen_q=19, seqlen_k=35, **_COMBINED[first], **_COMBINED[second])
@@ -403,8 +414,9 @@ PAIRS = tuple(
 
 COMBINATIONS = (
     Case("everything, top-left", seqlen_q=19, seqlen_k=35, **ALL_TOGETHER),
-    Case("everything, bottom-right", seqlen_q=19, seqlen_k=35, **ALL_TOGETHER | {"causal_alignment": "bottom-right"}),
-    Case("everything but causal", seqlen_q=35, seqlen_k=35, **ALL_TOGETHER | {"causal": False}),
+    Case("everything aligned top-left", seqlen_q=19, seqlen_k=35, **ALL_TOGETHER | {"q_offset": None}),
+    Case("everything, bottom-right", seqlen_q=19, seqlen_k=35, **ALL_TOGETHER | BOTTOM_RIGHT),
+    Case("everything but causal", seqlen_q=35, seqlen_k=35, **ALL_TOGETHER | {"causal": False, "q_offset": None}),
 )
 
 _ODD = (1, 2, 3, 17, 63, 65, 127, 129, 200, 257)
@@ -513,6 +525,13 @@ VARLEN = (
         "varlen everything",
         lengths=_RAGGED,
         spare=(2, 1),
-        **ALL_TOGETHER | {"kv_lengths": (18, 20, 5, 0), "causal_alignment": "bottom-right"},
+        **ALL_TOGETHER | BOTTOM_RIGHT | {"kv_lengths": (18, 20, 5, 0)},
+    ),
+    Case("varlen q_offset", lengths=_RAGGED, q_offset=(3, 20, -9, 0), causal=True, alibi="h"),
+    Case(
+        "varlen everything, q_offset",
+        lengths=_RAGGED,
+        spare=(2, 1),
+        **ALL_TOGETHER | {"kv_lengths": (18, 20, 5, 0), "q_offset": (5, 30, -2, 4)},
     ),
 )

@@ -29,6 +29,7 @@ def dense(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     kv_lengths: Tensor | None = None,
+    q_offset: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
@@ -39,6 +40,7 @@ def dense(
     k, v = (x.repeat_interleave(heads_q // k.shape[1], dim=1) for x in (k, v)) if k.shape[1] else (k, v)
     lengths = torch.full((batch,), seqlen_k) if kv_lengths is None else kv_lengths.cpu().long()
     offset = lengths - seqlen_q if causal_alignment == "bottom-right" else torch.zeros_like(lengths)
+    offset = offset if q_offset is None else q_offset.cpu().long()
     offset, lengths = offset.view(-1, 1, 1, 1), lengths.view(-1, 1, 1, 1)
     distance = torch.arange(seqlen_q)[:, None] + offset - torch.arange(seqlen_k)
     left, right = window if window is not None else (None, None)
@@ -70,7 +72,8 @@ def dense(
         rows = range(first_batch * heads_q, (first_batch + batch) * heads_q)
         keep = np.empty((len(rows), seqlen_q, seqlen_k))
         for place, row in enumerate(rows):
-            keep[place] = oracle.dropout_keep(seed, dropout_p, row, seqlen_q, seqlen_k)
+            first_query = 0 if q_offset is None else int(q_offset[place // heads_q])
+            keep[place] = oracle.dropout_keep(seed, dropout_p, row, seqlen_q, seqlen_k, first_query)
         probs = probs * torch.from_numpy(keep).to(q).view_as(probs) / (1 - dropout_p)
     return probs @ v, lse
 
@@ -85,8 +88,9 @@ def varlen(
         cols = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
         cut = oracle.sequence_cut(b, rows.stop - rows.start, cols.stop - cols.start)
         own = {name: cut(x) if name in ("mask", "bias") else x for name, x in options.items()}
-        if own.get("kv_lengths") is not None:
-            own["kv_lengths"] = own["kv_lengths"][b : b + 1]
+        for name in ("kv_lengths", "q_offset"):
+            if own.get(name) is not None:
+                own[name] = own[name][b : b + 1]
         if own.get("alibi_slopes") is not None and own["alibi_slopes"].ndim == 2:
             own["alibi_slopes"] = own["alibi_slopes"][b]
         parts = (oracle.as_one_sequence(x, tokens) for x, tokens in ((q, rows), (k, cols), (v, cols)))

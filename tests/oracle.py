@@ -46,14 +46,14 @@ def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> list[int]:
     return [c0, c1, c2, c3]
 
 
-def philox_rows(seed: int, row: int, seqlen_q: int, seqlen_k: int) -> Array:
-    """The 32-bit word of each (i, j) of one head: uint64 (seqlen_q, seqlen_k); row = b * heads_q + h."""
+def philox_rows(seed: int, row: int, seqlen_q: int, seqlen_k: int, first_query: int = 0) -> Array:
+    """The 32-bit word of each (first_query + i, j) of one head: uint64 (seqlen_q, seqlen_k); row = b * heads_q + h."""
     low = np.uint64(0xFFFFFFFF)
     blocks = (seqlen_k + 3) // 4
     shape = (seqlen_q, blocks)
     c = [
         np.broadcast_to(np.arange(blocks, dtype=np.uint64), shape),
-        np.broadcast_to(np.arange(seqlen_q, dtype=np.uint64)[:, None], shape),
+        np.broadcast_to((np.arange(seqlen_q)[:, None] + first_query).astype(np.uint64) & low, shape),
         np.full(shape, row, dtype=np.uint64),
         np.zeros(shape, dtype=np.uint64),
     ]
@@ -70,9 +70,9 @@ def philox_rows(seed: int, row: int, seqlen_q: int, seqlen_k: int) -> Array:
     return np.stack(c, axis=-1).reshape(seqlen_q, 4 * blocks)[:, :seqlen_k]
 
 
-def dropout_keep(seed: int, p: float, row: int, seqlen_q: int, seqlen_k: int) -> Array:
+def dropout_keep(seed: int, p: float, row: int, seqlen_q: int, seqlen_k: int, first_query: int = 0) -> Array:
     """Which entries of one head survive."""
-    return philox_rows(seed, row, seqlen_q, seqlen_k) >= np.uint64(int(np.floor(p * 2.0**32)))
+    return philox_rows(seed, row, seqlen_q, seqlen_k, first_query) >= np.uint64(int(np.floor(p * 2.0**32)))
 
 
 # --------------------------------------------------------------------------------------------------------- visibility
@@ -106,6 +106,7 @@ def dense(
     softcap: float | None = None,
     sinks: Array | None = None,
     kv_lengths: Array | None = None,
+    q_offset: Array | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
@@ -131,11 +132,13 @@ def dense(
     for b in range(batch):
         length = seqlen_k if kv_lengths is None else int(kv_lengths[b])
         offset = length - seqlen_q if causal_alignment == "bottom-right" else 0
+        offset = offset if q_offset is None else int(q_offset[b])
         for h in range(heads_q):
             g = h * heads_kv // heads_q
             factor = np.ones((seqlen_q, seqlen_k))
             if dropout_p > 0.0:
-                keep = dropout_keep(seed, dropout_p, (first_batch + b) * heads_q + h, seqlen_q, seqlen_k)
+                first_query = 0 if q_offset is None else offset
+                keep = dropout_keep(seed, dropout_p, (first_batch + b) * heads_q + h, seqlen_q, seqlen_k, first_query)
                 factor = keep / (1.0 - dropout_p)
             for i in range(seqlen_q):
                 keys = np.array(key_range(i, offset, length, causal, window), dtype=np.int64)
@@ -217,8 +220,9 @@ def varlen(
         cols = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
         cut = sequence_cut(b, rows.stop - rows.start, cols.stop - cols.start)
         own = {name: cut(x) if name in ("mask", "bias") else x for name, x in options.items()}
-        if own.get("kv_lengths") is not None:
-            own["kv_lengths"] = own["kv_lengths"][b : b + 1]
+        for name in ("kv_lengths", "q_offset"):
+            if own.get(name) is not None:
+                own[name] = own[name][b : b + 1]
         if own.get("alibi_slopes") is not None and own["alibi_slopes"].ndim == 2:
             own["alibi_slopes"] = own["alibi_slopes"][b]
         part = dense(
@@ -297,6 +301,7 @@ def cached(
     if rotary is not None:
         bottom_right = options.get("causal_alignment", "bottom-right") == "bottom-right"
         offset = total - q.shape[2] if bottom_right else np.zeros_like(total)
+        offset = options.get("q_offset", offset)
         # A query before the first position sees nothing, so its angle does not matter.
         q = rotate(q, *rotary, np.maximum(offset[:, None] + np.arange(q.shape[2]), 0))
         if k_new is not None:

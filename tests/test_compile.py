@@ -302,7 +302,7 @@ def operator_arguments(call: cases.Call, *, for_backward: bool) -> tuple[Any, ..
     """The positional arguments of torch.ops.fastattn.forward for a call."""
     o = call.options
     left, right = o["window"] or (None, None)
-    names = ("mask", "bias", "alibi_slopes", "sinks", "kv_lengths")
+    names = ("mask", "bias", "alibi_slopes", "sinks", "kv_lengths", "q_offset")
     seed = torch.tensor(o["seed"]) if "seed" in o else None
     tensors = (call.q, call.k, call.v, *(o.get(name) for name in names), *(call.cu_seqlens or (None, None)), seed)
     options = (o["causal"], left, right, o["causal_alignment"], o["softcap"], o["scale"], o.get("dropout_p", 0.0))
@@ -356,7 +356,7 @@ def test_opcheck_cache(case: CacheCase) -> None:
     o = call.options
     # opcheck compares before and after by equality, which NaN would defeat.
     caches = call.k_cache.nan_to_num(0.0), call.v_cache.nan_to_num(0.0)
-    names = ("mask", "bias", "alibi_slopes", "sinks", "cache_lengths", "k_new", "v_new", "block_table")
+    names = ("mask", "bias", "alibi_slopes", "sinks", "cache_lengths", "q_offset", "k_new", "v_new", "block_table")
     cos, sin, interleaved = o.get("rotary", (None, None, False))
     left, right = o["window"] or (None, None)
     options = (o["causal"], left, right, o["causal_alignment"], o["softcap"], o["scale"], 0.0, interleaved, None)

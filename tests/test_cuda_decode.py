@@ -100,6 +100,12 @@ CASES: tuple[tuple[CacheCase, torch.dtype], ...] = (
         ),
         BF16,
     ),
+    (CacheCase("q_offset", q_offset=(7, 0, 30), **CHUNK), BF16),
+    (
+        CacheCase("q_offset before and past", q_offset=(-50, 3, 5000), window=(20, None), sinks=True, **LONG),
+        BF16,
+    ),
+    (CacheCase("q_offset, rotary", q_offset=(7, 0, 30), rotary_dim=64, page_size=16, **CHUNK), BF16),
     (CacheCase("window", window=(20, 0), **CHUNK), BF16),
     (CacheCase("window both sides", window=(20, 3), causal=False, **CHUNK), FP16),
     (CacheCase("alibi", alibi=True, **CHUNK, **_heads(6, 2)), BF16),

@@ -64,6 +64,12 @@ CASES: tuple[tuple[Case, torch.dtype], ...] = (
     (_case("scattered", layout="scattered", seqlen_q=70, seqlen_k=70), BF16),
     (Case("varlen", lengths=((7, 19), (130, 150), (0, 5), (65, 64)), causal=True, heads_q=2, heads_kv=2), BF16),
     (Case("varlen, window", lengths=((7, 19), (130, 150), (64, 0), (65, 64)), window=(20, 0), **GQA), BF16),
+    (Case("q_offset", seqlen_q=150, seqlen_k=201, q_offset=(60, -30), causal=True, alibi="h", **_dims(64)), BF16),
+    (
+        Case("q_offset past keys", seqlen_q=150, seqlen_k=201, q_offset=(190, 5000), window=(40, 30), **_dims(64)),
+        BF16,
+    ),
+    (Case("varlen, q_offset", lengths=((7, 19), (130, 150), (65, 64)), q_offset=(9, -20, 5), causal=True, **GQA), BF16),
     (Case("varlen, spare", lengths=((7, 7), (200, 200)), spare=(5, 5), alibi="bh", causal=True, sinks=True), BF16),
 )
 

@@ -66,6 +66,9 @@ CASES: tuple[tuple[Case, torch.dtype], ...] = (
     (_case("sinks without keys", sinks=True, seqlen_q=201, seqlen_k=50, causal=True), BF16),
     (_case("kv_lengths", batch=2, kv_lengths=(130, 0), causal=True), BF16),
     (_case("kv_lengths one", batch=2, kv_lengths=(1, 200)), BF16),
+    (_case("q_offset", batch=2, q_offset=(60, -30), causal=True), BF16),
+    (_case("q_offset past the keys", batch=2, q_offset=(190, 5000), window=(40, 30), alibi="h"), BF16),
+    (_case("q_offset at its bounds", batch=2, q_offset=(-(2**28), 2**28), window=(2**28, 2**28)), BF16),
     (_case("negative scale", scale=-0.2), BF16),
     (_case("large scale", scale=3.0), BF16),
     (_case("large scale, float16", scale=3.0), FP16),
@@ -74,6 +77,7 @@ CASES: tuple[tuple[Case, torch.dtype], ...] = (
     (_case("scattered", layout="scattered", seqlen_q=70, seqlen_k=70), BF16),
     (Case("varlen", lengths=((7, 19), (130, 150), (0, 5), (65, 64)), causal=True, heads_q=2, heads_kv=2), BF16),
     (Case("varlen, window", lengths=((7, 19), (130, 150), (64, 0), (65, 64)), window=(20, 0), **GQA), BF16),
+    (Case("varlen, q_offset", lengths=((7, 19), (130, 150), (65, 64)), q_offset=(9, -20, 5), causal=True, **GQA), BF16),
     (Case("varlen, spare tokens", lengths=((7, 7), (200, 200)), spare=(5, 5), alibi="bh", causal=True), BF16),
 )
 

@@ -32,6 +32,7 @@ head_dims = st.integers(0, 20)
 windows = st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))
 layouts = st.sampled_from(["bhsd", "bshd", "sbhd", "bhds", "expanded", "scattered", "padded rows"])
 forms = st.none() | st.sampled_from(["bhqk", "b1qk", "1hqk", "b11k", "bhq1", "1h11", "hqk", "qk", "q1", "k", "1", ""])
+offsets = st.integers(-300, 300)
 heads = st.tuples(st.integers(1, 3), st.integers(1, 3)).map(lambda pair: (pair[0] * pair[1], pair[1]))
 
 
@@ -64,6 +65,7 @@ def dense(draw: st.DrawFn) -> Case:
     batch, seqlen_k = draw(st.integers(0, 3)), draw(sizes)
     lengths = draw(st.none() | st.tuples(*[st.integers(0, seqlen_k)] * batch))
     given_sizes = {"batch": batch, "seqlen_q": draw(sizes), "seqlen_k": seqlen_k, "kv_lengths": lengths}
+    given_sizes["q_offset"] = draw(st.none() | st.tuples(*[offsets] * batch))
     return Case(**draw(options()), **given_sizes, layout=draw(layouts))
 
 
@@ -71,9 +73,12 @@ def dense(draw: st.DrawFn) -> Case:
 def varlen(draw: st.DrawFn) -> Case:
     lengths = tuple(draw(st.lists(st.tuples(sizes, sizes), max_size=4)))
     kv_lengths = draw(st.none() | st.tuples(*(st.integers(0, keys) for _, keys in lengths)))
+    q_offset = draw(st.none() | st.tuples(*[offsets] * len(lengths)))
     spare = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
     layout = draw(st.sampled_from(["bhsd", "htd", "scattered", "padded rows"]))
-    return Case(**draw(options()), lengths=lengths, kv_lengths=kv_lengths, spare=spare, layout=layout)
+    return Case(
+        **draw(options()), lengths=lengths, kv_lengths=kv_lengths, q_offset=q_offset, spare=spare, layout=layout
+    )
 
 
 @st.composite
@@ -84,6 +89,8 @@ def cached(draw: st.DrawFn) -> CacheCase:
     lengths = tuple(draw(st.lists(st.integers(0, capacity - seqlen_new), max_size=3)))
     heads_q, heads_kv = draw(heads)
     head_dim = draw(head_dims)
+    rotary_dim = 2 * draw(st.integers(0, head_dim // 2))
+    positions = offsets.map(abs) if rotary_dim else offsets  # a table has no position before the first
     return CacheCase(
         name=f"random {draw(st.integers(0, 10**6))}",
         lengths=lengths,
@@ -95,7 +102,8 @@ def cached(draw: st.DrawFn) -> CacheCase:
         heads_kv=heads_kv,
         head_dim=head_dim,
         head_dim_v=draw(head_dims),
-        rotary_dim=2 * draw(st.integers(0, head_dim // 2)),
+        rotary_dim=rotary_dim,
+        q_offset=draw(st.none() | st.tuples(*[positions] * len(lengths))),
         interleaved=draw(st.booleans()),
         causal=draw(st.booleans()),
         window=draw(windows),

@@ -28,9 +28,8 @@ inline constexpr std::pair<const char*, View Params::*> kTensors[] = {
     {"dsinks", &Params::dsinks},
 };
 inline constexpr std::pair<const char*, const int32_t* Params::*> kIndices[] = {
-    {"kv_lengths", &Params::kv_lengths},
-    {"cu_seqlens_q", &Params::cu_seqlens_q},
-    {"cu_seqlens_k", &Params::cu_seqlens_k},
+    {"kv_lengths", &Params::kv_lengths},     {"q_offset", &Params::q_offset},
+    {"cu_seqlens_q", &Params::cu_seqlens_q}, {"cu_seqlens_k", &Params::cu_seqlens_k},
     {"block_table", &Params::block_table},
 };
 inline constexpr std::pair<const char*, const void* Params::*> kTables[] = {{"cos", &Params::cos},

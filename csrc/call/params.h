@@ -46,6 +46,7 @@ struct Params {
   View sinks;  // (heads_q,), the accumulator's dtype: stride_h
 
   const int32_t* kv_lengths = nullptr;    // (batch,)
+  const int32_t* q_offset = nullptr;      // (batch,): see Sequence; null: see bottom_right
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1,)
   const int32_t* cu_seqlens_k = nullptr;  // (batch + 1,)
   const int32_t* block_table = nullptr;   // (batch, max_pages), contiguous
@@ -64,7 +65,7 @@ struct Params {
   double softcap = 0.0;            // 0 = off
   int64_t window_left = -1;        // keys seen to the left of the diagonal; -1 = all
   int64_t window_right = -1;       // likewise to the right; 0 for causal
-  bool bottom_right = true;        // the last query stands at the last key
+  bool bottom_right = true;        // without q_offset, the last query stands at the last key; else the first at key 0
   uint32_t dropout_threshold = 0;  // keep iff the Philox word is at least this; 0 = no dropout
   double dropout_scale = 1.0;      // 1 / (1 - p)
   uint64_t seed = 0;
@@ -102,6 +103,13 @@ FASTATTN_HOST_DEVICE inline int64_t sequences(const Params& p) { return p.batch 
 // Index tensors on a GPU are not checked; a wrong one must not lead out of memory.
 FASTATTN_HOST_DEVICE inline int64_t bounded(int64_t x, int64_t limit) { return x < 0 ? 0 : x < limit ? x : limit; }
 
+// Where query 0 stands if the call says so, else 0: what dropout adds to the numbers of queries. Within 2^28, so that
+// kernels may add it to positions and sides of windows in 32 bits.
+FASTATTN_HOST_DEVICE inline int64_t q_offset_of(const Params& p, int64_t b) {
+  constexpr int64_t kLargest = int64_t(1) << 28;
+  return p.q_offset == nullptr || b >= p.batch ? 0 : bounded(p.q_offset[b] + kLargest, 2 * kLargest) - kLargest;
+}
+
 FASTATTN_HOST_DEVICE inline Sequence sequence_of(const Params& p, int64_t b) {
   Sequence s{0, p.seqlen_q, 0, p.seqlen_k, 0};
   if (p.cu_seqlens_q != nullptr) {
@@ -112,7 +120,7 @@ FASTATTN_HOST_DEVICE inline Sequence sequence_of(const Params& p, int64_t b) {
     s.k_length = spare ? 0 : bounded(bounded(p.cu_seqlens_k[b + 1], p.seqlen_k) - s.k_begin, p.seqlen_k);
   }
   if (p.kv_lengths != nullptr && b < p.batch) s.k_length = bounded(p.kv_lengths[b] + p.seqlen_new, s.k_length);
-  s.offset = p.bottom_right ? s.k_length - s.q_length : 0;
+  s.offset = p.q_offset != nullptr ? q_offset_of(p, b) : p.bottom_right ? s.k_length - s.q_length : 0;
   return s;
 }
 

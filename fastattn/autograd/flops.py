@@ -26,26 +26,33 @@ def visible_pairs(problem: Problem, inputs: Inputs) -> int:
     """Pairs of a query and a key that it sees, whatever `mask` says, over all query heads.
 
     Lengths that cannot be known, those of fake and meta tensors, are taken for the longest there may be, kv_lengths,
-    or for the same in all sequences, cu_seqlens. Sizes may be symbolic.
+    or for the same in all sequences, cu_seqlens; an unknown q_offset counts as none. Sizes may be symbolic.
     """
     return problem.heads_q * sum(count * _pairs(problem, *lengths) for count, *lengths in _sequences(problem, inputs))
 
 
-def _sequences(problem: Problem, inputs: Inputs) -> list[tuple[int, int, int]]:
-    """(number of sequences, queries of each, keys of each)."""
+def _sequences(problem: Problem, inputs: Inputs) -> list[tuple[int, int, int, int]]:
+    """(number of sequences, queries of each, keys of each, offset of each)."""
     batch, varlen = problem.batch, problem.kind == "varlen"
     ends_q, ends_k = _values(inputs.cu_seqlens_q), _values(inputs.cu_seqlens_k)
-    lengths = _values(inputs.kv_lengths)
+    lengths, offsets = _values(inputs.kv_lengths), _values(inputs.q_offset)
     if ends_q is None or ends_k is None:
-        if varlen or lengths is None:
+        if varlen or (lengths is None and offsets is None):
             shares = torch.sym_max(batch, 1) if varlen else 1
-            return [(batch, problem.seqlen_q // shares, problem.seqlen_k // shares)]
-        queries, keys = [problem.seqlen_q] * batch, [problem.seqlen_k] * batch
+            queries, keys = problem.seqlen_q // shares, problem.seqlen_k // shares
+            return [(batch, queries, keys, _aligned(problem, queries, keys))]
+        all_queries, all_keys = [problem.seqlen_q] * batch, [problem.seqlen_k] * batch
     else:
-        queries, keys = ([end - start for start, end in pairwise(ends)] for ends in (ends_q, ends_k))
+        all_queries, all_keys = ([end - start for start, end in pairwise(ends)] for ends in (ends_q, ends_k))
     if lengths is not None:
-        keys = [min(n, length + problem.seqlen_new) for n, length in zip(keys, lengths, strict=True)]
-    return [(1, *pair) for pair in zip(queries, keys, strict=True)]
+        all_keys = [min(n, length + problem.seqlen_new) for n, length in zip(all_keys, lengths, strict=True)]
+    if offsets is None:
+        offsets = [_aligned(problem, *pair) for pair in zip(all_queries, all_keys, strict=True)]
+    return [(1, *lengths) for lengths in zip(all_queries, all_keys, offsets, strict=True)]
+
+
+def _aligned(problem: Problem, queries: int, keys: int) -> int:
+    return keys - queries if problem.bottom_right else 0
 
 
 def _values(x: Tensor | None) -> list[int] | None:
@@ -54,9 +61,8 @@ def _values(x: Tensor | None) -> list[int] | None:
     return x.tolist() if x is not None and known else None
 
 
-def _pairs(problem: Problem, queries: int, keys: int) -> int:
+def _pairs(problem: Problem, queries: int, keys: int, offset: int) -> int:
     """Query i sees the keys from i + offset - left to i + offset + right that there are."""
-    offset = keys - queries if problem.bottom_right else 0
     left, right = problem.window_left, problem.window_right
     to = queries * keys if right is None else _clamped_sum(offset + right + 1, queries, keys)
     return to - (0 if left is None else _clamped_sum(offset - left, queries, keys))

@@ -18,15 +18,13 @@ from torch.autograd import forward_ad
 
 from ..backends import Needs
 from ..philox import draw_seed
-from ..problem import DIFFERENTIABLE, Inputs, Options, check_tensors, describe
+from ..problem import Inputs, Options, check_tensors, describe
 from ..reference import softmax_attention_double_backward
 from . import operators, vmap
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
-_N_ARGS = len(operators.join_arguments(Inputs(*[None] * 3), Options(), None))  # type: ignore[arg-type]
-_POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
-_BACKWARD_LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward
+_LEADING = len(operators.RESULTS)
 _NO_FORWARD_MODE = (
     "fastattn has no derivatives in forward mode (torch.func.jvp, jacfwd and hessian, torch.autograd.forward_ad): use "
     "reverse mode, torch.func.vjp or jacrev, for a Hessian jacrev(jacrev(f)), or call fastattn.reference.attention, "
@@ -216,14 +214,14 @@ class Attention(torch.autograd.Function):
         ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         *tensors, out, lse, residual = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[position] for position in _POSITIONS]
-        result: list[Tensor | None] = [None] * (_N_ARGS + 1)
+        needs = [ctx.needs_input_grad[position] for position in operators.DIFFERENTIABLE_AT]
+        result: list[Tensor | None] = [None] * (operators.FORWARD_ARGUMENTS + 1)
         if dout is None and dlse is None:
             return tuple(result)
         if dout is None:
             dout = torch.zeros_like(out)
         grads = gradients(dout, dlse, (out, lse, residual), (*tensors, *ctx.options), needs)
-        for position, grad in zip(_POSITIONS, grads, strict=True):
+        for position, grad in zip(operators.DIFFERENTIABLE_AT, grads, strict=True):
             result[position] = grad
         return tuple(result)
 
@@ -281,7 +279,7 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
-        if is_plain(args[0], *args[_BACKWARD_LEADING : _BACKWARD_LEADING + 2]):
+        if is_plain(args[0], *args[_LEADING : _LEADING + 2]):
             return operators.run_backward(*args)
         return torch.ops.fastattn.backward(*args)
 
@@ -302,8 +300,8 @@ class AttentionBackward(torch.autograd.Function):
         tangents = tuple([c if need else None for c, need in zip(cotangents, ctx.needs, strict=True)])
         second = softmax_attention_double_backward(problem, inputs, dout, dlse, tangents)
         # The results are functions of the other arguments here, so their own gradients stay None.
-        positions = [0, 1, *[_BACKWARD_LEADING + p for p in _POSITIONS]]
-        result: list[Tensor | None] = [None] * (_BACKWARD_LEADING + _N_ARGS + 1)
+        positions = [0, 1, *[_LEADING + p for p in operators.DIFFERENTIABLE_AT]]
+        result: list[Tensor | None] = [None] * (_LEADING + operators.FORWARD_ARGUMENTS + 1)
         for position, grad in zip(positions, second, strict=True):
             if ctx.needs_input_grad[position]:
                 result[position] = grad

@@ -14,46 +14,37 @@ from torch import Tensor
 from ..backends import Backend, Needs, Results, empty_grad, empty_results
 from ..backends.dispatch import choose, choose_cached
 from ..philox import draw_seed
-from ..problem import Inputs, Options, Problem, check_results, check_values, describe
+from ..problem import DIFFERENTIABLE, Inputs, Options, Problem, check_results, check_values, describe
+from ..problem.arguments import of_kind, schema
 
-_TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, "
-    "Tensor? kv_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed"
-)
-_OPTIONS = (
-    "bool causal, SymInt? window_left, SymInt? window_right, str causal_alignment, float? softcap, float? scale, "
-    "float dropout_p"
-)
-_CACHE_TENSORS = (
-    "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? mask, Tensor? bias, Tensor? alibi_slopes, "
-    "Tensor? sinks, Tensor cache_lengths, Tensor? k_new, Tensor? v_new, Tensor? block_table, Tensor? cos, Tensor? sin"
-)
-_CACHE_FIELDS = (
-    *("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks", "kv_lengths"),
-    *("k_new", "v_new", "block_table", "cos", "sin"),
-)
-
-FORWARD_TENSORS = 11  # the leading fields of Inputs that `forward` takes
+# The arguments that `forward` and `backward` share are tensors, options and the name of a backend, in this order. The
+# tensors are the leading fields of Inputs, the options those of Options.
+_TENSORS, _OPTIONS = of_kind("dense")
+_CACHE_TENSORS, _ = of_kind("cache")
+FORWARD_TENSORS = len(_TENSORS)
+FORWARD_ARGUMENTS = FORWARD_TENSORS + len(_OPTIONS) + 1
 SEED = Inputs._fields.index("seed")
-_N_OPTIONS = 7
-FORWARD_ARGUMENTS = FORWARD_TENSORS + _N_OPTIONS + 1  # those that `forward` and `backward` share
+DIFFERENTIABLE_AT = tuple([Inputs._fields.index(name) for name in DIFFERENTIABLE])
+"""Where the tensors that have gradients are among the arguments of `forward`."""
+RESULTS = ("dout", "dlse", "out", "lse", "residual")
+"""The arguments of `backward` before those of `forward`."""
 
 # An empty tensor stands for a result that there is not. The last result of `forward` is a copy of its seed, for the
 # backward pass: who saves the results instead of computing them again, as policies of checkpoints do, has saved the
 # mask with them, although the seed may be drawn again.
 torch.library.define(
     "fastattn::forward",
-    f"({_TENSORS}, {_OPTIONS}, str? backend, bool for_backward) -> "
+    f"({schema('dense')}, str? backend, bool for_backward) -> "
     "(Tensor out, Tensor lse, Tensor residual, Tensor seed_used)",
 )
 torch.library.define(
     "fastattn::backward",
-    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor residual, {_TENSORS}, {_OPTIONS}, str? backend, "
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor residual, {schema('dense')}, str? backend, "
     "bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
 )
 torch.library.define(
     "fastattn::cache",
-    f"({_CACHE_TENSORS}, {_OPTIONS}, bool rotary_interleaved, str? backend) -> (Tensor out, Tensor lse)",
+    f"({schema('cache')}, str? backend) -> (Tensor out, Tensor lse)",
 )
 # The tag keeps a backward pass from drawing again what the forward drew. It does not keep AOTAutograd from merging two
 # draws as a common subexpression, which would give two layers one mask; so each takes an uninitialised tensor of its
@@ -65,26 +56,27 @@ def split_arguments(args: tuple[Any, ...]) -> tuple[Inputs, Options, str | None]
     """The arguments of `forward` as (inputs, options, backend)."""
     return (
         Inputs(*args[:FORWARD_TENSORS]),
-        Options(*args[FORWARD_TENSORS : FORWARD_TENSORS + _N_OPTIONS]),
-        args[FORWARD_TENSORS + _N_OPTIONS],
+        Options(*args[FORWARD_TENSORS : FORWARD_ARGUMENTS - 1]),
+        args[FORWARD_ARGUMENTS - 1],
     )
 
 
 def join_arguments(inputs: Inputs, options: Options, backend: str | None) -> tuple[Any, ...]:
     """The inverse of `split_arguments`."""
     # As lists: torch 2.6 cannot trace a slice of a named tuple.
-    return (*[*inputs][:FORWARD_TENSORS], *[*options][:_N_OPTIONS], backend)
+    return (*[*inputs][:FORWARD_TENSORS], *[*options][: len(_OPTIONS)], backend)
 
 
 def join_cache_arguments(inputs: Inputs, options: Options, backend: str | None) -> tuple[Any, ...]:
     """The arguments of `cache`."""
-    return (*[getattr(inputs, name) for name in _CACHE_FIELDS], *options, backend)
+    return (*[getattr(inputs, x.name) for x in _CACHE_TENSORS], *options, backend)
 
 
 def split_cache_arguments(args: tuple[Any, ...]) -> tuple[Inputs, Options, str | None]:
     """The inverse of `join_cache_arguments`."""
-    n = len(_CACHE_FIELDS)
-    return Inputs(**dict(zip(_CACHE_FIELDS, args[:n], strict=True))), Options(*args[n:-1]), args[-1]
+    n = len(_CACHE_TENSORS)
+    tensors = {x.name: given for x, given in zip(_CACHE_TENSORS, args[:n], strict=True)}
+    return Inputs(**tensors), Options(*args[n:-1]), args[-1]
 
 
 def _kind(inputs: Inputs) -> str:

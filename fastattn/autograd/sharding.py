@@ -22,9 +22,11 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from ..backends.dispatch import choose
 from ..problem import CACHE_NAMES, DIFFERENTIABLE, Inputs, Options, describe
+from ..problem.arguments import TENSORS
+from ..problem.shapes import dims_of
 from . import operators
 
-_LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward
+_LEADING = len(operators.RESULTS)
 
 
 def check(kind: str, inputs: Inputs, options: Options, backend: str | None) -> None:
@@ -78,13 +80,13 @@ def _dims_of_inputs(inputs: Any) -> dict[str, _Dims]:
         **dict.fromkeys(("k", "v"), cache),
         "mask": _dims_of_scores(inputs.mask, packed),
         "bias": _dims_of_scores(inputs.bias, packed),
-        "alibi_slopes": _Dims(None, 0),
-        "sinks": _Dims(None, 0),
-        "kv_lengths": _NEITHER if packed else _Dims(0, None),
         "block_table": _Dims(0, None),
     }
-    if inputs.alibi_slopes is not None and len(inputs.alibi_slopes.shape) == 2:
-        dims["alibi_slopes"] = rows
+    for argument, x in zip(TENSORS, inputs, strict=True):
+        for dims_of_shape in map(dims_of, argument.shapes) if x is not None else ():
+            if argument.name not in dims and len(dims_of_shape) == len(x.shape):
+                where = [dims_of_shape.index(dim) if dim in dims_of_shape else None for dim in ("batch", "heads_q")]
+                dims[argument.name] = _Dims(None if packed else where[0], where[1])
     return {name: dims.get(name, _NEITHER) for name, x in zip(Inputs._fields, inputs, strict=True) if x is not None}
 
 

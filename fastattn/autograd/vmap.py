@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Inputs
+from ..problem import PER_SEQUENCE, Inputs
 from . import operators
 
 Run = Callable[..., tuple[Tensor, ...]]
 Result = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
 
-_LEADING = 5  # dout, dlse, out, lse, residual come before the arguments of the forward
+_LEADING = len(operators.RESULTS)
 
 
 def forward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:
@@ -86,8 +86,8 @@ def _into_batch(x: Tensor | None, dim: int | None, size: int, batch: int) -> Any
 
 def _fold(inputs: Inputs, dims: Any, size: int, batch: int, *, separate_bias: bool) -> Inputs:
     """The problems' tensors with all problems in the batch; what is one for all of them stays so."""
-    folded = {name: _into_batch(getattr(inputs, name), getattr(dims, name), size, batch) for name in "qkv"}
-    folded["kv_lengths"] = _into_batch(inputs.kv_lengths, dims.kv_lengths, size, batch)
+    whole = ("q", "k", "v", *PER_SEQUENCE)
+    folded = {name: _into_batch(getattr(inputs, name), getattr(dims, name), size, batch) for name in whole}
     for name, rank in (("mask", 4), ("bias", 4), ("alibi_slopes", 2)):
         x, dim = getattr(inputs, name), getattr(dims, name)
         if x is None:

@@ -59,7 +59,10 @@ def _with_whole_cache(problem: Problem, inputs: Inputs) -> Inputs:
     new_positions = before[:, None] + torch.arange(problem.seqlen_new, device=problem.device)
     if inputs.cos is not None and inputs.sin is not None:
         rotary = Rotary(inputs.cos, inputs.sin, problem.rotary_interleaved)
-        offset = total - problem.seqlen_q if problem.bottom_right else torch.zeros_like(total)
+        if inputs.q_offset is not None:
+            offset = inputs.q_offset.to(torch.int64)
+        else:
+            offset = total - problem.seqlen_q if problem.bottom_right else torch.zeros_like(total)
         # A query before the first position (more queries than keys) sees nothing: any angle will do.
         positions = (offset[:, None] + torch.arange(problem.seqlen_q, device=problem.device)).clamp(min=0)
         q = apply_rotary(q, rotary, positions)

@@ -6,12 +6,11 @@ makes a `Problem` of them. It refuses wrong shapes, dtypes, devices and options 
 Backends take a `Problem` and its `Inputs` and check nothing again.
 """
 
+from .arguments import CACHE_NAMES, DIFFERENTIABLE, INDICES, PER_SEQUENCE
 from .describe import check_tensors, describe
-from .options import check_keywords, split_window
+from .options import check_keywords, offset_tensor, split_window
 from .shapes import check_heads, check_rank, check_rotary, check_shape
 from .types import (
-    CACHE_NAMES,
-    DIFFERENTIABLE,
     DTYPES,
     AttentionOptions,
     CacheOptions,
@@ -19,12 +18,15 @@ from .types import (
     Options,
     Problem,
 )
-from .values import check_results, check_values
+from .values import LARGEST_OFFSET, check_results, check_values
 
 __all__ = [
     "CACHE_NAMES",
     "DIFFERENTIABLE",
     "DTYPES",
+    "INDICES",
+    "LARGEST_OFFSET",
+    "PER_SEQUENCE",
     "AttentionOptions",
     "CacheOptions",
     "Inputs",
@@ -39,5 +41,6 @@ __all__ = [
     "check_tensors",
     "check_values",
     "describe",
+    "offset_tensor",
     "split_window",
 ]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .alignment import why_not_aligned
+from .arguments import CACHE_NAMES, TENSORS
 from .options import check_option_types, check_options
-from .shapes import SIZES, check_broadcast, check_shape
-from .types import CACHE_NAMES, DTYPES, Inputs, Meta, Options, Problem
+from .shapes import SIZES, check_alternatives
+from .types import DTYPES, Inputs, Meta, Options, Problem
 
 
 def describe(kind: str, inputs: Inputs, options: Options, *, cached: bool = True) -> Problem:
@@ -32,15 +33,12 @@ def describe(kind: str, inputs: Inputs, options: Options, *, cached: bool = True
     return _describe_cached(kind, metas, options, unaligned)
 
 
-_REQUIRED = ("q", "k", "v")
-
-
 def check_tensors(kind: str, inputs: Inputs) -> None:
-    """Every tensor argument must be a dense tensor; all but q, k and v may be None."""
-    for field, x in zip(Inputs._fields, inputs, strict=True):
-        if x is None and field not in _REQUIRED:
+    """Every tensor argument must be a dense tensor; those that the call can do without may be None."""
+    for argument, x in zip(TENSORS, inputs, strict=True):
+        if x is None and kind not in argument.required:
             continue
-        name = CACHE_NAMES.get(field, field) if kind == "cache" else field
+        name = CACHE_NAMES.get(argument.name, argument.name) if kind == "cache" else argument.name
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout != torch.strided or x.is_nested:
@@ -54,20 +52,9 @@ def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options, unali
     check_dtypes(metas, names)
     m: Any = Inputs(*metas)  # type: ignore[arg-type]  # the same fields, holding shapes instead of tensors
     sizes = SIZES[kind](m)
-    batch, heads_q = sizes["batch"], sizes["heads_q"]
-    rows, cols = (None, None) if kind == "varlen" else (sizes["seqlen_q"], sizes["seqlen_k"])
-    for name, meta in (("mask", m.mask), ("bias", m.bias)):
-        if meta is not None:
-            check_broadcast(name, meta.shape, (batch, heads_q, rows, cols))
-    if m.alibi_slopes is not None and tuple(m.alibi_slopes.shape) not in ((heads_q,), (batch, heads_q)):
-        raise ValueError(
-            f"alibi_slopes must have shape (heads_q,) = ({heads_q},) or (batch, heads_q) = ({batch}, {heads_q}), "
-            f"got {tuple(m.alibi_slopes.shape)}"
-        )
-    if m.sinks is not None:
-        check_shape("sinks", m.sinks.shape, (heads_q,), "(heads_q,)")
-    if m.kv_lengths is not None:
-        check_shape(names.get("kv_lengths", "kv_lengths"), m.kv_lengths.shape, (batch,), "(batch,)")
+    for argument, meta in zip(TENSORS, metas, strict=True):
+        if meta is not None and argument.shapes:
+            check_alternatives(kind, names.get(argument.name, argument.name), meta.shape, argument.shapes, sizes)
     check_options(options)
 
     scale = options.scale
@@ -75,14 +62,7 @@ def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options, unali
         scale = 1.0 / math.sqrt(sizes["head_dim"]) if sizes["head_dim"] > 0 else 1.0
     window_left, window_right = _reach(options.window_left), _reach(options.window_right)
     used = {
-        "mask": m.mask,
-        "bias": m.bias,
-        "alibi": m.alibi_slopes,
-        "sinks": m.sinks,
-        "kv_lengths": m.kv_lengths,
-        "rotary": m.cos,
-        "paged": m.block_table,
-        "append": m.k_new,
+        **{argument.feature: meta for argument, meta in zip(TENSORS, metas, strict=True) if argument.feature},
         "unaligned cache": unaligned or None,
         "softcap": options.softcap,
         "window": window_left if window_left is not None else window_right,
@@ -132,19 +112,13 @@ def check_devices(metas: tuple[Meta | None, ...], names: dict[str, str]) -> None
 
 
 _ONE_OF = "float32, float64, bfloat16 or float16"
-_EXPECTED_DTYPES: dict[str, tuple[Any, str]] = {
-    "mask": (lambda dtype: dtype == torch.bool, "torch.bool (True = attend); a float mask is passed as bias"),
-    "bias": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
-    "alibi_slopes": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
-    "sinks": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
-    "cos": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
-    "sin": (lambda dtype: dtype in DTYPES, f"of floating point, {_ONE_OF}"),
-    "kv_lengths": (lambda dtype: dtype == torch.int32, "torch.int32"),
-    "cu_seqlens_q": (lambda dtype: dtype == torch.int32, "torch.int32"),
-    "cu_seqlens_k": (lambda dtype: dtype == torch.int32, "torch.int32"),
-    "block_table": (lambda dtype: dtype == torch.int32, "torch.int32"),
-    "seed": (lambda dtype: dtype == torch.int64, "torch.int64"),
+_ACCEPTED: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
+    "float": (DTYPES, f"of floating point, {_ONE_OF}"),
+    "bool": ((torch.bool,), "torch.bool (True = attend); a float mask is passed as bias"),
+    "int32": ((torch.int32,), "torch.int32"),
+    "int64": ((torch.int64,), "torch.int64"),
 }
+"""By the dtype of a `TensorArgument`: what it may be, and how messages say that."""
 
 
 def check_dtypes(metas: tuple[Meta | None, ...], names: dict[str, str]) -> None:
@@ -152,13 +126,13 @@ def check_dtypes(metas: tuple[Meta | None, ...], names: dict[str, str]) -> None:
     dtype = metas[0].dtype  # type: ignore[union-attr]
     if dtype not in DTYPES:
         raise TypeError(f"q must have dtype {_ONE_OF}, got {dtype}")
-    for field, meta in zip(Inputs._fields, metas, strict=True):
+    for argument, meta in zip(TENSORS, metas, strict=True):
         if meta is None:
             continue
-        name = names.get(field, field)
-        if field in _EXPECTED_DTYPES:
-            accepts, expected = _EXPECTED_DTYPES[field]
-            if not accepts(meta.dtype):
+        name = names.get(argument.name, argument.name)
+        if argument.dtype in _ACCEPTED:
+            accepted, expected = _ACCEPTED[argument.dtype]
+            if meta.dtype not in accepted:
                 raise TypeError(f"{name} must have dtype {expected}, got {meta.dtype}")
         elif meta.dtype != dtype:
             raise TypeError(f"{name} has dtype {meta.dtype}, but q has {dtype}: they must be the same")

@@ -6,8 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .types import ALIGNMENTS, AttentionOptions, Options
+from .arguments import OPTIONS
+from .types import ALIGNMENTS, AttentionOptions, Inputs, Options
+from .values import LARGEST_OFFSET
 
 
 def check_option_types(options: Options) -> None:
@@ -19,10 +22,18 @@ def check_option_types(options: Options) -> None:
     for side in (options.window_left, options.window_right):
         if side is not None and not _is_number(side, (int, torch.SymInt)):
             raise TypeError(f"window must hold integers or None, got {type(side).__name__} {side!r}")
-    for name, value in (("softcap", options.softcap), ("scale", options.scale), ("dropout_p", options.dropout_p)):
-        optional = name != "dropout_p"
+    for name, value, optional in _numbers(options):
         if not (value is None and optional) and not _is_number(value, (int, float, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+
+
+def _numbers(options: Options) -> list[tuple[str, Any, bool]]:
+    """(name, value, whether it may be None) of each number."""
+    return [
+        (x.name, value, x.type == "float?")
+        for x, value in zip(OPTIONS, options, strict=True)
+        if x.type in ("float", "float?")
+    ]
 
 
 def _is_number(value: Any, types: tuple[type, ...]) -> bool:
@@ -37,8 +48,7 @@ def check_options(options: Options) -> None:
             raise ValueError(f"window must hold integers >= 0 or None (= open), got {name} = {value}")
     if options.causal_alignment not in ALIGNMENTS:
         raise ValueError(f"causal_alignment must be one of {ALIGNMENTS}, got {options.causal_alignment!r}")
-    for name in ("softcap", "scale", "dropout_p"):
-        value = getattr(options, name)
+    for name, value, _ in _numbers(options):
         # The bound keeps products with it inside float32's range; the comparison is False for NaN.
         if isinstance(value, (int, float)) and not abs(value) <= 1e30:
             raise ValueError(f"{name} must be finite, and at most 1e30 in size, got {value}")
@@ -53,6 +63,22 @@ def check_keywords(function: str, given: Iterable[str]) -> None:
     unknown = set(given) - AttentionOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"{function} got an unexpected keyword argument {min(unknown)!r}")
+
+
+def offset_tensor(q_offset: int | Tensor | None, inputs: Inputs) -> Tensor | None:
+    """The argument `q_offset` as (batch,) int32, of a call with the other tensors `inputs`."""
+    if q_offset is None or isinstance(q_offset, Tensor):
+        return q_offset
+    if not _is_number(q_offset, (int, torch.SymInt)):
+        raise TypeError(f"q_offset must be an int or an int32 tensor, got {type(q_offset).__name__} {q_offset!r}")
+    if abs(q_offset) > LARGEST_OFFSET:
+        raise ValueError(f"q_offset must be between -2**28 and 2**28, got {q_offset}")
+    ends = inputs.cu_seqlens_q
+    sized = inputs.q if ends is None else ends
+    if not (isinstance(inputs.q, Tensor) and isinstance(sized, Tensor)) or sized.ndim == 0:
+        return None  # the call will be refused
+    batch = sized.shape[0] if ends is None else max(sized.shape[0] - 1, 0)
+    return inputs.q.new_full((batch,), q_offset, dtype=torch.int32)
 
 
 def split_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:

@@ -40,6 +40,27 @@ def check_broadcast(name: str, shape: Sequence[int], target: tuple[int | None, .
         raise ValueError(f"{name} must be broadcastable to {spelled} = {sizes}, got shape {tuple(shape)}")
 
 
+def check_alternatives(
+    kind: str, name: str, shape: Sequence[int], alternatives: Sequence[str], sizes: dict[str, int]
+) -> None:
+    """The shape must be one of those that a `TensorArgument` spells."""
+    if alternatives == ("(...)",):
+        rows = (None, None) if kind == "varlen" else (sizes["seqlen_q"], sizes["seqlen_k"])
+        check_broadcast(name, shape, (sizes["batch"], sizes["heads_q"], *rows))
+        return
+    wanted = [tuple([sizes[dim] for dim in dims_of(spelled)]) for spelled in alternatives]
+    if len(wanted) == 1:
+        check_shape(name, shape, wanted[0], alternatives[0])
+    elif tuple(shape) not in wanted:
+        choices = " or ".join([f"{spelled} = {size}" for spelled, size in zip(alternatives, wanted, strict=True)])
+        raise ValueError(f"{name} must have shape {choices}, got {tuple(shape)}")
+
+
+def dims_of(spelled: str) -> tuple[str, ...]:
+    """("batch", "heads_q") of "(batch, heads_q)"."""
+    return tuple([dim.strip() for dim in spelled.strip("()").split(",") if dim.strip()])
+
+
 def _dense_sizes(m: Any) -> dict[str, int]:
     q, k, v = m.q, m.k, m.v
     check_rank("q", q.shape, "(batch, heads_q, seqlen_q, head_dim)")

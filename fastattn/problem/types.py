@@ -15,9 +15,8 @@ ALIGNMENTS = ("bottom-right", "top-left")
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call; their shapes are in `fastattn.attention` and its siblings.
+    """The tensors of a call, those of arguments.py; their shapes are in `fastattn.attention` and its siblings.
 
-    The first eleven are, in this order, the tensor arguments of the operator `fastattn::forward`.
     For a call with a cache, k and v are the caches and kv_lengths the keys in them *before* the call.
     """
 
@@ -29,6 +28,7 @@ class Inputs(NamedTuple):
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
     kv_lengths: Tensor | None = None
+    q_offset: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
     seed: Tensor | None = None
@@ -44,14 +44,8 @@ class Inputs(NamedTuple):
         return self.q, self.k, self.v, self.bias, self.sinks
 
 
-DIFFERENTIABLE = ("q", "k", "v", "bias", "sinks")
-
-
 class Options(NamedTuple):
-    """Everything of a call that is not a tensor, as the user gave it; in the order of the operators' schemas.
-
-    The last one, the layout of the rotary tables, belongs to calls with a cache alone.
-    """
+    """Everything of a call that is not a tensor, as the user gave it; that of arguments.py."""
 
     causal: bool = False
     window_left: int | None = None
@@ -67,6 +61,7 @@ class _SharedOptions(TypedDict, total=False):
     causal: bool
     window: tuple[int | None, int | None] | None
     causal_alignment: str
+    q_offset: int | Tensor | None
     mask: Tensor | None
     bias: Tensor | None
     alibi_slopes: Tensor | None
@@ -113,7 +108,7 @@ class Problem:
     device: torch.device
     window_left: int | None  # keys to the left of the diagonal that a query sees; None = all
     window_right: int | None  # likewise to the right; 0 for causal
-    bottom_right: bool  # the last query stands at the last key (else: the first at the first)
+    bottom_right: bool  # without q_offset: the last query stands at the last key (else: the first at the first)
     softcap: float | None
     scale: float
     dropout_p: float
@@ -145,7 +140,3 @@ class Meta(NamedTuple):
     shape: Sequence[int]
     dtype: torch.dtype
     device: torch.device
-
-
-# How the arguments of a call are named in messages, where the function's own names differ from those of Inputs.
-CACHE_NAMES = {"k": "k_cache", "v": "v_cache", "kv_lengths": "cache_lengths", "cos": "rotary.cos", "sin": "rotary.sin"}

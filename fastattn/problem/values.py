@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .types import Inputs, Problem
 
+LARGEST_OFFSET = 2**28
+"""Of q_offset, either way: kernels add it to positions and sides of windows in 32 bits, and none sees that far."""
+
 
 def check_values(problem: Problem, inputs: Inputs) -> None:
     """Checks the seed, and what is inside the index tensors where reading them costs nothing: on the CPU.
@@ -20,6 +23,8 @@ def check_values(problem: Problem, inputs: Inputs) -> None:
         raise ValueError(f"seed must be in [0, 2**63), got {int(inputs.seed)}")
     if problem.device.type != "cpu":
         return
+    if inputs.q_offset is not None:
+        _check_q_offset(problem, inputs, inputs.q_offset.tolist())
     if problem.kind == "varlen":
         _check_cu_seqlens(problem, inputs)
     elif problem.kind == "cache":
@@ -46,6 +51,14 @@ def check_results(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, re
                 f"{problem.device}, got shape {tuple(x.shape)}, dtype {x.dtype}, on {x.device}: does a hook on saved "
                 "tensors change it?"
             )
+
+
+def _check_q_offset(problem: Problem, inputs: Inputs, offsets: list[int]) -> None:
+    for b, offset in enumerate(offsets):
+        if abs(offset) > LARGEST_OFFSET:
+            raise ValueError(f"q_offset must be between -2**28 and 2**28, got q_offset[{b}] = {offset}")
+        if inputs.cos is not None and offset < 0:
+            raise ValueError(f"q_offset must be a position of the rotary tables, at least 0, got {offset} at index {b}")
 
 
 def _check_lengths(name: str, lengths: list[int], limits: list[int], spelled: str) -> None:
@@ -90,7 +103,10 @@ def _check_cache(problem: Problem, inputs: Inputs) -> None:
     _check_lengths("cache_lengths", lengths, [room] * problem.batch, "the capacity less the new keys")
     totals = [length + problem.seqlen_new for length in lengths]
     if inputs.cos is not None and lengths:
-        needed = max(*totals, min(problem.seqlen_q, 1) if problem.bottom_right else problem.seqlen_q)
+        last = min(problem.seqlen_q, 1) if problem.bottom_right else problem.seqlen_q
+        if inputs.q_offset is not None and problem.seqlen_q > 0:
+            last = max(inputs.q_offset.tolist()) + problem.seqlen_q
+        needed = max(*totals, last)
         if needed > inputs.cos.shape[0]:
             raise ValueError(
                 f"rotary.cos must hold a row for each of {needed} positions, got {inputs.cos.shape[0]} rows"

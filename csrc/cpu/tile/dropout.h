@@ -29,11 +29,12 @@ void make_dropout(const Params& p, const Panel<V>& panel, KeyTile tile, typename
                   typename V::Scalar* factors) {
   using S = typename V::Scalar;
   constexpr int kLanes = Panel<V>::kLanes;
+  const int64_t first_query = q_offset_of(p, panel.b);
   for (int64_t quad = tile.n_begin / 4; quad * 4 < tile.n_end(); ++quad) {
     uint32_t words[4][kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       words[0][lane] = uint32_t(quad);
-      words[1][lane] = uint32_t(panel.query[lane]);
+      words[1][lane] = uint32_t(first_query + panel.query[lane]);
       words[2][lane] = uint32_t(panel.b * p.heads_q + panel.head[lane]);
       words[3][lane] = 0;
     }

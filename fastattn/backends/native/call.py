@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import DIFFERENTIABLE, Inputs, Problem
+from ...problem import DIFFERENTIABLE, INDICES, Inputs, Problem
 from ..base import Grads, Needs, Results, empty_grad, in_memory
 
 # The values of fastattn::DType in csrc/call/params.h.
@@ -142,7 +142,7 @@ def _described(call: Any, problem: Problem, layouts: tuple[tuple[str, Any, Any, 
     return call(sizes, numbers, strides, (1,) * (4 - len(dbias)) + tuple(dbias))
 
 
-_CONTIGUOUS = ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "cos", "sin")
+_CONTIGUOUS = (*INDICES, "cos", "sin")
 
 
 def _strides(kind: str, name: str, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, int, int, int]:

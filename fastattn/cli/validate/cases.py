@@ -32,6 +32,7 @@ class Case:
     mask, bias: shapes in letters, b h q k for the sizes and 1 for broadcasting: "b11k", "qk".
     alibi: the shape of the slopes, "h" or "bh".
     kv_lengths: keys behind them are NaN.
+    q_offset: the position of each sequence's first query.
     lengths: of the sequences of a varlen call, (queries, keys); spare: unused rows behind the last one.
     layout: how q, k and v lie in memory, a name in `fastattn.cli.validate.data.LAYOUTS`.
     mean: size of what the keys of a head have in common, and the values; no gradient comes through lse then.
@@ -54,6 +55,7 @@ class Case:
     alibi: str | None = None
     sinks: bool = False
     kv_lengths: tuple[int, ...] | None = None
+    q_offset: tuple[int, ...] | None = None
     lengths: tuple[tuple[int, int], ...] = ()
     spare: int = 0
     cache: Cache | None = None
@@ -90,6 +92,7 @@ OPTIONS = (
     Case("options", "sinks", sinks=True, detail=True),
     Case("options", "kv_lengths", kv_lengths=(47, 30)),
     Case("options", "kv_lengths, causal", kv_lengths=(41, 35), options={"causal": True}),
+    Case("options", "q_offset", q_offset=(9, -5), options={"causal": True, "window": (20, None)}),
     _options("dropout", dropout_p=0.25, seed=17),
     Case("options", "keys that are alike", mean=3.0, seqlens=(33, 200), head_dims=(64, 64)),
     Case("options", "merge_states", kind="merge"),

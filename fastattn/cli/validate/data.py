@@ -117,6 +117,8 @@ def _options(make: _Maker) -> dict[str, Any]:
         options["sinks"] = make.normal(case.heads[0])
     if case.kv_lengths is not None:
         options["kv_lengths"] = make.int32(case.kv_lengths)
+    if case.q_offset is not None:
+        options["q_offset"] = make.int32(case.q_offset)
     return options
 
 

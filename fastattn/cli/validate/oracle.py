@@ -44,8 +44,9 @@ def _attend(s: _Sequence) -> tuple[Tensor, Tensor]:
         logits = torch.cat([scores, s.options["sinks"][:, None, None].expand(*scores.shape[:2], 1)], dim=-1)
     probs = torch.softmax(logits, dim=-1)[..., : scores.shape[-1]].masked_fill(hidden[..., None], 0.0)
     if get("dropout_p"):
-        keep = dropout_keep(s.options["seed"], s.options["dropout_p"], s.number, scores.shape).to(s.q.device)
-        probs = probs * keep / (1.0 - s.options["dropout_p"])
+        first_query = get("q_offset", 0)
+        keep = dropout_keep(s.options["seed"], s.options["dropout_p"], s.number, scores.shape, first_query)
+        probs = probs * keep.to(s.q.device) / (1.0 - s.options["dropout_p"])
     lse = torch.logsumexp(logits, dim=-1)
     lse = lse if get("sinks") is not None else lse.masked_fill(hidden, -torch.inf)
     return probs @ _for_each_query_head(s.v, s.q), lse
@@ -60,7 +61,7 @@ def _scores(s: _Sequence) -> Tensor:
     scores = scale * (s.q @ _for_each_query_head(s.k, s.q).transpose(1, 2))
     if get("softcap"):
         scores = s.options["softcap"] * torch.tanh(scores / s.options["softcap"])
-    offset = 0 if get("causal_alignment") == "top-left" else seqlen_k - seqlen_q
+    offset = get("q_offset", 0 if get("causal_alignment") == "top-left" else seqlen_k - seqlen_q)
     ahead = torch.arange(seqlen_k)[None, :] - (torch.arange(seqlen_q)[:, None] + offset)
     ahead = ahead.to(s.q.device)  # how far key j stands to the right of query i
     if get("alibi_slopes") is not None:
@@ -136,7 +137,7 @@ def attend_with_cache(data: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if "k_new" in options:
             new_keys.append(_rotate(options["k_new"][b], options, length))
             k, v = torch.cat([k, new_keys[-1]], dim=1), torch.cat([v, options["v_new"][b]], dim=1)
-        q = _rotate(q, options, k.shape[1] - q.shape[1])
+        q = _rotate(q, options, int(options["q_offset"][b]) if "q_offset" in options else k.shape[1] - q.shape[1])
         out, lse = _attend(_cut(data, b, q, k, v, full))
         outs.append(out)
         lses.append(lse)
@@ -156,6 +157,8 @@ def _cut(data: Data, b: int, q: Tensor, k: Tensor, v: Tensor, full: tuple[int, .
             options[name] = options[name].expand(full)[b, :, : q.shape[1], : k.shape[1]]
     if options.get("alibi_slopes") is not None:
         options["alibi_slopes"] = options["alibi_slopes"].expand(full[:2])[b]
+    if "q_offset" in options:
+        options["q_offset"] = int(options["q_offset"][b])
     return _Sequence(q, k, v, options, b)
 
 
@@ -191,11 +194,13 @@ def _rotate(x: Tensor, options: dict[str, Any], start: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- dropout
 
 
-def dropout_keep(seed: int, p: float, sequence: int, shape: torch.Size | tuple[int, int, int]) -> Tensor:
+def dropout_keep(
+    seed: int, p: float, sequence: int, shape: torch.Size | tuple[int, int, int], first_query: int = 0
+) -> Tensor:
     """What dropout keeps of a sequence's probabilities: bool (heads, seqlen_q, seqlen_k).
 
     Entry (h, i, j) is kept if word j % 4 of Philox4x32-10, with key `seed` and counter
-    (j // 4, i, sequence * heads + h, 0), is at least floor(p * 2^32).
+    (j // 4, first_query + i, sequence * heads + h, 0), is at least floor(p * 2^32).
     """
     heads, seqlen_q, seqlen_k = shape
     key = (seed % 2**32, seed // 2**32)
@@ -204,7 +209,11 @@ def dropout_keep(seed: int, p: float, sequence: int, shape: torch.Size | tuple[i
     for h in range(heads):
         for i in range(seqlen_q):
             blocks = range(-(-seqlen_k // 4))
-            words = [w for block in blocks for w in philox4x32((block, i, sequence * heads + h, 0), key)]
+            words = [
+                w
+                for block in blocks
+                for w in philox4x32((block, (first_query + i) % 2**32, sequence * heads + h, 0), key)
+            ]
             keep[h, i] = torch.tensor([w >= threshold for w in words[:seqlen_k]], dtype=torch.bool)
     return keep
 

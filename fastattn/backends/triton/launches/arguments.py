@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ....kernels import arguments as args
 from ....kernels import config
-from ....problem import Inputs, Problem
+from ....problem import INDICES, Inputs, Problem
 from ...base import Results, in_memory
 
 
 def kernel_inputs(inputs: Inputs) -> Inputs:
     """The inputs with their values where their addresses say, index tensors contiguous, masks as bytes."""
     given = {name: x if x is None or name == "seed" else in_memory(x) for name, x in inputs._asdict().items()}
-    for name in ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k", "block_table", "sinks"):
+    for name in (*INDICES, "sinks"):
         if given[name] is not None:
             given[name] = given[name].contiguous()
     for name in ("cos", "sin"):
@@ -38,6 +38,7 @@ def common_arguments(p: Problem, x: Inputs) -> dict[str, Any]:
         "cu_seqlens_q": x.cu_seqlens_q,
         "cu_seqlens_k": x.cu_seqlens_k,
         "kv_lengths": x.kv_lengths,
+        "q_offset": x.q_offset,
         "batch": p.batch,
         "seqlen_q": p.seqlen_q,
         "seqlen_k": p.seqlen_k,
