@@ -126,6 +126,14 @@ TRAINING_OPTIONS = (
     Bad("lengths list", {"kv_lengths": [1, 2]}, TypeError, ["kv_lengths", "torch.Tensor", "list"]),
     Bad("lengths batch", {"kv_lengths": int32(1, 2, 3)}, ValueError, ["kv_lengths", "(batch,) = (2,)", "got (3,)"]),
     Bad("lengths rank", {"kv_lengths": int32(1, 2)[None]}, ValueError, ["kv_lengths", "(2,)", "got (1, 2)"]),
+    Bad("offset int64", {"q_offset": Z(2).long()}, TypeError, ["q_offset", "torch.int32", "torch.int64"]),
+    Bad("offset bool", {"q_offset": True}, TypeError, ["q_offset", "an int or an int32 tensor", "bool True"]),
+    Bad("offset float", {"q_offset": 1.0}, TypeError, ["q_offset", "an int or an int32 tensor", "float 1.0"]),
+    Bad("offset list", {"q_offset": [1, 2]}, TypeError, ["q_offset", "an int or an int32 tensor", "list"]),
+    Bad("offset huge", {"q_offset": 2**28 + 1}, ValueError, ["q_offset", "-2**28 and 2**28", "got 268435457"]),
+    Bad("offset batch", {"q_offset": int32(1, 2, 3)}, ValueError, ["q_offset", "(batch,) = (2,)", "got (3,)"]),
+    Bad("offset rank", {"q_offset": torch.tensor(1, dtype=torch.int32)}, ValueError, ["q_offset", "(2,)", "got ()"]),
+    Bad("offset past", {"q_offset": int32(0, -(2**28) - 1)}, ValueError, ["q_offset[1] = -268435457", "-2**28"]),
     Bad(
         "lengths negative", {"kv_lengths": int32(1, -1)}, ValueError, ["kv_lengths", "between 0", "kv_lengths[1] = -1"]
     ),
@@ -250,6 +258,13 @@ CACHE_BAD = (
         ValueError,
         ["rotary.cos", "11 positions", "9 rows"],
     ),
+    Bad(
+        "rotary too short for the offset",
+        {"rotary": (COS, SIN), "q_offset": int32(0, 5)},
+        ValueError,
+        ["rotary.cos", "10 positions", "9 rows"],
+    ),
+    Bad("rotary before 0", {"rotary": (COS, SIN), "q_offset": -1}, ValueError, ["q_offset", "at least 0", "got -1"]),
     Bad("mask", {"mask": Z(5, 8).bool()}, ValueError, ["mask", "(2, 4, 5, 9)", "(5, 8)"]),
     Bad("bias", {"bias": Z(4, 9)}, ValueError, ["bias", "(2, 4, 5, 9)", "(4, 9)"]),
     Bad("grad of q", {"q": Z(2, 4, 5, 8, requires_grad=True)}, ValueError, ["inference", "requires grad", "no_grad"]),
