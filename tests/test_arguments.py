@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastattn
-from fastattn.autograd import operators
+from fastattn.autograd.call import DIFFERENTIABLE_AT, FORWARD_ARGUMENTS
 from fastattn.problem import DIFFERENTIABLE, INDICES, PER_SEQUENCE, AttentionOptions, CacheOptions, Inputs, Options
 from fastattn.problem.arguments import OPTIONS, TENSORS, OptionArgument, TensorArgument, of_kind, schema
 
@@ -43,13 +43,13 @@ def test_the_tuples_have_the_arguments_of_the_tables() -> None:
 
 
 def test_operators_take_the_leading_fields() -> None:
-    """`split_arguments` cuts tuples where these end."""
+    """`unflatten` cuts tuples where these end."""
     tensors, options = of_kind("dense")
     assert tensors == TENSORS[: len(tensors)]
     assert options == OPTIONS[: len(options)]
     assert of_kind("varlen") == (tensors, options)
-    assert len(torch.ops.fastattn.forward.default._schema.arguments) - 1 == operators.FORWARD_ARGUMENTS
-    assert [Inputs._fields[at] for at in operators.DIFFERENTIABLE_AT] == list(DIFFERENTIABLE)
+    assert len(torch.ops.fastattn.forward.default._schema.arguments) - 1 == FORWARD_ARGUMENTS
+    assert [Inputs._fields[at] for at in DIFFERENTIABLE_AT] == list(DIFFERENTIABLE)
 
 
 @pytest.mark.parametrize(("kind", "operator"), [("dense", "forward"), ("cache", "cache")])

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastattn
 from fastattn import attention, attention_varlen, reference
-from fastattn.autograd import operators
+from fastattn.autograd.call import Call, flatten, flatten_cache
 from fastattn.problem import Inputs, Options
 
 
@@ -287,7 +287,7 @@ def operator(name: str, *args: object) -> Tensor:
 
 def backward_operator(dout: Tensor) -> Tensor:
     q = torch.ones(dout.shape)
-    call = operators.join_arguments(Inputs(q, q, q), Options(), None)
+    call = flatten(Inputs(q, q, q), Call(Options(), None))
     return operator(
         "backward", dout, None, *torch.ops.fastattn.forward(*call, True)[:3], *call, [True] * 3 + [False] * 2
     )
@@ -303,11 +303,11 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "flash-attn's function": lambda x: fastattn.integrations.flash_attn.flash_attn_func(x[None], x[None], x[None]),
     "cache": lambda x: fastattn.attention_with_kv_cache(x[None], x[None], x[None], cache_lengths=LENGTHS),
     "operator forward": lambda x: operator(
-        "forward", *operators.join_arguments(Inputs(x[None], x[None], x[None]), Options(), None), True
+        "forward", *flatten(Inputs(x[None], x[None], x[None]), Call(Options(), None)), True
     ),
     "operator backward": lambda x: backward_operator(x[None]),
     "operator cache": lambda x: operator(
-        "cache", *operators.join_cache_arguments(Inputs(*[x[None]] * 3, kv_lengths=LENGTHS), Options(), None)
+        "cache", *flatten_cache(Inputs(*[x[None]] * 3, kv_lengths=LENGTHS), Call(Options(), None))
     ),
 }
 FORWARD_MODE = (

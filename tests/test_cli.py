@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastattn
-from fastattn.autograd import operators
+from fastattn.autograd import call
 from fastattn.backends import Grads, Needs, Results, dispatch
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.cli import main, tolerance
@@ -171,7 +171,7 @@ class Broken(ReferenceBackend):
 def use_backend(monkeypatch: pytest.MonkeyPatch, backend: ReferenceBackend) -> None:
     """Makes it the only one. Choices are remembered by name, and backends here share theirs: so none is remembered."""
     monkeypatch.setattr(dispatch, "BACKENDS", (backend,))
-    monkeypatch.setattr(operators, "choose_cached", dispatch.choose)
+    monkeypatch.setattr(call, "choose_cached", dispatch.choose)
 
 
 def _drop(field: str) -> Callable[[Inputs], Inputs]:

@@ -119,7 +119,7 @@ def test_gradients_in_half_precision() -> None:
 def test_it_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.Size] = []
     real = operators.run_forward
-    monkeypatch.setattr(operators, "run_forward", lambda *args: (calls.append(args[0].shape), real(*args))[1])
+    monkeypatch.setattr(operators, "run_forward", lambda *args: (calls.append(args[0].q.shape), real(*args))[1])
     vmap(lambda q, k, v: attention(q, k, v, bias=torch.zeros(SQ, SK, dtype=torch.float64)))(*qkv(N))
     vmap(grad(lambda q, k, v: attention(q, k, v).sum()))(*qkv(N))
     assert calls == [(N * B, H, SQ, D)] * 2

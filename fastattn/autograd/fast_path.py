@@ -7,29 +7,20 @@ to what it prepared, forward and backward.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends import Prepared, Results, dispatch
+from ..backends import dispatch
 from ..backends.layout_key import NO_LAYOUT, attributes, layout_key
 from ..problem import Inputs, Options, describe, split_window
-from . import operators
-from .functions import gradients, is_batched, is_plain
-
-
-class _Kind(NamedTuple):
-    """Calls that differ in nothing but the values of their tensors."""
-
-    prepared: Prepared
-    options: Options
-    backend: str | None
-
+from .call import Call
+from .functions import Attention, is_plain
 
 _MOST = 4096  # kinds that are kept
-_kinds: dict[Any, _Kind | None] = {}
+_kinds: dict[Any, Call | None] = {}  # calls that differ in nothing but the values of their tensors
 _UNKNOWN: Any = object()
 
 
@@ -64,7 +55,7 @@ def attend(
     if kind is None:
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _record(kind, q, k, v)
+        return _record(q, k, v, kind)[0]
     return kind.prepared.infer(q, k, v)
 
 
@@ -78,7 +69,7 @@ def _prepare(
     softcap: float | None,
     scale: float | None,
     name: str | None,
-) -> _Kind | None:
+) -> Call | None:
     inputs = Inputs(q, k, v)
     try:
         options = Options(causal, *split_window(window), causal_alignment, softcap, scale)
@@ -87,47 +78,9 @@ def _prepare(
     except (TypeError, ValueError):
         return None
     prepared = backend.prepare(problem, inputs)
-    return None if prepared is None else _Kind(prepared, options, name)
-
-
-def _fit(prepared: Prepared, saved: tuple[Tensor, ...]) -> bool:
-    """False if hooks on saved tensors have brought them back in another layout."""
-    try:
-        return prepared.layout_key == layout_key(*saved)
-    except NO_LAYOUT:
-        return False
-
-
-class PreparedAttention(torch.autograd.Function):
-    """`Attention` for calls of a prepared kind.
-
-    Of the older form, without setup_context: torch looks up the other form's signature at every call.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, kind: _Kind, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: D102
-        results = kind.prepared.forward(q, k, v)
-        ctx.kind = kind
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *results)
-        return results.out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
-        if dout is None:
-            return None, None, None, None
-        kind, needs = ctx.kind, ctx.needs_input_grad[1:]
-        q, k, v, *kept = saved = ctx.saved_tensors
-        results = Results(*kept)
-        plain = is_plain(dout, *saved) and forward_ad._current_level < 0 and not is_batched(dout)
-        if plain and not torch.is_grad_enabled() and _fit(kind.prepared, saved):
-            return (None, *kind.prepared.backward(q, k, v, results, dout, needs))
-        arguments = operators.join_arguments(Inputs(q, k, v), kind.options, kind.backend)
-        return (None, *gradients(dout, None, operators.filled(results), arguments, [*needs, False, False])[:3])
+    return None if prepared is None else Call(options, name, True, prepared)
 
 
 # What `apply` comes to where no function transform is active; looking for one, and for tensors that one left behind,
 # takes it half of its time. The native reader has refused those.
-_record = (
-    PreparedAttention.apply if layout_key is attributes else super(torch.autograd.Function, PreparedAttention).apply
-)
+_record = Attention.apply if layout_key is attributes else super(torch.autograd.Function, Attention).apply

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..backends import Needs
-from ..problem import Inputs, Options, Problem, describe
-from . import operators
+from ..problem import Inputs, Problem, describe
+from .call import FORWARD_ARGUMENTS, Call, kind_of, unflatten, unflatten_cache
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -80,13 +80,13 @@ def _clamped_sum(start: int, count: int, most: int) -> int:
 
 def forward_flops(*args: Any, out_val: Any = None) -> int:
     """Of the operator `forward`: the scores and their product with v."""
-    problem, pairs = _described(None, *operators.split_arguments(args))
+    problem, pairs = _described(None, *unflatten(args))
     return 2 * pairs * (problem.head_dim + problem.head_dim_v)
 
 
 def backward_flops(*args: Any, out_val: Any = None) -> int:
     """Of the operator `backward`: the scores again, the gradient of the probabilities, and those asked for."""
-    problem, pairs = _described(None, *operators.split_arguments(args[-1 - operators.FORWARD_ARGUMENTS : -1]))
+    problem, pairs = _described(None, *unflatten(args[-1 - FORWARD_ARGUMENTS : -1]))
     needs = Needs(*args[-1])
     dprobs = needs.q or needs.k or needs.bias or needs.sinks
     return 2 * pairs * (problem.head_dim * (1 + needs.q + needs.k) + problem.head_dim_v * (dprobs + needs.v))
@@ -94,13 +94,12 @@ def backward_flops(*args: Any, out_val: Any = None) -> int:
 
 def cache_flops(*args: Any, out_val: Any = None) -> int:
     """Of the operator `cache`, as of `forward`."""
-    problem, pairs = _described("cache", *operators.split_cache_arguments(args))
+    problem, pairs = _described("cache", *unflatten_cache(args))
     return 2 * pairs * (problem.head_dim + problem.head_dim_v)
 
 
-def _described(kind: str | None, inputs: Inputs, options: Options, _: str | None) -> tuple[Problem, int]:
-    kind = kind or ("dense" if inputs.cu_seqlens_q is None else "varlen")
-    problem = describe(kind, inputs, options, cached=False)
+def _described(kind: str | None, inputs: Inputs, call: Call) -> tuple[Problem, int]:
+    problem = describe(kind or kind_of(inputs), inputs, call.options, cached=False)
     return problem, visible_pairs(problem, inputs)
 
 

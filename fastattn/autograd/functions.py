@@ -1,14 +1,15 @@
 """Gradients of the operators, and the way a call takes: straight to the backend, or through torch's dispatcher.
 
-`Attention` is the one autograd function for dense and varlen calls. Its backward is itself an autograd function,
-`AttentionBackward`, whose gradients (the second derivatives) the reference has a formula for.
+`Attention` is the one autograd function, of all calls without a cache: those that a backend has prepared, those that go
+to a backend, and those that go through the operators. Its backward is itself an autograd function, `AttentionBackward`,
+whose gradients (the second derivatives) the reference has a formula for.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +17,25 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from ..backends import Needs
+from ..backends import Needs, Prepared, Results
+from ..backends.layout_key import NO_LAYOUT, layout_key
 from ..philox import draw_seed
 from ..problem import Inputs, Options, check_tensors, describe
 from ..reference import softmax_attention_double_backward
 from . import operators, vmap
+from .call import (
+    DIFFERENTIABLE_AT,
+    FORWARD_TENSORS,
+    LEADING,
+    Call,
+    flatten,
+    flatten_cache,
+    kind_of,
+    unflatten,
+)
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _TRANSFORMS = (TransformType.Grad, TransformType.Jvp, TransformType.Vmap)
-_LEADING = len(operators.RESULTS)
 _NO_FORWARD_MODE = (
     "fastattn has no derivatives in forward mode (torch.func.jvp, jacfwd and hessian, torch.autograd.forward_ad): use "
     "reverse mode, torch.func.vjp or jacrev, for a Hessian jacrev(jacrev(f)), or call fastattn.reference.attention, "
@@ -80,22 +91,24 @@ def _in_transform() -> bool:
 def attend(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
     """(out, lse) of a dense or varlen call, differentiable."""
     _check_no_gradient("alibi_slopes", inputs.alibi_slopes)
-    return _attend(inputs, options, backend, for_backward=False)[:2]
+    return _attend(inputs, Call(options, backend))[:2]
 
 
-def _attend(inputs: Inputs, options: Options, backend: str | None, for_backward: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The results of the operator `forward`; for_backward: even if nothing here tells that a backward follows."""
+def _attend(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of the operator `forward`; call.for_backward: even if nothing here tells that a backward follows."""
     in_transform = _in_transform()
     recorded = in_transform or (torch.is_grad_enabled() and _any_requires_grad(inputs))
     # torch.jit's traces run with and without gradients.
     traced = not torch.compiler.is_dynamo_compiling() and torch._C._get_tracing_state() is not None
-    args = (*operators.join_arguments(inputs, options, backend), for_backward or recorded or traced)
+    call.for_backward = call.for_backward or recorded or traced
     if torch.compiler.is_dynamo_compiling() and _dynamo_in_transform():
-        return _traced_forward(*args)
+        return _traced_forward(*flatten(inputs, call), call.for_backward)
     if not in_transform and not _all_plain(inputs):
         check_tensors("dense", inputs)
-        return _forward_operator(*args)
-    return Attention.apply(*args) if recorded else operators.run_forward(*args)
+        return _forward_operator(inputs, call)
+    if recorded:
+        return Attention.apply(*[*inputs][:FORWARD_TENSORS], call)
+    return operators.run_forward(inputs, call)
 
 
 def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
@@ -105,26 +118,25 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
             "attention_with_kv_cache is for inference only, but an input requires grad: call it under "
             "torch.no_grad() or torch.inference_mode()"
         )
-    args = operators.join_cache_arguments(inputs, options, backend)
+    call = Call(options, backend)
     if _all_plain(inputs) and forward_ad._current_level < 0:
-        return operators.run_cache(*args)
+        return operators.run_cache(inputs, call)
     check_tensors("cache", inputs)
     if _any_dtensor(*inputs):
         from . import sharding
 
         sharding.check("cache", inputs, options, backend)
-        return sharding.attend_cache(inputs, options, backend)
-    return torch.ops.fastattn.cache(*args)
+        return sharding.attend_cache(inputs, call)
+    return torch.ops.fastattn.cache(*flatten_cache(inputs, call))
 
 
-def _forward_operator(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_operator(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, residual) by the operator. DTensors need strategies, which are registered first, and checks."""
-    inputs, options, backend = operators.split_arguments(args)
     if _any_dtensor(*inputs):
         from . import sharding  # registers how the operators are sharded
 
-        sharding.check("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options, backend)
-    return torch.ops.fastattn.forward(*args)[:3]
+        sharding.check(kind_of(inputs), inputs, call.options, call.backend)
+    return torch.ops.fastattn.forward(*flatten(inputs, call), call.for_backward)[:3]
 
 
 def _any_dtensor(*tensors: Tensor | None) -> bool:
@@ -155,17 +167,12 @@ def _requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-def _run_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`_attend`, with the arguments of the operator."""
-    return _attend(*operators.split_arguments(args), for_backward=args[-1])
-
-
 def _traced_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """One node of Dynamo's graph, for calls inside function transforms, which the operators would refuse.
 
     Whoever looks into the node later runs this module's code as it is.
     """
-    return _run_forward(*args)
+    return _attend(*unflatten(args, args[-1]))
 
 
 def _dynamo_in_transform() -> bool:
@@ -182,74 +189,92 @@ def _dynamo_in_transform() -> bool:
 _dynamo_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as assume_constant_result does
 
 
-def _vmap_forward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    return vmap.forward(_run_forward, info.batch_size, in_dims, args)
-
-
 def _refuse_tangents(ctx: Any, *grad_inputs: Any) -> Any:
     raise NotImplementedError(_NO_FORWARD_MODE)
 
 
 class Attention(torch.autograd.Function):
-    """forward(*arguments of the operator `forward`) -> (out, lse, residual)."""
+    """forward(*leading fields of Inputs, call) -> (out, lse, residual); fields that are None may be left out."""
 
-    vmap = staticmethod(_vmap_forward)
     jvp = staticmethod(_refuse_tangents)  # called where there are tangents alone
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
-        if is_plain(*args[:3]):
-            return operators.run_forward(*args)
-        return _forward_operator(*args)
+        *tensors, call = args
+        if call.prepared is not None:
+            return call.prepared.forward(*tensors)
+        inputs = Inputs(*tensors)
+        return operators.run_forward(inputs, call) if is_plain(*tensors[:3]) else _forward_operator(inputs, call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: D102
-        ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[: operators.FORWARD_TENSORS], *output)
-        ctx.options = inputs[operators.FORWARD_TENSORS : -1]
+        *tensors, call = inputs
+        _save(ctx, tensors, call, output)
 
     @staticmethod
     def backward(  # noqa: D102
         ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse, residual = ctx.saved_tensors
-        needs = [ctx.needs_input_grad[position] for position in operators.DIFFERENTIABLE_AT]
-        result: list[Tensor | None] = [None] * (operators.FORWARD_ARGUMENTS + 1)
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if dout is None and dlse is None:
             return tuple(result)
+        call, saved = ctx.call, ctx.saved_tensors
+        if call.prepared is not None and dlse is None and _fit(call.prepared, dout, saved):
+            q, k, v, *results = saved
+            result[:3] = call.prepared.backward(q, k, v, Results(*results), dout, ctx.needs_input_grad[:3])
+            return tuple(result)
+        *tensors, out, lse, residual = saved
+        inputs = Inputs(*tensors)
+        needs = [at < len(tensors) and ctx.needs_input_grad[at] for at in DIFFERENTIABLE_AT]
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = gradients(dout, dlse, (out, lse, residual), (*tensors, *ctx.options), needs)
-        for position, grad in zip(operators.DIFFERENTIABLE_AT, grads, strict=True):
-            result[position] = grad
+        grads = _gradients((dout, dlse, out, lse, residual), inputs, call, needs)
+        for at, need, grad in zip(DIFFERENTIABLE_AT, needs, grads, strict=True):
+            if need:
+                result[at] = grad
         return tuple(result)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:  # noqa: D102
+        *tensors, call = args
+        inner = Call(call.options, call.backend, call.for_backward)
+        return vmap.forward(_attend, info.batch_size, Inputs(*in_dims[:-1]), Inputs(*tensors), inner)
 
-def gradients(
-    dout: Tensor,
-    dlse: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor],
-    arguments: tuple[Any, ...],
-    needs: list[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, bias and sinks, None where not needed; differentiable again if gradients are recorded.
 
-    results: of the operator `forward`. arguments: its, without the last.
+def _save(ctx: Any, tensors: Sequence[Any], call: Call, results: Sequence[Tensor]) -> None:
+    ctx.mark_non_differentiable(results[2])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *results)
+    ctx.call = call
+
+
+def _fit(prepared: Prepared, dout: Tensor | None, saved: tuple[Tensor, ...]) -> bool:
+    """Whether a prepared call can compute these gradients.
+
+    False if something looks on, or gradients are recorded, or hooks have brought saved tensors back in another layout.
     """
-    grads = _run_backward(dout, dlse, *results, *arguments, needs)
-    return tuple([grad if need else None for need, grad in zip(needs, grads, strict=True)])
+    if dout is None or torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_batched(dout):
+        return False
+    if not is_plain(dout, *saved):
+        return False
+    try:
+        return prepared.layout_key == layout_key(*saved)
+    except NO_LAYOUT:
+        return False
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    """`gradients`, with the arguments and results of the operator."""
-    dout, dlse, out, _, _, q, *_ = args
+def _gradients(leading: Sequence[Any], inputs: Inputs, call: Call, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v, bias and sinks; differentiable again if gradients are recorded.
+
+    leading: the tensors of `call.LEADING`. What is not needed is empty.
+    """
+    dout, dlse, *results = leading
     in_transform = _in_transform()
-    if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, out, q)):
-        return torch.ops.fastattn.backward(*args)
+    if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, results[0], inputs.q)):
+        return torch.ops.fastattn.backward(*leading, *flatten(inputs, call), needs)
     if in_transform or torch.is_grad_enabled():
-        return AttentionBackward.apply(*args)
-    return operators.run_backward(*args)
+        return AttentionBackward.apply(*leading, *[*inputs][:FORWARD_TENSORS], call, needs)
+    return operators.run_backward(dout, dlse, tuple(results), inputs, call, needs)
 
 
 def _with_implicit_replication(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,54 +292,94 @@ def _with_implicit_replication(function: Callable[..., Any]) -> Callable[..., An
     return run
 
 
-def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    return vmap.backward(_run_backward, info.batch_size, in_dims, args)
-
-
 class AttentionBackward(torch.autograd.Function):
-    """forward(*arguments of the operator `backward`) -> gradients of q, k, v, bias and sinks."""
+    """forward(*LEADING, *leading fields of Inputs, call, needs) -> gradients of q, k, v, bias and sinks."""
 
-    vmap = staticmethod(_vmap_backward)
     jvp = staticmethod(_refuse_tangents)
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
-        if is_plain(args[0], *args[_LEADING : _LEADING + 2]):
-            return operators.run_backward(*args)
-        return torch.ops.fastattn.backward(*args)
+        *tensors, call, needs = args
+        leading, inputs = tensors[: len(LEADING)], Inputs(*tensors[len(LEADING) :])
+        dout, dlse, *results = leading
+        if is_plain(dout, *tensors[len(LEADING) :][:2]):
+            return operators.run_backward(dout, dlse, tuple(results), inputs, call, needs)
+        return torch.ops.fastattn.backward(*leading, *flatten(inputs, call), needs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
-        ctx.set_materialize_grads(False)
-        dout, dlse, _, _, _, *args, needs = inputs
-        ctx.save_for_backward(dout, dlse, *args[: operators.FORWARD_TENSORS])
-        ctx.options = args[operators.FORWARD_TENSORS :]
-        ctx.needs = Needs(*needs)
+        *tensors, call, needs = inputs
+        _save_again(ctx, tensors, call, needs)
 
     @staticmethod
     @_with_implicit_replication
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
         dout, dlse, *tensors = ctx.saved_tensors
-        inputs, options, _ = operators.split_arguments((*tensors, *ctx.options))
-        problem = describe("dense" if inputs.cu_seqlens_q is None else "varlen", inputs, options, cached=False)
+        inputs = Inputs(*tensors)
+        problem = describe(kind_of(inputs), inputs, ctx.call.options, cached=False)
         tangents = tuple([c if need else None for c, need in zip(cotangents, ctx.needs, strict=True)])
         second = softmax_attention_double_backward(problem, inputs, dout, dlse, tangents)
         # The results are functions of the other arguments here, so their own gradients stay None.
-        positions = [0, 1, *[_LEADING + p for p in operators.DIFFERENTIABLE_AT]]
-        result: list[Tensor | None] = [None] * (_LEADING + operators.FORWARD_ARGUMENTS + 1)
+        positions = [0, 1, *[len(LEADING) + at for at in DIFFERENTIABLE_AT]]
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for position, grad in zip(positions, second, strict=True):
             if ctx.needs_input_grad[position]:
                 result[position] = grad
         return tuple(result)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:  # noqa: D102
+        *tensors, call, needs = args
+        inner = Call(call.options, call.backend, call.for_backward)
+        return _map_gradients(_gradients, info, in_dims, tensors, inner, needs)
+
+
+def _save_again(ctx: Any, tensors: Sequence[Any], call: Call, needs: Sequence[bool]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors[:2], *tensors[len(LEADING) :])
+    ctx.call, ctx.needs = call, Needs(*needs)
+
+
+def _map_gradients(
+    run: Callable[..., tuple[Tensor, ...]],
+    info: Any,
+    in_dims: Sequence[Any],
+    tensors: Sequence[Any],
+    call: Call,
+    needs: Sequence[bool],
+) -> Any:
+    """`run(leading, inputs, call, needs)` over batches of problems; in_dims: those of `tensors` first."""
+    n = len(LEADING)
+    dims: Any = Inputs(*in_dims[n : n + FORWARD_TENSORS])
+    return vmap.backward(
+        lambda *args: run(*args, needs),
+        info.batch_size,
+        in_dims[:n],
+        dims,
+        tensors[:n],
+        Inputs(*tensors[n : n + FORWARD_TENSORS]),
+        call,
+        needs,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- the operators
+
 
 def _setup_context_of_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """The seed that is kept is a result, since arguments may have been computed again when results were not."""
     *results, seed = output
-    if inputs[operators.SEED] is not None:
-        inputs = (*inputs[: operators.SEED], seed, *inputs[operators.SEED + 1 :])
-    Attention.setup_context(ctx, inputs, tuple(results))  # type: ignore[arg-type]
+    given, call = unflatten(inputs, for_backward=True)
+    if given.seed is not None:
+        given = given._replace(seed=seed)
+    _save(ctx, [*given][:FORWARD_TENSORS], call, results)
     ctx.mark_non_differentiable(results[2], seed)
+
+
+def _setup_context_of_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    n = len(LEADING)
+    given, call = unflatten(inputs[n:])
+    _save_again(ctx, [*inputs[:n], *[*given][:FORWARD_TENSORS]], call, inputs[-1])
 
 
 class _Operators(torch.library.Library):
@@ -343,7 +408,7 @@ def _cache_below_autograd(keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
 _operators = _Operators("fastattn", "FRAGMENT")
 for _name, _function, _setup in (
     ("forward", Attention, _setup_context_of_operator),
-    ("backward", AttentionBackward, AttentionBackward.setup_context),
+    ("backward", AttentionBackward, _setup_context_of_backward),
 ):
     torch.library.register_autograd(f"fastattn::{_name}", _function.backward, setup_context=_setup, lib=_operators)
 _operators.impl("cache", _cache_below_autograd, "Autograd", with_keyset=True)
@@ -352,9 +417,19 @@ _operators.impl("cache", _cache_below_autograd, "Autograd", with_keyset=True)
 @torch.library.register_vmap("fastattn::forward")
 def _vmap_forward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """For graphs of operators under vmap."""
-    return vmap.forward(torch.ops.fastattn.forward, info.batch_size, in_dims, args)
+    inputs, call = unflatten(args, args[-1])
+
+    def run(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
+        return torch.ops.fastattn.forward(*flatten(inputs, call), call.for_backward)
+
+    return vmap.forward(run, info.batch_size, Inputs(*in_dims[:FORWARD_TENSORS]), inputs, call)
 
 
 @torch.library.register_vmap("fastattn::backward")
 def _vmap_backward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    return vmap.backward(torch.ops.fastattn.backward, info.batch_size, in_dims, args)
+    inputs, call = unflatten(args[len(LEADING) :])
+
+    def run(leading: Sequence[Any], inputs: Inputs, call: Call, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        return torch.ops.fastattn.backward(*leading, *flatten(inputs, call), needs)
+
+    return _map_gradients(run, info, in_dims, [*args[: len(LEADING)], *inputs], call, args[-1])

@@ -25,8 +25,7 @@ from ..problem import CACHE_NAMES, DIFFERENTIABLE, Inputs, Options, describe
 from ..problem.arguments import TENSORS
 from ..problem.shapes import dims_of
 from . import operators
-
-_LEADING = len(operators.RESULTS)
+from .call import FORWARD_TENSORS, LEADING, Call, flatten, flatten_cache, unflatten
 
 
 def check(kind: str, inputs: Inputs, options: Options, backend: str | None) -> None:
@@ -161,16 +160,16 @@ _Strategies = list[tuple[list[Any], list[Any]]]  # placements of the results, pl
 
 @register_sharding(torch.ops.fastattn.forward.default)
 def _shard_forward(*args: Any) -> _Strategies:
-    inputs, options, _ = operators.split_arguments(args)
-    like = operators.fake_forward(*_without_memory(operators.join_arguments(inputs, options, None)), args[-1])
+    inputs, call = unflatten(args)
+    like = operators.fake_forward(*_without_memory(flatten(inputs, Call(call.options, None))), args[-1])
     results = [_dims_of_result(x, inputs) for x in like]
     return [([plan.placement(dims) for dims in results], _placements(plan, args)) for plan in _plans(inputs)]
 
 
 @register_sharding(torch.ops.fastattn.backward.default)
 def _shard_backward(*args: Any) -> _Strategies:
-    leading, arguments, needs = args[:_LEADING], args[_LEADING:], args[-1]
-    inputs, *_ = operators.split_arguments(arguments)
+    leading, arguments, needs = args[: len(LEADING)], args[len(LEADING) :], args[-1]
+    inputs, _ = unflatten(arguments)
     dims = _dims_of_inputs(inputs)
     wanted = [name if need and name in dims else None for name, need in zip(DIFFERENTIABLE, needs, strict=True)]
     return [
@@ -187,9 +186,9 @@ def _shard_backward(*args: Any) -> _Strategies:
 
 def _placements(plan: _Plan, args: Sequence[Any]) -> list[Any]:
     """Of each argument of `forward`; None for what is no tensor."""
-    dims = _dims_of_inputs(operators.split_arguments(tuple(args))[0])
+    dims = _dims_of_inputs(unflatten(tuple(args))[0])
     tensors = [plan.placement(dims[name], name) if name in dims else None for name in Inputs._fields]
-    return tensors[: operators.FORWARD_TENSORS] + [None] * (len(args) - operators.FORWARD_TENSORS)
+    return tensors[:FORWARD_TENSORS] + [None] * (len(args) - FORWARD_TENSORS)
 
 
 def _without_memory(args: Sequence[Any]) -> list[Any]:
@@ -203,7 +202,7 @@ def _without_memory(args: Sequence[Any]) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------- the cache
 
 
-def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple[Tensor, Tensor]:
+def attend_cache(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call with a cache, of DTensors that `check` has seen.
 
     This is no strategy of the operator: DTensor would move a cache to where a strategy wants it, and the new keys
@@ -225,8 +224,8 @@ def attend_cache(inputs: Inputs, options: Options, backend: str | None) -> tuple
         if name == "v" and list(x.placements) != placements:
             raise ValueError(f"v_cache must have the placements of k_cache, {k_cache.placements}, got {x.placements}")
         local[name] = x.redistribute(mesh, placements).to_local() if name in dims else None
-    results = operators.run_cache(*operators.join_cache_arguments(Inputs(**local), options, backend))
-    whole = operators.fake_cache(*_without_memory(operators.join_cache_arguments(inputs, options, None)))
+    results = operators.run_cache(Inputs(**local), call)
+    whole = operators.fake_cache(*_without_memory(flatten_cache(inputs, Call(call.options, None))))
     placements = [plan.placement(_Dims(0, 1)) for plan in plans]
     out, lse = (
         DTensor.from_local(x, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())

@@ -14,40 +14,50 @@ from torch import Tensor
 
 from ..problem import PER_SEQUENCE, Inputs
 from . import operators
+from .call import Call
 
-Run = Callable[..., tuple[Tensor, ...]]
-Result = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
+Results = tuple[Tensor, ...]
+Forward = Callable[[Inputs, Call], Results]
+Backward = Callable[[Results, Inputs, Call], Results]
+Mapped = tuple[Results, tuple[int | None, ...]]
 
-_LEADING = len(operators.RESULTS)
 
-
-def forward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:
-    """`run` (the operator `forward`) over the dimension in_dims of each argument: (results, their dimensions)."""
-    inputs, options, backend = operators.split_arguments(args)
-    dims: Any = Inputs(*in_dims[: operators.FORWARD_TENSORS])
-    if inputs.cu_seqlens_q is not None or dims.sinks is not None or options.dropout_p:
-        return _one_by_one(run, size, in_dims, args)
-    batch = _without(inputs.q.shape, in_dims[0])[0]
-    folded = _fold(inputs, dims, size, batch, separate_bias=False)
-    results = run(*operators.join_arguments(folded, options, backend), args[-1])
+def forward(run: Forward, size: int, dims: Any, inputs: Inputs, call: Call) -> Mapped:
+    """`run` over the dimension of each tensor that `dims`, an Inputs of numbers, names: (results, their dimensions)."""
+    if inputs.cu_seqlens_q is not None or dims.sinks is not None or call.options.dropout_p:
+        return _one_by_one(lambda *tensors: run(Inputs(*tensors), call), size, dims, inputs)
+    batch = _without(inputs.q.shape, dims.q)[0]
+    results = run(_fold(inputs, dims, size, batch, separate_bias=False), call)
     found = [(x, None) if operators.is_none(x) else (x.unflatten(0, (size, batch)), 0) for x in results]
     return tuple(x for x, _ in found), tuple(dim for _, dim in found)
 
 
-def backward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:
-    """Likewise for the operator `backward`."""
-    gradients, needs = args[:_LEADING], args[-1]
-    inputs, options, backend = operators.split_arguments(args[_LEADING:-1])
-    dims: Any = Inputs(*in_dims[_LEADING : _LEADING + operators.FORWARD_TENSORS])
-    if inputs.cu_seqlens_q is not None or inputs.sinks is not None or options.dropout_p:
-        return _one_by_one(run, size, in_dims, args)
-    batch = _without(inputs.q.shape, in_dims[_LEADING])[0]
+def backward(
+    run: Backward,
+    size: int,
+    leading_dims: Sequence[int | None],
+    dims: Any,
+    leading: Sequence[Any],
+    inputs: Inputs,
+    call: Call,
+    needs: Sequence[bool],
+) -> Mapped:
+    """Likewise for the gradients; `leading` are the tensors of `call.LEADING`."""
+    n = len(leading)
+    if inputs.cu_seqlens_q is not None or inputs.sinks is not None or call.options.dropout_p:
+        return _one_by_one(
+            lambda *tensors: run(tensors[:n], Inputs(*tensors[n:]), call),
+            size,
+            (*leading_dims, *dims),
+            (*leading, *inputs),
+        )
+    batch = _without(inputs.q.shape, dims.q)[0]
     folded = _fold(inputs, dims, size, batch, separate_bias=needs[3])
     outer = [
         x if x is not None and dim is None and operators.is_none(x) else _into_batch(x, dim, size, batch)
-        for x, dim in zip(gradients, in_dims, strict=False)
+        for x, dim in zip(leading, leading_dims, strict=True)
     ]
-    *grads, dbias, dsinks = run(*outer, *operators.join_arguments(folded, options, backend), needs)
+    *grads, dbias, dsinks = run(tuple(outer), folded, call)
     separated = [x.unflatten(0, (size, batch)) if need else x for x, need in zip(grads, needs, strict=False)]
     if needs[3]:
         assert inputs.bias is not None
@@ -60,10 +70,9 @@ def backward(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...])
     return tuple(x for x, _ in found), tuple(dim for _, dim in found)
 
 
-def _one_by_one(run: Run, size: int, in_dims: Sequence[Any], args: tuple[Any, ...]) -> Result:
-    def of_all(pick: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, ...]:
-        pairs = zip(args, in_dims)  # noqa: B905
-        return run(*(pick(x, d) if isinstance(x, Tensor) and d is not None else x for x, d in pairs))
+def _one_by_one(run: Callable[..., Results], size: int, dims: Sequence[int | None], tensors: Sequence[Any]) -> Mapped:
+    def of_all(pick: Callable[[Tensor, int], Tensor]) -> Results:
+        return run(*(pick(x, d) if x is not None and d is not None else x for x, d in zip(tensors, dims, strict=True)))
 
     results = [of_all(lambda x, d, i=i: x.select(d, i)) for i in range(size)]  # type: ignore[misc]
     # Without any, one of zeros tells the shapes.

@@ -7,7 +7,7 @@ Backends take a `Problem` and its `Inputs` and check nothing again.
 """
 
 from .arguments import CACHE_NAMES, DIFFERENTIABLE, INDICES, PER_SEQUENCE
-from .describe import check_tensors, describe
+from .describe import check_tensors, describe, metas_of
 from .options import check_keywords, offset_tensor, split_window
 from .shapes import check_heads, check_rank, check_rotary, check_shape
 from .types import (
@@ -41,6 +41,7 @@ __all__ = [
     "check_tensors",
     "check_values",
     "describe",
+    "metas_of",
     "offset_tensor",
     "split_window",
 ]

@@ -15,17 +15,28 @@ from .options import check_option_types, check_options
 from .shapes import SIZES, check_alternatives
 from .types import DTYPES, Inputs, Meta, Options, Problem
 
+Metas = tuple[Meta | None, ...]
 
-def describe(kind: str, inputs: Inputs, options: Options, *, cached: bool = True) -> Problem:
+
+def metas_of(kind: str, inputs: Inputs) -> Metas:
+    """What `describe` needs to know of the tensors. Raises TypeError if one of them is none."""
+    check_tensors(kind, inputs)
+    return tuple([None if t is None else Meta(t.shape, t.dtype, t.device) for t in inputs])
+
+
+def describe(
+    kind: str, inputs: Inputs, options: Options, *, cached: bool = True, metas: Metas | None = None
+) -> Problem:
     """Checks types, devices, dtypes, shapes and options, in this order, and describes the call.
 
-    `cached` must be False when sizes may be symbolic (under tracing), as those cannot be dictionary keys.
+    `cached` must be False when sizes may be symbolic (under tracing), as those cannot be dictionary keys. metas: what
+    `metas_of` gives, if it is known.
     Raises TypeError or ValueError naming the argument, what came and what was expected.
     """
-    check_tensors(kind, inputs)
+    if metas is None:
+        metas = metas_of(kind, inputs)
     # Not part of the cached description, whose key cannot tell 1 from 1.0 or True and must be hashable.
     check_option_types(options)
-    metas = tuple([None if t is None else Meta(t.shape, t.dtype, t.device) for t in inputs])
     if not cached:
         return _describe(kind, metas, options)
     # A cache is too large to be copied: which backend can use it depends on how it lies in memory.
@@ -46,7 +57,7 @@ def check_tensors(kind: str, inputs: Inputs) -> None:
             raise TypeError(f"{name} must be a dense (strided) tensor, got {kind_of}")
 
 
-def _describe(kind: str, metas: tuple[Meta | None, ...], options: Options, unaligned: bool = False) -> Problem:
+def _describe(kind: str, metas: Metas, options: Options, unaligned: bool = False) -> Problem:
     names = CACHE_NAMES if kind == "cache" else {}
     check_devices(metas, names)
     check_dtypes(metas, names)
@@ -98,7 +109,7 @@ def _reach(side: int | None) -> int | None:
     return None if side is None or side >= 2**48 else side
 
 
-def check_devices(metas: tuple[Meta | None, ...], names: dict[str, str]) -> None:
+def check_devices(metas: Metas, names: dict[str, str]) -> None:
     """Every tensor must be where q is; only the seed stays on the CPU."""
     device = metas[0].device  # type: ignore[union-attr]
     for field, meta in zip(Inputs._fields, metas, strict=True):
@@ -121,7 +132,7 @@ _ACCEPTED: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
 """By the dtype of a `TensorArgument`: what it may be, and how messages say that."""
 
 
-def check_dtypes(metas: tuple[Meta | None, ...], names: dict[str, str]) -> None:
+def check_dtypes(metas: Metas, names: dict[str, str]) -> None:
     """q decides the dtype of k, v and the new keys; index tensors are int32."""
     dtype = metas[0].dtype  # type: ignore[union-attr]
     if dtype not in DTYPES:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from ...autograd import operators
+from ...autograd.call import FORWARD_TENSORS
 from ...problem import Options
 
 _KINDS = {
@@ -59,7 +59,7 @@ class _Policy:
         answer = self._given(context, operator, *args, **kwargs)
         if operator is not torch.ops.fastattn.forward.default or _keeps(answer):
             return answer
-        tensors, rest = args[: operators.FORWARD_TENSORS], args[operators.FORWARD_TENSORS :]
+        tensors, rest = args[:FORWARD_TENSORS], args[FORWARD_TENSORS:]
         as_torch = self._given(context, _operator_of_torch(tensors, rest), *tensors[:3])
         return as_torch if _keeps(as_torch) else answer
 
