@@ -55,7 +55,7 @@ def attend(
     if kind is None:
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _record(q, k, v, kind)[0]
+        return _record(q, k, v, [], kind)
     return kind.prepared.infer(q, k, v)
 
 

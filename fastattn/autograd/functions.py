@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from ..backends import Needs, Prepared, Results
+from ..backends import Needs, Prepared
 from ..backends.layout_key import NO_LAYOUT, layout_key
 from ..philox import draw_seed
 from ..problem import Inputs, Options, check_tensors, describe
@@ -194,44 +194,55 @@ def _refuse_tangents(ctx: Any, *grad_inputs: Any) -> Any:
 
 
 class Attention(torch.autograd.Function):
-    """forward(*leading fields of Inputs, call) -> (out, lse, residual); fields that are None may be left out."""
+    """forward(*leading fields of Inputs, call) -> (out, lse, residual).
+
+    Of a prepared call: forward(q, k, v, kept, call) -> out. `kept` is an empty list, which takes the results: torch
+    needs a microsecond to record two more outputs, and nobody would see them.
+    """
 
     jvp = staticmethod(_refuse_tangents)  # called where there are tangents alone
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: D102
-        *tensors, call = args
+    def forward(*args: Any) -> Any:  # noqa: D102
+        call = args[-1]
         if call.prepared is not None:
-            return call.prepared.forward(*tensors)
-        inputs = Inputs(*tensors)
-        return operators.run_forward(inputs, call) if is_plain(*tensors[:3]) else _forward_operator(inputs, call)
+            q, k, v, kept, _ = args
+            results = call.prepared.forward(q, k, v)
+            kept.extend(results)
+            return results[0]
+        inputs = Inputs(*args[:-1])
+        return operators.run_forward(inputs, call) if is_plain(*args[:3]) else _forward_operator(inputs, call)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: D102
-        *tensors, call = inputs
-        _save(ctx, tensors, call, output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: D102
+        ctx.call = call = inputs[-1]
+        if call.prepared is None:
+            return _save(ctx, inputs[:-1], output)
+        ctx.set_materialize_grads(False)
+        return ctx.save_for_backward(*inputs[:3], *inputs[3])
 
     @staticmethod
     def backward(  # noqa: D102
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, _: None = None
     ) -> tuple[Tensor | None, ...]:
+        call, saved = ctx.call, ctx.saved_tensors
+        if call.prepared is not None and dout is not None and _fit(call.prepared, dout, saved):
+            q, k, v, *results = saved
+            return (
+                *call.prepared.backward(q, k, v, results, dout, ctx.needs_input_grad[:3]),
+                *(None, None),
+            )
+        *tensors, out, lse, residual = saved
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if dout is None and dlse is None:
             return tuple(result)
-        call, saved = ctx.call, ctx.saved_tensors
-        if call.prepared is not None and dlse is None and _fit(call.prepared, dout, saved):
-            q, k, v, *results = saved
-            result[:3] = call.prepared.backward(q, k, v, Results(*results), dout, ctx.needs_input_grad[:3])
-            return tuple(result)
-        *tensors, out, lse, residual = saved
-        inputs = Inputs(*tensors)
-        needs = [at < len(tensors) and ctx.needs_input_grad[at] for at in DIFFERENTIABLE_AT]
         if dout is None:
             dout = torch.zeros_like(out)
-        grads = _gradients((dout, dlse, out, lse, residual), inputs, call, needs)
-        for at, need, grad in zip(DIFFERENTIABLE_AT, needs, grads, strict=True):
+        needs = [at < len(tensors) and ctx.needs_input_grad[at] for at in DIFFERENTIABLE_AT]
+        gradients = _gradients((dout, dlse, out, lse, residual), Inputs(*tensors), call, needs)
+        for at, need, gradient in zip(DIFFERENTIABLE_AT, needs, gradients, strict=True):
             if need:
-                result[at] = grad
+                result[at] = gradient
         return tuple(result)
 
     @staticmethod
@@ -241,21 +252,20 @@ class Attention(torch.autograd.Function):
         return vmap.forward(_attend, info.batch_size, Inputs(*in_dims[:-1]), Inputs(*tensors), inner)
 
 
-def _save(ctx: Any, tensors: Sequence[Any], call: Call, results: Sequence[Tensor]) -> None:
+def _save(ctx: Any, tensors: Sequence[Any], results: Sequence[Tensor]) -> None:
     ctx.mark_non_differentiable(results[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *results)
-    ctx.call = call
 
 
-def _fit(prepared: Prepared, dout: Tensor | None, saved: tuple[Tensor, ...]) -> bool:
+def _fit(prepared: Prepared, dout: Tensor, saved: tuple[Tensor, ...]) -> bool:
     """Whether a prepared call can compute these gradients.
 
     False if something looks on, or gradients are recorded, or hooks have brought saved tensors back in another layout.
     """
-    if dout is None or torch.is_grad_enabled() or forward_ad._current_level >= 0 or is_batched(dout):
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not is_plain(dout, *saved):
         return False
-    if not is_plain(dout, *saved):
+    if torch._C._functorch.is_legacy_batchedtensor(dout):  # `is_batched`, without its loop
         return False
     try:
         return prepared.layout_key == layout_key(*saved)
@@ -372,7 +382,8 @@ def _setup_context_of_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[
     given, call = unflatten(inputs, for_backward=True)
     if given.seed is not None:
         given = given._replace(seed=seed)
-    _save(ctx, [*given][:FORWARD_TENSORS], call, results)
+    ctx.call = call
+    _save(ctx, [*given][:FORWARD_TENSORS], results)
     ctx.mark_non_differentiable(results[2], seed)
 
 

@@ -63,11 +63,11 @@ class Prepared(Protocol):
     def infer(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
-        """The results, for a backward pass."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """out, lse and residual, for a backward pass."""
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
+        self, q: Tensor, k: Tensor, v: Tensor, results: Sequence[Tensor], dout: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v, None where not needed; dout may have any strides."""
 

@@ -93,6 +93,14 @@ class _CpuCalls(PreparedCalls):
         self._forward.method(*addresses, 0, 0, torch.get_num_threads())
         return out
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Likewise.
+        out, lse = self._allocate_out(q), self._allocate_lse(self._lse_like)
+        residual = self._allocate_out(q) if self._residual_of_out else self._allocate_lse(self._lse_like)
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), residual.data_ptr())
+        self._forward.method(*addresses, torch.get_num_threads())
+        return out, lse, residual
+
 
 def instruction_set() -> str | None:
     """The instruction set that the kernels use here (see FASTATTN_CPU_ISA); None without the native module."""

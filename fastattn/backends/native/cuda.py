@@ -219,18 +219,20 @@ class _CudaCalls(PreparedCalls):
             return self._backend.forward(self._problem, Inputs(q, k, v), for_backward=False).out
         return super().infer(q, k, v)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not _begin_aligned(q, k, v):
-            return self._backend.forward(self._problem, Inputs(q, k, v), for_backward=True)
+            out, lse, residual = self._backend.forward(self._problem, Inputs(q, k, v), for_backward=True)
+            assert residual is not None
+            return out, lse, residual
         return super().forward(q, k, v)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
+        self, q: Tensor, k: Tensor, v: Tensor, results: Sequence[Tensor], dout: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
-        kept = [results.out] if results.residual is None else [results.out, results.residual]
-        if not _begin_aligned(q, k, v, *kept) or why_not_aligned(dout):
+        out, _, residual = results
+        if not _begin_aligned(q, k, v, out, residual) or why_not_aligned(dout):
             inputs, wanted = Inputs(q, k, v), Needs(*needs, False, False)
-            return self._backend.backward(self._problem, inputs, results, dout, None, wanted)[:3]
+            return self._backend.backward(self._problem, inputs, Results(*results), dout, None, wanted)[:3]
         return super().backward(q, k, v, results, dout, needs)
 
 

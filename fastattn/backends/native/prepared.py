@@ -87,15 +87,15 @@ class PreparedCalls(ABC):
         self._run(self._forward, (q, k, v, out, lse, None))
         return out
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Results:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Prepared.forward`."""
         out, lse = self._allocate_out(q), self._allocate_lse(self._lse_like)
         residual = self._allocate_out(q) if self._residual_of_out else self._allocate_lse(self._lse_like)
         self._run(self._forward, (q, k, v, out, lse, residual))
-        return Results(out, lse, residual)
+        return out, lse, residual
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, results: Results, dout: Tensor, needs: tuple[bool, bool, bool]
+        self, q: Tensor, k: Tensor, v: Tensor, results: Sequence[Tensor], dout: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, ...]:
         """See `Prepared.backward`."""
         dout = in_memory(dout)
@@ -108,7 +108,7 @@ class PreparedCalls(ABC):
         if step is None:
             if len(self._gradients) >= _MAX_LAYOUTS:
                 self._gradients.clear()
-            tensors = {"q": q, "k": k, "v": v, **by_name(results), "dout": dout}
+            tensors = {"q": q, "k": k, "v": v, **by_name(Results(*results)), "dout": dout}
             tensors |= {f"d{name}": grad for name, grad in zip("qkv", grads, strict=True) if grad is not None}
             self._gradients[key] = step = self._step("backward", tensors)
         self._run(step, (q, k, v, *results, dout, *grads))
