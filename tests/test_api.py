@@ -31,7 +31,7 @@ PUBLIC = {
     "scaled_dot_product_attention",
 }
 
-POSITION = {"causal": False, "window": None, "causal_alignment": "bottom-right"}
+POSITION = {"causal": False, "window": None, "causal_alignment": "bottom-right", "q_offset": None}
 SCORES = {"mask": None, "bias": None, "alibi_slopes": None, "softcap": None, "sinks": None}
 TRAINING = {"kv_lengths": None, "scale": None, "dropout_p": 0.0, "seed": None}
 RETURNS = {"return_lse": False, "backend": None}

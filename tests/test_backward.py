@@ -168,7 +168,11 @@ def test_bitwise_reproducible(case: Case, backend: str, device: str) -> None:
 _TINY = {"batch": 2, "heads_q": 2, "heads_kv": 1, "seqlen_q": 3, "seqlen_k": 5, "head_dim": 3, "head_dim_v": 2}
 _OPTIONS = ALL_TOGETHER | {"kv_lengths": (5, 2), "hidden_rows": (1,), "window": (3, 1), "causal": False}
 _TINY_DENSE = Case("tiny", **_OPTIONS | _TINY)
-_TINY_VARLEN = Case("tiny varlen", lengths=((2, 3), (3, 2), (0, 1)), **_OPTIONS | _TINY | {"kv_lengths": (3, 2, 1)})
+_TINY_VARLEN = Case(
+    "tiny varlen",
+    lengths=((2, 3), (3, 2), (0, 1)),
+    **_OPTIONS | _TINY | {"kv_lengths": (3, 2, 1), "q_offset": (1, -1, 0)},
+)
 TINY = (_TINY_DENSE, _TINY_VARLEN)
 
 

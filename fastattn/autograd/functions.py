@@ -223,7 +223,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(  # noqa: D102
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, _: None = None
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None, *_: None
     ) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, ctx.saved_tensors
         if call.prepared is not None and dout is not None and _fit(call.prepared, dout, saved):

@@ -84,7 +84,7 @@ class KVCache:
         """Appends k_new and v_new, then `fastattn.attention_with_kv_cache` over all keys so far.
 
         q (batch, heads_q, seqlen_q, head_dim); k_new, v_new (batch, heads_kv, seqlen_new, head_dim /
-        head_dim_v), or neither; options as there (rotary, causal, window, mask, bias, alibi_slopes, softcap,
+        head_dim_v), or neither; options as there (rotary, causal, window, q_offset, mask, bias, alibi_slopes, softcap,
         sinks, scale, return_lse, backend). Returns out (batch, heads_q, seqlen_q, head_dim_v) in q's dtype,
         or (out, lse).
         Raises TypeError or ValueError if an argument does not fit, ValueError if a sequence would exceed the
@@ -157,7 +157,7 @@ class KVCache:
 
     def _check(self, q: Any, k_new: Any, v_new: Any) -> None:
         """Types, dtypes and shapes: before pages are taken, and before `to` makes every dtype fit."""
-        check_tensors("cache", Inputs(q, self.keys, self.values, k_new=k_new, v_new=v_new))
+        check_tensors("cache", Inputs(q, self.keys, self.values, kv_lengths=self.lengths, k_new=k_new, v_new=v_new))
         for name, x in (("q", q), ("k_new", k_new), ("v_new", v_new)):
             if x is not None:
                 _check_dtype(f"{name} must have dtype", x.dtype)
