@@ -6,26 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import reference
 from ..autograd import new_seed
 from ..functional import attention
 from .attention_checks import Window, check_cached, check_features, check_inputs, check_positions
 from .cache import KVCache
-from .checks import check_count, check_divides, check_dtype, check_probability
+from .checks import check_count, check_divides, check_probability
 from .fast_path import NoFastPath
 from .masks import check_mask, mask_and_bias, reveal_more_keys, spell_out_positions
 from .nested import forward_nested
-from .plain import HeadNorm, PlainForward
+from .plain import HeadNorm
 from .positional import slopes_of_heads
+from .projections import ProjectedHeads, split_heads
 from .recorded import fx_leaf, is_recorded, is_scripting
 from .rotary import RotaryEmbedding, table_dtype
 from .sdpa import torch_attention
 from .table import Table
 
 
-class MultiheadAttention(PlainForward):
+class MultiheadAttention(ProjectedHeads):
     """torch.nn.MultiheadAttention on fastattn: same constructor, forward and state_dict, and more options.
 
     As in torch: embed_dim, num_heads, dropout (of the attention probabilities, in training only), bias,
@@ -52,8 +52,6 @@ class MultiheadAttention(PlainForward):
 
     if TYPE_CHECKING:
         rotary: RotaryEmbedding | None
-
-    __jit_unused_properties__ = ("alibi_slopes",)
 
     def __init__(
         self,
@@ -118,14 +116,11 @@ class MultiheadAttention(PlainForward):
         """Sets what torch.nn.MultiheadAttention lacks, except num_kv_heads; arguments as in the class."""
         check_features(self.head_dim, window, softcap, rotary, sinks, scale, backend)
         self.fast_path = NoFastPath()
-        if "_qkv_same_embed_dim" in vars(self):  # of a module that was torch's
-            self._in_proj_is_torchs = vars(self).pop("_qkv_same_embed_dim")
+        self._adopt_projections()
         self.window = None if window is None else (window[0], window[1])
         self.softcap, self.scale, self.backend = softcap, scale, backend
         self.rotary = rotary
-        packed = self.in_proj_weight
-        width = self.k_proj_weight.shape[0] if packed is None else (packed.shape[0] - self.embed_dim) // 2
-        self.num_kv_heads = width // self.head_dim
+        self.num_kv_heads = self._kv_width // self.head_dim
         weight = self.out_proj.weight
         factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         logits = nn.Parameter(torch.zeros(self.num_heads, **factory)) if sinks else None
@@ -134,18 +129,6 @@ class MultiheadAttention(PlainForward):
         self.k_norm = HeadNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
         # No buffer: load_state_dict(assign=True) would leave it on the meta device, a cast would round it.
         self.alibi, self._slopes = bool(alibi), Table(self._compute_slopes)
-
-    @property
-    def _qkv_same_embed_dim(self) -> bool:
-        """As torch's: True says that in_proj_weight is (3 * embed_dim, embed_dim).
-
-        False in TorchScript, where `fast_path` does not keep torch.nn.TransformerEncoderLayer's kernel away.
-        """
-        return not is_scripting() and self._in_proj_is_torchs
-
-    @_qkv_same_embed_dim.setter
-    def _qkv_same_embed_dim(self, value: bool) -> None:
-        self._in_proj_is_torchs = value
 
     @property
     def alibi_slopes(self) -> Tensor | None:
@@ -291,40 +274,7 @@ class MultiheadAttention(PlainForward):
             device=weight.device,
         )
 
-    # --------------------------------------------------------------------------------------------- parameters
-
-    def _reset_parameters(self) -> None:
-        """As torch's, for projections of any number of key/value heads."""
-        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
-        for extra in (self.bias_k, self.bias_v):
-            if extra is not None:
-                nn.init.xavier_normal_(extra)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        vars(self).pop("_qkv_same_embed_dim", None)  # torch's method puts it where we have a property
-
-    def _share_heads(self, num_kv_heads: int) -> None:
-        """Replaces the projections of keys and values by those of fewer heads."""
-        width = num_kv_heads * self.head_dim
-        if self.in_proj_weight is not None:
-            self.in_proj_weight = nn.Parameter(
-                self.in_proj_weight.new_empty(self.embed_dim + 2 * width, self.embed_dim)
-            )
-        else:
-            self.k_proj_weight = nn.Parameter(self.k_proj_weight.new_empty(width, self.kdim))
-            self.v_proj_weight = nn.Parameter(self.v_proj_weight.new_empty(width, self.vdim))
-        if self.in_proj_bias is not None:
-            self.in_proj_bias = nn.Parameter(self.in_proj_bias.new_empty(self.embed_dim + 2 * width))
-        if self.bias_k is not None:
-            self.bias_k = nn.Parameter(self.bias_k.new_empty(1, 1, width))
-            self.bias_v = nn.Parameter(self.bias_k.new_empty(1, 1, width))
-        self._reset_parameters()
+    # -------------------------------------------------------------------------------------------------- ALiBi
 
     def _compute_slopes(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """(1, num_heads): the one row of their table."""
@@ -334,45 +284,6 @@ class MultiheadAttention(PlainForward):
         return self._slopes.rows(1, device, torch.float32)[0] if self.alibi else None
 
     # ---------------------------------------------------------------------------------------------- the steps
-
-    def _heads(
-        self, query: Tensor, key: Tensor | None, value: Tensor | None, batch_first: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Projected and, if asked for, normalised: (N, heads, L, head_dim), as views."""
-        q, k, v = (
-            None if x is None else _split_heads(x, self.head_dim, batch_first) for x in self._project(query, key, value)
-        )
-        assert q is not None
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-        if self.k_norm is not None and k is not None:
-            k = self.k_norm(k)
-        return q, k, v
-
-    def _project(
-        self, query: Tensor, key: Tensor | None, value: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Query, key and value through their projections, those of one tensor in one step."""
-        packed, bias = self.in_proj_weight, self.in_proj_bias
-        width = (packed.shape[0] - self.embed_dim) // 2 if packed is not None else self.k_proj_weight.shape[0]
-        sizes = (self.embed_dim, width, width)
-        check_dtype("query", query, self.q_proj_weight if packed is None else packed)
-        if packed is not None and query is key and key is value:
-            return F.linear(query, packed, bias).split(sizes, dim=-1)
-        biases = (None, None, None) if bias is None else bias.split(sizes)
-        if packed is None:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        else:
-            weights = packed.split(sizes)
-        q = F.linear(query, weights[0], biases[0])
-        if key is None or value is None:
-            return q, None, None
-        check_dtype("key", key, weights[1])
-        check_dtype("value", value, weights[2])
-        if packed is not None and key is value:
-            both = F.linear(key, packed[self.embed_dim :], None if bias is None else bias[self.embed_dim :])
-            return q, *both.split(width, dim=-1)
-        return q, F.linear(key, weights[1], biases[1]), F.linear(value, weights[2], biases[2])
 
     def _options(
         self,
@@ -452,7 +363,7 @@ class MultiheadAttention(PlainForward):
         one = (k.shape[0], -1, 1, -1)
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (
-                torch.cat((x, _split_heads(extra, self.head_dim, False).expand(one).to(x.dtype)), dim=2)
+                torch.cat((x, split_heads(extra, self.head_dim, False).expand(one).to(x.dtype)), dim=2)
                 for x, extra in ((k, self.bias_k), (v, self.bias_v))
             )
         if self.add_zero_attn:
@@ -475,9 +386,3 @@ def _add_batch(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Each with a leading dimension. A tensor that came twice stays one, as projections go by that."""
     batched = {id(x): None if x is None else x[None] for x in tensors}
     return tuple([batched[id(x)] for x in tensors])
-
-
-def _split_heads(x: Tensor, head_dim: int, batch_first: bool) -> Tensor:
-    """(N, L, heads * head_dim), or (L, N, ...), as (N, heads, L, head_dim); a view."""
-    x = x.unflatten(-1, (-1, head_dim))
-    return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
