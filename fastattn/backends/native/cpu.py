@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...problem import Inputs, Problem
 from ..base import Backend, Grads, Needs, Prepared, Results, empty_results, finish_append, why_too_large
+from . import why_not_imported
 from .call import (
     DTYPE_CODES,
     addresses,
@@ -26,7 +27,7 @@ try:
     from ... import _cpu
 except ImportError as error:  # running from a source tree that was never built
     _cpu = None  # type: ignore[assignment]
-    _import_error = str(error)
+    _import_error = why_not_imported("_cpu", error)
 
 _MAX_HEAD_DIM = 2**24  # the kernels count the elements of a few rows in 32 bits
 

@@ -24,6 +24,7 @@ from ..base import (
     finish_append,
     why_too_long,
 )
+from . import why_not_imported
 from .call import Tensors, addresses, as_grads, by_name, described, empty_grads, gradient_tensors, native_inputs
 from .prepared import PreparedCalls, Step, addresses_of
 
@@ -31,7 +32,7 @@ try:
     from ... import _cuda
 except ImportError as error:  # built without nvcc
     _cuda = None  # type: ignore[assignment]
-    _import_error = str(error)
+    _import_error = why_not_imported("_cuda", error)
 
 _TRITON_IS_FASTER = 2**36  # multiply-adds, some 0.4 ms on an H100
 _ALIGNED_ELEMENTS = 8  # in the 16 bytes that kernels read at once
