@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             "backend", [pytest.param(name, marks=on_gpu if device_of(name) == "cuda" else ()) for name in chosen]
         )
     if "machine" in metafunc.fixturenames and hasattr(metafunc.module, "CAPABILITY"):
-        from . import cuda_machines
+        from .cuda import cuda_machines
 
         metafunc.parametrize("machine", cuda_machines.parameters(metafunc.module.CAPABILITY), indirect=True)
 
@@ -132,7 +132,7 @@ def use_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None
 def machine(request: pytest.FixtureRequest, use_backends: Callable[..., None]) -> Any:
     """What runs CUDA kernels of the compute capability that the test's module says (CAPABILITY, times 10).
 
-    See tests/cuda_machines.py. It stands behind the backend "cuda", which is there before all others.
+    See tests/cuda/cuda_machines.py. It stands behind the backend "cuda", which is there before all others.
     """
     machine = request.param()
     use_backends(cuda.CudaBackend(machine), *dispatch.BACKENDS)

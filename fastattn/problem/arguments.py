@@ -3,7 +3,7 @@
 The operators' schemas, the positions of arguments, and the checks of dtypes and simple shapes are made from these two
 tables; so are the tensors that have gradients, and the dimensions that vmap and sharding need. What a reader wants to
 see in one place stays written out elsewhere (`Inputs`, `Options`, the public signatures, csrc/call), and
-tests/test_arguments.py holds it to the tables.
+tests/problem/test_arguments.py holds it to the tables.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 from fastattn import _cpu
 from native_build import ROOT, X86, Object, compiler, cpu_module, kernel_flags
 
-from ..test_instruction_sets import TESTS
+from ..backends.test_instruction_sets import TESTS
 from .build import HERE, compile_all, run_simd_check
 
 FOLDER = ROOT / "build" / "emulated"

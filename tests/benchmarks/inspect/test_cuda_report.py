@@ -10,7 +10,7 @@ from benchmarks.inspect import cuda_marks, cuda_module, cuda_report, cuda_simula
 from benchmarks.inspect.cuda_marks import Counts, Mark
 from fastattn.backends.native import cuda
 
-from ... import simulator
+from ...cuda import simulator
 
 
 def _code(name: str, *lines: str) -> str:

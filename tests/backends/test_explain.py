@@ -18,7 +18,7 @@ from fastattn.backends.native import cuda
 from fastattn.backends.reference import ReferenceBackend
 from fastattn.problem import Problem
 
-from .cases import COMBINATIONS, FEATURES, VARLEN, Case, build
+from ..cases import COMBINATIONS, FEATURES, VARLEN, Case, build
 
 Q, K = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
 

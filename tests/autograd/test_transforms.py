@@ -13,7 +13,7 @@ from torch.func import grad, jacrev, vjp, vmap
 
 from fastattn import attention, attention_varlen
 
-from . import eager
+from .. import eager
 
 pytestmark = [pytest.mark.needs_dtype(torch.float64), pytest.mark.filterwarnings("ignore:There is a performance drop")]
 

@@ -1,4 +1,4 @@
-"""Dynamic counts of the compiled kernels, one head of 1024 queries and keys: `python -m tests.simulated_counts`.
+"""Dynamic counts of the compiled kernels, one head of 1024 queries and keys: `python -m tests.cuda.simulated_counts`.
 
 Per m16n8k16 of one warp: instructions (without moves, most of which vanish in machine code) and wavefronts of shared
 memory; exponentials per visible score; bank conflicts.

@@ -23,7 +23,7 @@ from fastattn.kernels import config
 from fastattn.kernels.machine import Gpu, why_not_architecture
 from fastattn.problem import Inputs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith(("FASTATTN_", "TRITON_"))},

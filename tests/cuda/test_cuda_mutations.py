@@ -17,9 +17,9 @@ import torch
 from fastattn.backends import dispatch
 from fastattn.backends.native import cuda
 
-from . import cases
-from .cases import Case
-from .tolerance import assert_close
+from .. import cases
+from ..cases import Case
+from ..tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 

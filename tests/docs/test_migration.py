@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import fastattn
-from tests import xformers_formulas
+from tests.docs import xformers_formulas
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "migration.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE))
 INPUTS = ("q", "k", "v", "x", "packed", "tokens", "q_tokens", "k_tokens", "v_tokens", "bias", "table")

@@ -11,7 +11,7 @@ import torch
 
 import fastattn
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

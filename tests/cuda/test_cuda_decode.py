@@ -1,6 +1,6 @@
 """Calls with a cache on the CUDA C++ kernels as built: results, what is written, races, bounds.
 
-Needs what tests/test_cuda_kernels.py needs, and skips without it.
+Needs what tests/cuda/test_cuda_kernels.py needs, and skips without it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fastattn.backends import dispatch
 from fastattn.backends.native import cuda
 from fastattn.problem import Inputs, Options, describe
 
-from .cache_cases import CONTIGUOUS, PAGED, ROTARY, CacheCase, build
-from .test_kv_cache import check
+from ..cache_cases import CONTIGUOUS, PAGED, ROTARY, CacheCase, build
+from ..test_kv_cache import check
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 

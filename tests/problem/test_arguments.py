@@ -15,7 +15,7 @@ from fastattn.autograd.call import DIFFERENTIABLE_AT, FORWARD_ARGUMENTS
 from fastattn.problem import DIFFERENTIABLE, INDICES, PER_SEQUENCE, AttentionOptions, CacheOptions, Inputs, Options
 from fastattn.problem.arguments import OPTIONS, TENSORS, OptionArgument, TensorArgument, of_kind, schema
 
-CALL = Path(__file__).parents[1] / "csrc" / "call"
+CALL = Path(__file__).parents[2] / "csrc" / "call"
 FUNCTIONS = {
     "dense": fastattn.attention,
     "varlen": fastattn.attention_varlen,

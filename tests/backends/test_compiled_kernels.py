@@ -16,16 +16,16 @@ import torch
 from fastattn.backends import dispatch
 from fastattn.kernels.machine import interpreting
 
-from . import cache_cases, cases
-from .cache_cases import CacheCase
-from .cases import GQA, Case
-from .tolerance import assert_close
+from .. import cache_cases, cases
+from ..cache_cases import CacheCase
+from ..cases import GQA, Case
+from ..tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastattn.backends.triton import TritonBackend
 
-from . import simulator
+from ..cuda import simulator
 
 _without = simulator.missing()
 

@@ -16,9 +16,9 @@ import fastattn
 from fastattn.backends import dispatch
 from fastattn.backends.native import cuda
 
-from . import cases
-from .cases import GQA, Case
-from .tolerance import assert_close
+from .. import cases
+from ..cases import GQA, Case
+from ..tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 

@@ -15,10 +15,10 @@ from torch.library import opcheck
 import fastattn
 from fastattn import attention, attention_varlen, attention_with_kv_cache
 
-from . import cases
-from .cache_cases import CONTIGUOUS, PAGED, CacheCase
-from .cache_cases import build as build_cache
-from .cases import Case, build, expected
+from .. import cases
+from ..cache_cases import CONTIGUOUS, PAGED, CacheCase
+from ..cache_cases import build as build_cache
+from ..cases import Case, build, expected
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from fastattn.backends.native import cuda
 from fastattn.backends.native.call import Tensors, addresses
 from fastattn.problem import Inputs, Options, describe
 
-from .cases import GQA, Case
+from ..cases import GQA, Case
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the code out of the module, is not installed")
 

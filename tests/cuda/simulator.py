@@ -19,7 +19,7 @@ from fastattn.kernels.launch import Launch
 
 __all__ = ["Simulator", "missing", "ptxsim"]
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "shared"))
+sys.path.append(str(Path(__file__).resolve().parents[3] / "shared"))
 
 
 class Simulator:

@@ -12,9 +12,9 @@ import fastattn
 from fastattn.backends.native import cuda
 from fastattn.problem import values
 
-from . import cases
-from .cases import GQA, Call, Case
-from .tolerance import assert_close
+from .. import cases
+from ..cases import GQA, Call, Case
+from ..tolerance import assert_close
 
 pytest.importorskip("triton", reason="Triton, whose cuobjdump takes the PTX out of the module, is not installed")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = sorted((ROOT / "docs" / "internals").glob("*.md"))
 PATH = r"(?<![\w./-])(?:fastattn|kernels|csrc|benchmarks|tests|docs|examples)/[\w./-]*[\w/]"

@@ -10,7 +10,7 @@ import pytest
 from fastattn.backends.native import why_not_imported
 from native_build import CUDA_FOLDERS, CudaFolder
 
-CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).parents[2] / "csrc" / "cuda"
 ROW = re.compile(r"\{Family::k(\w+), (\w+), ")
 SOURCES = {
     **{"Forward": "forward", "Decode": "decode", "BwdDq": "bwd_dq", "BwdDkdv": "bwd_dkdv", "BwdDk": "bwd_dkdv"},
