@@ -24,7 +24,7 @@ RUNNABLE = _cpu.instruction_sets()
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_vector_types(instruction_set: str, tmp_path: Path) -> None:
     """Every operation of the vector types, the conversions, exp2 and tanh; errors are stated by the program."""
-    from .native.build import run_simd_check
+    from ..native.build import run_simd_check
 
     if instruction_set not in RUNNABLE:
         pytest.skip(f"this processor has no {instruction_set}")
