@@ -89,10 +89,11 @@ def extras(batch: int, heads: int, bias_shape: tuple[int, ...], slopes: int) -> 
     given = {"bias": torch.randn(*bias_shape), "sinks": torch.randn(heads), "kv_lengths": lengths}
     given["alibi_slopes"] = torch.rand(heads) if slopes == 1 else torch.rand(batch, heads)
     given["mask"] = torch.rand(*bias_shape) < 0.8
+    given["q_offset"] = torch.arange(batch, dtype=torch.int32) - 1
     return given
 
 
-BY_BATCH = {"q": [BATCH], "k": [BATCH], "v": [BATCH], "kv_lengths": [BATCH]}
+BY_BATCH = {"q": [BATCH], "k": [BATCH], "v": [BATCH], "kv_lengths": [BATCH], "q_offset": [BATCH]}
 BY_HEADS = {"q": [HEADS], "k": [HEADS], "v": [HEADS]}
 BY_ROWS = {"q": [Shard(2)], "k": [Shard(2)], "v": [Shard(2)]}
 LAYOUTS = {"batch": BY_BATCH, "heads": BY_HEADS, "rows": BY_ROWS, "replicated": {}}

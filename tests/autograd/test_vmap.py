@@ -58,6 +58,8 @@ EXTRAS: dict[str, tuple[str, Tensor, int | None]] = {
     "alibi, one for all problems": ("alibi_slopes", floats(H).abs(), None),
     "alibi, one per batch": ("alibi_slopes", floats(B, H).abs(), None),
     "lengths": ("kv_lengths", torch.tensor([[7, 3], [0, 5], [6, 6]], dtype=torch.int32), 0),
+    "offsets": ("q_offset", torch.tensor([[3, -1], [0, 5], [6, 2]], dtype=torch.int32), 0),
+    "offsets, one for all problems": ("q_offset", torch.tensor([3, -1], dtype=torch.int32), None),
     "lengths, one for all problems": ("kv_lengths", torch.tensor([7, 3], dtype=torch.int32), None),
     "sinks": ("sinks", floats(N, H), 0),
     "sinks, one for all problems": ("sinks", floats(H), None),
