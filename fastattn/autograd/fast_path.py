@@ -81,6 +81,6 @@ def _prepare(
     return None if prepared is None else Call(options, name, True, prepared)
 
 
-# What `apply` comes to where no function transform is active; looking for one, and for tensors that one left behind,
-# takes it half of its time. The native reader has refused those.
+# The way to Attention.forward: what `apply` comes to where no function transform is active. Looking for one, and for
+# tensors that one left behind, takes it half of its time. The native reader has refused those.
 _record = Attention.apply if layout_key is attributes else super(torch.autograd.Function, Attention).apply

@@ -1,7 +1,8 @@
 // Which keys the rows of a panel see, by sequence length, window and boolean mask.
 //
-// This is the one seam between kernels and masks. PanelMask answers two questions: which keys of a block to visit
-// (block_info), and which pairs of a tile to hide (hide). Another kind of mask is one more source of these answers.
+// This is the one seam between kernels and masks; the plan asks visible_keys of params.h. PanelMask answers two
+// questions: which keys of a block to visit (block_info), and which pairs of a tile to hide (hide). Another kind of
+// mask is one more source of these answers.
 #pragma once
 
 #include "pack.h"

@@ -11,10 +11,11 @@ namespace fastattn {
 namespace cuda {
 namespace {
 
-// From the oldest to the newest: compute capability, times 10; whether it multiplies bfloat16; its kernels.
+// From the oldest to the newest: the compute capabilities that run it, times 10, without the last; whether it
+// multiplies bfloat16; its kernels. A GPU takes the newest of those that run on it.
 constexpr Architecture kArchitectures[] = {
-    {75, false, sm75::kKernels},
-    {80, true, sm80::kKernels},
+    {75, 80, false, sm75::kKernels},
+    {80, kNoEnd, true, sm80::kKernels},
 };
 
 // 75 -> "7.5"
@@ -46,7 +47,7 @@ Kernel Architecture::find(Family family, const Params& p) const {
 const Architecture& architecture_of(int capability) {
   const Architecture* found = kArchitectures;
   for (const Architecture& architecture : kArchitectures)
-    if (architecture.capability() <= capability) found = &architecture;
+    if (architecture.runs_on(capability)) found = &architecture;
   return *found;
 }
 

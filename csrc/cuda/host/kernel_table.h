@@ -10,6 +10,7 @@ namespace fastattn {
 namespace cuda {
 
 constexpr int kAnyHeadDim = 1 << 30;
+constexpr int kNoEnd = 1 << 30;  // of the compute capabilities that run an architecture's kernels
 
 // The kernels of a family for calls of up to head_dim.
 struct KernelRow {
@@ -21,11 +22,19 @@ struct KernelRow {
 class Architecture {
  public:
   template <size_t kRows>
-  constexpr Architecture(int capability, bool has_bfloat16, const KernelRow (&kernels)[kRows])
-      : capability_(capability), has_bfloat16_(has_bfloat16), begin_(kernels), end_(kernels + kRows) {}
+  constexpr Architecture(int capability, int end, bool has_bfloat16, const KernelRow (&kernels)[kRows])
+      : capability_(capability),
+        capability_end_(end),
+        has_bfloat16_(has_bfloat16),
+        begin_(kernels),
+        end_(kernels + kRows) {}
 
   // The least compute capability that its kernels run on, times 10.
   int capability() const { return capability_; }
+
+  // Whether a GPU of a compute capability, times 10, runs its kernels. Instructions of one generation alone have an
+  // end.
+  bool runs_on(int capability) const { return capability_ <= capability && capability < capability_end_; }
 
   // The largest that its forward pass has kernels for.
   int max_head_dim() const;
@@ -40,12 +49,12 @@ class Architecture {
   // The family's row for the smallest head dimension that suffices, or null. Rows go upward.
   const KernelRow* row(Family family, int64_t head_dim) const;
 
-  int capability_;
+  int capability_, capability_end_;
   bool has_bfloat16_;
   const KernelRow *begin_, *end_;
 };
 
-// The architecture whose kernels a GPU runs: the last one that is not above its compute capability, times 10.
+// The architecture whose kernels a GPU of a compute capability, times 10, takes: the newest of those that run on it.
 const Architecture& architecture_of(int capability);
 
 // The head dimension that a call's kernels must have at least: the larger of its two.
