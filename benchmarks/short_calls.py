@@ -3,7 +3,8 @@
     python -m benchmarks.short_calls --other PATH [--rounds 7]
 
 PATH: another checkout of fastattn with its native modules built. Each round runs every checkout in a process of its
-own, on one thread; printed are the medians over the rounds, in microseconds.
+own, on one thread; printed are the medians over the rounds, in microseconds. The harness is not used: a child imports
+the other checkout, and would find that one's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CALLS = {
 
 
 def main() -> None:
-    """Runs the comparison, or, as its own child, one round of one checkout."""
+    """Runs the comparison; each child runs `once`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--other", type=Path, required=True, help="the checkout to compare with")
     parser.add_argument("--rounds", type=int, default=7)
@@ -66,17 +67,17 @@ def once() -> None:
     print(
         json.dumps(
             {
-                "inference": _seconds(lambda: fastattn.attention(q, k, v, causal=True)),
-                "recorded": _seconds(lambda: fastattn.attention(*leaves, causal=True)),
-                "training step": _seconds(step),
-                "inference, sinks": _seconds(lambda: fastattn.attention(q, k, v, causal=True, sinks=sinks)),
-                "training step, sinks": _seconds(lambda: step(sinks)),
+                "inference": _microseconds(lambda: fastattn.attention(q, k, v, causal=True)),
+                "recorded": _microseconds(lambda: fastattn.attention(*leaves, causal=True)),
+                "training step": _microseconds(step),
+                "inference, sinks": _microseconds(lambda: fastattn.attention(q, k, v, causal=True, sinks=sinks)),
+                "training step, sinks": _microseconds(lambda: step(sinks)),
             }
         )
     )
 
 
-def _seconds(call: Callable[[], object], samples: int = 7, seconds: float = 0.02) -> float:
+def _microseconds(call: Callable[[], object], samples: int = 7, seconds: float = 0.02) -> float:
     """The shortest of the samples, in microseconds per call."""
     for _ in range(100):
         call()

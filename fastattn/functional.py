@@ -22,8 +22,8 @@ from .problem import (
     check_keywords,
     check_values,
     describe,
-    offset_tensor,
     split_window,
+    with_offset,
 )
 from .rotary import Rotary, apply_rotary
 
@@ -142,17 +142,16 @@ def attention(
     forward mode (torch.func.jvp, jacfwd, hessian), for which there is no formula; a Hessian is jacrev(jacrev(f)).
     """
     extras = mask is not None or bias is not None or alibi_slopes is not None or sinks is not None
+    placed = kv_lengths is not None or q_offset is not None
     dropped = type(dropout_p) is not float or dropout_p != 0.0  # None, False and the like are for the checks
-    extras = extras or kv_lengths is not None or q_offset is not None
-    if not (extras or seed is not None or dropped or return_lse):
+    if not (extras or placed or seed is not None or dropped or return_lse):
         out = fast_path.attend(q, k, v, causal, window, causal_alignment, softcap, scale, backend)
         if out is not None:
             return out
     q, k, v = autocast(q, k, v)
     left, right = split_window(window)
     inputs = Inputs(q, k, v, mask, bias, alibi_slopes, sinks, kv_lengths, seed=_seed(seed, dropout_p))
-    if q_offset is not None:
-        inputs = inputs._replace(q_offset=offset_tensor(q_offset, inputs))
+    inputs = with_offset(inputs, q_offset)
     options = Options(causal, left, right, causal_alignment, softcap, scale, dropout_p)
     result = autograd.attend(inputs, options, backend)
     return result if return_lse else result[0]
@@ -244,8 +243,7 @@ def attention_varlen(
         cu_seqlens_k=cu_seqlens_k,
         seed=_seed(seed, dropout_p),
     )
-    if q_offset is not None:
-        inputs = inputs._replace(q_offset=offset_tensor(q_offset, inputs))
+    inputs = with_offset(inputs, q_offset)
     options = Options(causal, left, right, causal_alignment, softcap, scale, dropout_p)
     result = autograd.attend(inputs, options, backend)
     return result if return_lse else result[0]
@@ -335,8 +333,7 @@ def attention_with_kv_cache(
         cos=cos,
         sin=sin,
     )
-    if q_offset is not None:
-        inputs = inputs._replace(q_offset=offset_tensor(q_offset, inputs))
+    inputs = with_offset(inputs, q_offset)
     options = Options(causal, left, right, causal_alignment, softcap, scale, 0.0, interleaved)
     result = autograd.attend_cache(inputs, options, backend)
     return result if return_lse else result[0]
@@ -396,7 +393,7 @@ def explain(
         raise ValueError("cu_seqlens_q and cu_seqlens_k go together, got only one of them")
     q, k, v = autocast(q, k, v)
     inputs = Inputs(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seed=seed, **tensors)
-    inputs = inputs._replace(q_offset=offset_tensor(q_offset, inputs))
+    inputs = with_offset(inputs, q_offset)
     kind = "dense" if cu_seqlens_q is None else "varlen"
     problem = describe(kind, inputs, Options(**given, window_left=left, window_right=right), cached=False)
     check_values(problem, inputs)

@@ -31,8 +31,8 @@ from .problem import (
     check_keywords,
     check_values,
     describe,
-    offset_tensor,
     split_window,
+    with_offset,
 )
 
 
@@ -442,7 +442,7 @@ def _prepare(kind: str, inputs: Inputs, given: AttentionOptions) -> tuple[Proble
     arguments: dict[str, Any] = dict(given)
     seed = arguments.pop("seed", None)
     tensors = {name: arguments.pop(name) for name in list(arguments) if name in Inputs._fields}
-    tensors["q_offset"] = offset_tensor(tensors.get("q_offset"), inputs)
+    inputs = with_offset(inputs, tensors.pop("q_offset", None))
     left, right = split_window(arguments.pop("window", None))
     options = Options(**arguments, window_left=left, window_right=right)
     if seed is not None or options.dropout_p:

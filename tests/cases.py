@@ -413,10 +413,10 @@ PAIRS = tuple(
 )
 
 COMBINATIONS = (
-    Case("everything, top-left", seqlen_q=19, seqlen_k=35, **ALL_TOGETHER),
-    Case("everything aligned top-left", seqlen_q=19, seqlen_k=35, **ALL_TOGETHER | {"q_offset": None}),
+    Case("everything, q_offset", seqlen_q=19, seqlen_k=35, **ALL_TOGETHER),
     Case("everything, bottom-right", seqlen_q=19, seqlen_k=35, **ALL_TOGETHER | BOTTOM_RIGHT),
     Case("everything but causal", seqlen_q=35, seqlen_k=35, **ALL_TOGETHER | {"causal": False, "q_offset": None}),
+    Case("everything aligned top-left", seqlen_q=19, seqlen_k=35, **ALL_TOGETHER | {"q_offset": None}),
 )
 
 _ODD = (1, 2, 3, 17, 63, 65, 127, 129, 200, 257)
@@ -520,18 +520,18 @@ VARLEN = (
     Case("varlen packed", lengths=((7, 7), (12, 12), (1, 1)), layout="packed", causal=True),
     Case("varlen heads first in memory", lengths=_RAGGED, layout="htd", causal=True),
     Case("varlen scattered", lengths=_RAGGED, layout="scattered", bias="1hqk", **GQA),
-    Case("varlen long", lengths=((129, 200), (65, 63), (1, 257)), causal=True, head_dim=16, head_dim_v=16),
-    Case(
-        "varlen everything",
-        lengths=_RAGGED,
-        spare=(2, 1),
-        **ALL_TOGETHER | BOTTOM_RIGHT | {"kv_lengths": (18, 20, 5, 0)},
-    ),
     Case("varlen q_offset", lengths=_RAGGED, q_offset=(3, 20, -9, 0), causal=True, alibi="h"),
     Case(
         "varlen everything, q_offset",
         lengths=_RAGGED,
         spare=(2, 1),
         **ALL_TOGETHER | {"kv_lengths": (18, 20, 5, 0), "q_offset": (5, 30, -2, 4)},
+    ),
+    Case("varlen long", lengths=((129, 200), (65, 63), (1, 257)), causal=True, head_dim=16, head_dim_v=16),
+    Case(
+        "varlen everything",
+        lengths=_RAGGED,
+        spare=(2, 1),
+        **ALL_TOGETHER | BOTTOM_RIGHT | {"kv_lengths": (18, 20, 5, 0)},
     ),
 )

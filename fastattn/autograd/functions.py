@@ -228,10 +228,7 @@ class Attention(torch.autograd.Function):
         call, saved = ctx.call, ctx.saved_tensors
         if call.prepared is not None and dout is not None and _fit(call.prepared, dout, saved):
             q, k, v, *results = saved
-            return (
-                *call.prepared.backward(q, k, v, results, dout, ctx.needs_input_grad[:3]),
-                *(None, None),
-            )
+            return (*call.prepared.backward(q, k, v, results, dout, ctx.needs_input_grad[:3]), None, None)
         *tensors, out, lse, residual = saved
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if dout is None and dlse is None:
@@ -248,8 +245,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:  # noqa: D102
         *tensors, call = args
-        inner = Call(call.options, call.backend, call.for_backward)
-        return vmap.forward(_attend, info.batch_size, Inputs(*in_dims[:-1]), Inputs(*tensors), inner)
+        return vmap.forward(_attend, info.batch_size, Inputs(*in_dims[:-1]), Inputs(*tensors), call)
 
 
 def _save(ctx: Any, tensors: Sequence[Any], results: Sequence[Tensor]) -> None:
@@ -278,13 +274,13 @@ def _gradients(leading: Sequence[Any], inputs: Inputs, call: Call, needs: Sequen
 
     leading: the tensors of `call.LEADING`. What is not needed is empty.
     """
-    dout, dlse, *results = leading
+    dout, dlse, out, *_ = leading
     in_transform = _in_transform()
-    if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, results[0], inputs.q)):
+    if not in_transform and (is_batched(dout, dlse) or not is_plain(dout, out, inputs.q)):
         return torch.ops.fastattn.backward(*leading, *flatten(inputs, call), needs)
     if in_transform or torch.is_grad_enabled():
         return AttentionBackward.apply(*leading, *[*inputs][:FORWARD_TENSORS], call, needs)
-    return operators.run_backward(dout, dlse, tuple(results), inputs, call, needs)
+    return operators.run_backward(leading, inputs, call, needs)
 
 
 def _with_implicit_replication(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,9 +307,8 @@ class AttentionBackward(torch.autograd.Function):
     def forward(*args: Any) -> tuple[Tensor, ...]:  # noqa: D102
         *tensors, call, needs = args
         leading, inputs = tensors[: len(LEADING)], Inputs(*tensors[len(LEADING) :])
-        dout, dlse, *results = leading
-        if is_plain(dout, *tensors[len(LEADING) :][:2]):
-            return operators.run_backward(dout, dlse, tuple(results), inputs, call, needs)
+        if is_plain(leading[0], inputs.q, inputs.k):
+            return operators.run_backward(leading, inputs, call, needs)
         return torch.ops.fastattn.backward(*leading, *flatten(inputs, call), needs)
 
     @staticmethod
@@ -340,37 +335,13 @@ class AttentionBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:  # noqa: D102
         *tensors, call, needs = args
-        inner = Call(call.options, call.backend, call.for_backward)
-        return _map_gradients(_gradients, info, in_dims, tensors, inner, needs)
+        return vmap.backward(_gradients, info.batch_size, in_dims[:-2], tensors, call, needs)
 
 
 def _save_again(ctx: Any, tensors: Sequence[Any], call: Call, needs: Sequence[bool]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors[:2], *tensors[len(LEADING) :])
     ctx.call, ctx.needs = call, Needs(*needs)
-
-
-def _map_gradients(
-    run: Callable[..., tuple[Tensor, ...]],
-    info: Any,
-    in_dims: Sequence[Any],
-    tensors: Sequence[Any],
-    call: Call,
-    needs: Sequence[bool],
-) -> Any:
-    """`run(leading, inputs, call, needs)` over batches of problems; in_dims: those of `tensors` first."""
-    n = len(LEADING)
-    dims: Any = Inputs(*in_dims[n : n + FORWARD_TENSORS])
-    return vmap.backward(
-        lambda *args: run(*args, needs),
-        info.batch_size,
-        in_dims[:n],
-        dims,
-        tensors[:n],
-        Inputs(*tensors[n : n + FORWARD_TENSORS]),
-        call,
-        needs,
-    )
 
 
 # -------------------------------------------------------------------------------------------------------- the operators
@@ -438,9 +409,11 @@ def _vmap_forward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> A
 
 @torch.library.register_vmap("fastattn::backward")
 def _vmap_backward_operator(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    inputs, call = unflatten(args[len(LEADING) :])
+    n = len(LEADING)
+    inputs, call = unflatten(args[n:])
+    tensors = [*args[:n], *[*inputs][:FORWARD_TENSORS]]
 
     def run(leading: Sequence[Any], inputs: Inputs, call: Call, needs: Sequence[bool]) -> tuple[Tensor, ...]:
         return torch.ops.fastattn.backward(*leading, *flatten(inputs, call), needs)
 
-    return _map_gradients(run, info, in_dims, [*args[: len(LEADING)], *inputs], call, args[-1])
+    return vmap.backward(run, info.batch_size, in_dims[: len(tensors)], tensors, call, args[-1])

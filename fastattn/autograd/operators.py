@@ -51,12 +51,10 @@ def run_forward(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return filled(backend.forward(problem, inputs, call.for_backward))
 
 
-def run_backward(
-    dout: Tensor, dlse: Tensor | None, results: tuple[Tensor, ...], inputs: Inputs, call: Call, needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """Computes the gradients of q, k, v, bias and sinks; results: out, lse and residual."""
+def run_backward(leading: Sequence[Any], inputs: Inputs, call: Call, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Computes the gradients of q, k, v, bias and sinks; leading: the tensors of `call.LEADING`."""
     problem, backend = call.plan(inputs)
-    out, lse, residual = results
+    dout, dlse, out, lse, residual = leading
     known = Results(out, lse, None if is_none(residual) else residual)
     check_results(problem, inputs, *known)
     grads = backend.backward(problem, inputs, known, dout, dlse, Needs(*needs))
@@ -94,9 +92,8 @@ def _copy_seed(args: tuple[Any, ...]) -> Tensor:
     return args[0].new_empty(0) if seed is None else seed.clone()
 
 
-def _backward(dout: Tensor, dlse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    n = len(LEADING) - 2
-    return run_backward(dout, dlse, args[:n], *unflatten(args[n:]), args[-1])
+def _backward(*args: Any) -> tuple[Tensor, ...]:
+    return run_backward(args[: len(LEADING)], *unflatten(args[len(LEADING) :]), args[-1])
 
 
 for _name, _run in (
@@ -132,11 +129,11 @@ def fake_cache(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("fastattn::backward")
-def _fake_backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs, _ = unflatten(args[len(LEADING) - 1 :])
+def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
+    inputs, _ = unflatten(args[len(LEADING) :])
     return tuple(
         [
-            empty_grad(x) if need and x is not None else dout.new_empty(0)
+            empty_grad(x) if need and x is not None else args[0].new_empty(0)
             for x, need in zip(inputs.differentiable, args[-1], strict=True)
         ]
     )

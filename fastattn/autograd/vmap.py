@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..problem import PER_SEQUENCE, Inputs
 from . import operators
-from .call import Call
+from .call import LEADING, Call
 
 Results = tuple[Tensor, ...]
 Forward = Callable[[Inputs, Call], Results]
-Backward = Callable[[Results, Inputs, Call], Results]
+Backward = Callable[[Sequence[Any], Inputs, Call, Sequence[bool]], Results]
 Mapped = tuple[Results, tuple[int | None, ...]]
 
 
@@ -35,33 +35,27 @@ def forward(run: Forward, size: int, dims: Any, inputs: Inputs, call: Call) -> M
 def backward(
     run: Backward,
     size: int,
-    leading_dims: Sequence[int | None],
-    dims: Any,
-    leading: Sequence[Any],
-    inputs: Inputs,
+    in_dims: Sequence[int | None],
+    tensors: Sequence[Any],
     call: Call,
     needs: Sequence[bool],
 ) -> Mapped:
-    """Likewise for the gradients; `leading` are the tensors of `call.LEADING`."""
-    n = len(leading)
+    """Likewise for the gradients; tensors: those of `call.LEADING`, then the inputs. in_dims: theirs."""
+    n = len(LEADING)
+    inputs, dims = Inputs(*tensors[n:]), Inputs(*in_dims[n:])  # type: ignore[arg-type]
     if inputs.cu_seqlens_q is not None or inputs.sinks is not None or call.options.dropout_p:
-        return _one_by_one(
-            lambda *tensors: run(tensors[:n], Inputs(*tensors[n:]), call),
-            size,
-            (*leading_dims, *dims),
-            (*leading, *inputs),
-        )
-    batch = _without(inputs.q.shape, dims.q)[0]
+        return _one_by_one(lambda *one: run(one[:n], Inputs(*one[n:]), call, needs), size, in_dims, tensors)
+    batch = _without(inputs.q.shape, dims.q)[0]  # type: ignore[arg-type]
     folded = _fold(inputs, dims, size, batch, separate_bias=needs[3])
     outer = [
         x if x is not None and dim is None and operators.is_none(x) else _into_batch(x, dim, size, batch)
-        for x, dim in zip(leading, leading_dims, strict=True)
+        for x, dim in zip(tensors[:n], in_dims[:n], strict=True)
     ]
-    *grads, dbias, dsinks = run(tuple(outer), folded, call)
+    *grads, dbias, dsinks = run(outer, folded, call, needs)
     separated = [x.unflatten(0, (size, batch)) if need else x for x, need in zip(grads, needs, strict=False)]
     if needs[3]:
         assert inputs.bias is not None
-        own = _without(inputs.bias.shape, dims.bias)
+        own = _without(inputs.bias.shape, dims.bias)  # type: ignore[arg-type]
         dbias = dbias.unflatten(0, (size, batch))
         if len(own) < 4 or own[0] == 1:
             dbias = dbias.sum(dim=1)

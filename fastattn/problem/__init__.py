@@ -8,7 +8,7 @@ Backends take a `Problem` and its `Inputs` and check nothing again.
 
 from .arguments import CACHE_NAMES, DIFFERENTIABLE, INDICES, PER_SEQUENCE
 from .describe import check_tensors, describe, metas_of
-from .options import check_keywords, offset_tensor, split_window
+from .options import check_keywords, split_window, with_offset
 from .shapes import check_heads, check_rank, check_rotary, check_shape
 from .types import (
     DTYPES,
@@ -42,6 +42,6 @@ __all__ = [
     "check_values",
     "describe",
     "metas_of",
-    "offset_tensor",
     "split_window",
+    "with_offset",
 ]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SELF = ("dense", "varlen")
+NO_CACHE = ("dense", "varlen")
 CACHE = ("cache",)
-ALL = (*SELF, *CACHE)
+ALL = (*NO_CACHE, *CACHE)
 """Kinds of calls."""
 
 
@@ -20,7 +20,7 @@ class TensorArgument(NamedTuple):
     """A tensor that a call may have.
 
     dtype: "q" for that of q, else "float" (any floating point), "bool", "int32" or "int64".
-    kinds: of the calls that take it. required: of those that must have it.
+    kinds: of the calls that take it. required: of those that must have it. written: of those that write to it.
     shapes: what its shape may be. "(...)" stands for whatever broadcasts to (batch, heads_q, seqlen_q, seqlen_k). Empty
     if its shape says how large the call is: see shapes.py.
     feature: its word in `Problem.features`.
@@ -35,7 +35,7 @@ class TensorArgument(NamedTuple):
     feature: str | None = None
     differentiable: bool = False
     cache_name: str | None = None
-    written: tuple[str, ...] = ()  # kinds of calls that write to it
+    written: tuple[str, ...] = ()
 
 
 class OptionArgument(NamedTuple):
@@ -62,9 +62,9 @@ TENSORS = (
         cache_name="cache_lengths",
     ),
     TensorArgument("q_offset", "int32", shapes=("(batch,)",), feature="q_offset"),
-    TensorArgument("cu_seqlens_q", "int32", SELF),
-    TensorArgument("cu_seqlens_k", "int32", SELF),
-    TensorArgument("seed", "int64", SELF),
+    TensorArgument("cu_seqlens_q", "int32", NO_CACHE),
+    TensorArgument("cu_seqlens_k", "int32", NO_CACHE),
+    TensorArgument("seed", "int64", NO_CACHE),
     TensorArgument("k_new", "q", CACHE, feature="append"),
     TensorArgument("v_new", "q", CACHE),
     TensorArgument("block_table", "int32", CACHE, feature="paged"),

@@ -19,7 +19,7 @@ Metas = tuple[Meta | None, ...]
 
 
 def metas_of(kind: str, inputs: Inputs) -> Metas:
-    """What `describe` needs to know of the tensors. Raises TypeError if one of them is none."""
+    """What `describe` needs to know of the tensors. Raises TypeError if one is no dense tensor."""
     check_tensors(kind, inputs)
     return tuple([None if t is None else Meta(t.shape, t.dtype, t.device) for t in inputs])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arguments import OPTIONS
 from .types import ALIGNMENTS, AttentionOptions, Inputs, Options
-from .values import LARGEST_OFFSET
+from .values import LARGEST_OFFSET, OFFSETS
 
 
 def check_option_types(options: Options) -> None:
@@ -65,20 +65,22 @@ def check_keywords(function: str, given: Iterable[str]) -> None:
         raise TypeError(f"{function} got an unexpected keyword argument {min(unknown)!r}")
 
 
-def offset_tensor(q_offset: int | Tensor | None, inputs: Inputs) -> Tensor | None:
-    """The argument `q_offset` as (batch,) int32, of a call with the other tensors `inputs`."""
-    if q_offset is None or isinstance(q_offset, Tensor):
-        return q_offset
+def with_offset(inputs: Inputs, q_offset: int | Tensor | None) -> Inputs:
+    """The tensors of a call with its argument `q_offset`, a number as (batch,) int32."""
+    if q_offset is None:
+        return inputs
+    if isinstance(q_offset, Tensor):
+        return inputs._replace(q_offset=q_offset)
     if not _is_number(q_offset, (int, torch.SymInt)):
         raise TypeError(f"q_offset must be an int or an int32 tensor, got {type(q_offset).__name__} {q_offset!r}")
     if abs(q_offset) > LARGEST_OFFSET:
-        raise ValueError(f"q_offset must be between -2**28 and 2**28, got {q_offset}")
+        raise ValueError(f"q_offset must be {OFFSETS}, got {q_offset}")
     ends = inputs.cu_seqlens_q
     sized = inputs.q if ends is None else ends
     if not (isinstance(inputs.q, Tensor) and isinstance(sized, Tensor)) or sized.ndim == 0:
-        return None  # the call will be refused
+        return inputs  # the call will be refused
     batch = sized.shape[0] if ends is None else max(sized.shape[0] - 1, 0)
-    return inputs.q.new_full((batch,), q_offset, dtype=torch.int32)
+    return inputs._replace(q_offset=inputs.q.new_full((batch,), q_offset, dtype=torch.int32))
 
 
 def split_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:

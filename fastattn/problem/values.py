@@ -12,6 +12,7 @@ from .types import Inputs, Problem
 
 LARGEST_OFFSET = 2**28
 """Of q_offset, either way: kernels add it to positions and sides of windows in 32 bits, and none sees that far."""
+OFFSETS = "between -2**28 and 2**28"
 
 
 def check_values(problem: Problem, inputs: Inputs) -> None:
@@ -56,7 +57,7 @@ def check_results(problem: Problem, inputs: Inputs, out: Tensor, lse: Tensor, re
 def _check_q_offset(problem: Problem, inputs: Inputs, offsets: list[int]) -> None:
     for b, offset in enumerate(offsets):
         if abs(offset) > LARGEST_OFFSET:
-            raise ValueError(f"q_offset must be between -2**28 and 2**28, got q_offset[{b}] = {offset}")
+            raise ValueError(f"q_offset must be {OFFSETS}, got q_offset[{b}] = {offset}")
         if inputs.cos is not None and offset < 0:
             raise ValueError(f"q_offset must be a position of the rotary tables, at least 0, got {offset} at index {b}")
 

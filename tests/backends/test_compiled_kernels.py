@@ -84,6 +84,8 @@ FEATURES: tuple[Run, ...] = tuple(
         _case("softcap", softcap=1.5),
         _case("sinks", sinks=True, causal=True),
         _case("kv_lengths", batch=2, kv_lengths=(130, 0), causal=True),
+        _case("q_offset", batch=2, q_offset=(60, -30), causal=True, alibi="h", dropout_p=0.3),
+        _case("q_offset past the keys", batch=2, q_offset=(190, 5000), window=(40, 30), bias="1hqk"),
         _case("negative scale", scale=-0.2),
         _case("dropout", dropout_p=0.3),
         _case("GQA", **GQA, seqlen_q=70, causal=True),
@@ -93,6 +95,7 @@ FEATURES: tuple[Run, ...] = tuple(
         replace(cases.COMBINATIONS[1], name="everything together"),
         Case("varlen", lengths=((7, 19), (130, 150), (0, 5), (65, 64)), causal=True, heads_q=2, heads_kv=2),
         replace(cases.VARLEN[-1], name="varlen, everything together"),
+        Case("varlen, q_offset", lengths=((7, 19), (130, 150), (65, 64)), q_offset=(9, -20, 5), causal=True, **GQA),
         Case("varlen, spare tokens, slopes per sequence", lengths=((7, 7),), spare=(5, 5), alibi="bh", causal=True),
     )
 ) + tuple(
@@ -115,6 +118,12 @@ CACHES: tuple[Run, ...] = (
     (CacheCase("decode, rotary", seqlen_new=1, rotary_dim=64, **_CACHE), BF16, 80),
     (
         CacheCase("chunk, interleaved rotary", seqlen_q=5, seqlen_new=5, rotary_dim=32, interleaved=True, **_CACHE),
+        BF16,
+        80,
+    ),
+    (CacheCase("chunk, q_offset", q_offset=(250, 70, 0), seqlen_q=5, seqlen_new=5, rotary_dim=32, **_CACHE), BF16, 80),
+    (
+        CacheCase("decode, q_offset past the keys", q_offset=(300, 9, 9999), window=(50, None), seqlen_new=1, **_CACHE),
         BF16,
         80,
     ),

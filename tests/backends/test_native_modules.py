@@ -42,3 +42,12 @@ def test_kernel_tables_list_what_is_built(folder: CudaFolder) -> None:
     for family in {family for family, _ in rows}:
         dims = [dim for name, dim in rows if name == family and dim != "kAnyHeadDim"]
         assert dims == sorted(dims, key=int)
+
+
+def test_gpus_run_what_is_built_for_them() -> None:
+    """The ranges of compute capabilities in kernel_table.cpp are those of the build."""
+    text = (CUDA / "host" / "kernel_table.cpp").read_text()
+    rows = re.findall(r"\{(\d+), (\w+), \w+, (sm\d+)::kKernels\}", text)
+    found = {name: (int(begin), None if end == "kNoEnd" else int(end)) for begin, end, name in rows}
+    built = {x.name: (min(x.ptx), x.end if x.end < 1000 else None) for x in CUDA_FOLDERS if x.name != "smxx"}
+    assert found == built

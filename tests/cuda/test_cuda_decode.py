@@ -263,6 +263,8 @@ GARBAGE = (-(2**31), -1, 0, 5, 100, 2**20, 2**31 - 1)
         ("cache_lengths", CHUNK),
         ("cache_lengths", MANY),
         ("cache_lengths", {**CHUNK, "page_size": 16}),
+        ("q_offset", {**CHUNK, "q_offset": (0, 0, 0), "window": (2**31, 3)}),
+        ("q_offset", {**LONG, "q_offset": (0, 0, 0), "page_size": 32}),
         ("block_table", {**CHUNK, "page_size": 16}),
         ("block_table", {**LONG, "page_size": 32}),
     ],
@@ -273,10 +275,11 @@ def test_garbage_does_not_lead_out_of_memory(name: str, sizes: dict[str, Any], m
     for first, second in zip(GARBAGE, GARBAGE[1:] + GARBAGE[:1], strict=True):
         call = build(case, BF16, machine.device)
         inputs = _inputs(call.q, call.k_cache, call.v_cache, call.options)
-        wrong = inputs.block_table if name == "block_table" else inputs.kv_lengths
+        wrong = {"cache_lengths": inputs.kv_lengths, "q_offset": inputs.q_offset}.get(name, inputs.block_table)
         assert wrong is not None
         wrong.flatten()[::2], wrong.flatten()[1::2] = first, second
-        problem = describe("cache", inputs, Options(causal=True))
+        left, right = case.window or (None, None)
+        problem = describe("cache", inputs, Options(True, left, right))
         cuda.CudaBackend(machine).decode(problem, inputs)
     assert not machine.findings
 
@@ -292,7 +295,7 @@ def test_no_pages_at_all(machine: Simulator | Hardware) -> None:
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Inputs:
     cos, sin, _ = options.get("rotary", (None, None, False))
-    given = {name: options.get(name) for name in ("k_new", "v_new", "block_table")}
+    given = {name: options.get(name) for name in ("q_offset", "k_new", "v_new", "block_table")}
     return Inputs(q, k, v, kv_lengths=options["cache_lengths"], cos=cos, sin=sin, **given)
 
 

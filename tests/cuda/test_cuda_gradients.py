@@ -216,7 +216,7 @@ def test_garbage_does_not_lead_out_of_memory(
     number: int, machine: Simulator | Hardware, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Index tensors on a GPU are checked by nobody; the simulator raises on an access outside of a tensor."""
-    for check in ("_check_cu_seqlens", "_check_lengths"):
+    for check in ("_check_cu_seqlens", "_check_lengths", "_check_q_offset"):
         monkeypatch.setattr(values, check, lambda *_: None)
     cu_seqlens, good = (
         torch.tensor(x, dtype=torch.int32, device=machine.device) for x in (GARBAGE[number], (0, 7, 30, 60))
@@ -230,7 +230,9 @@ def test_garbage_does_not_lead_out_of_memory(
     dense = cases.build(_case("garbage", **_dims(64), batch=4, seqlen_q=20, seqlen_k=40), BF16, machine.device)
     dense.options["kv_lengths"] = cu_seqlens
     _gradients(dense, torch.ones_like(dense.q))
-    assert len([name for name in machine.kernels if "bwd_dkdv" in name]) == 4
+    dense.options |= {"q_offset": cu_seqlens, "window": (HUGE, 5)}
+    _gradients(dense, torch.ones_like(dense.q))
+    assert len([name for name in machine.kernels if "bwd_dkdv" in name]) == 5
     assert not machine.findings
 
 

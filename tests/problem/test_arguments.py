@@ -13,7 +13,8 @@ import torch
 import fastattn
 from fastattn.autograd.call import DIFFERENTIABLE_AT, FORWARD_ARGUMENTS
 from fastattn.problem import DIFFERENTIABLE, INDICES, PER_SEQUENCE, AttentionOptions, CacheOptions, Inputs, Options
-from fastattn.problem.arguments import OPTIONS, TENSORS, OptionArgument, TensorArgument, of_kind, schema
+from fastattn.problem.arguments import OPTIONS, TENSORS, OptionArgument, TensorArgument, of_kind
+from fastattn.problem.values import LARGEST_OFFSET, OFFSETS
 
 CALL = Path(__file__).parents[2] / "csrc" / "call"
 FUNCTIONS = {
@@ -37,7 +38,6 @@ def test_the_tuples_have_the_arguments_of_the_tables() -> None:
     assert Options._fields == tuple(x.name for x in OPTIONS)
     required = [x.name for x in TENSORS if len(x.required) == 3]
     assert required == [name for name in Inputs._fields if name not in Inputs._field_defaults]
-    assert Inputs(*["x"] * len(TENSORS)).differentiable == ("x",) * len(DIFFERENTIABLE)  # type: ignore[arg-type]
     marked = Inputs(*Inputs._fields)  # type: ignore[arg-type]
     assert marked.differentiable == DIFFERENTIABLE
 
@@ -57,6 +57,8 @@ def test_schemas(kind: str, operator: str) -> None:
     """Torch has understood them as they are meant: which are tensors, which may be None, which are written to."""
     found = getattr(torch.ops.fastattn, operator).default._schema.arguments
     tensors, options = of_kind(kind)
+    rest = ["backend", "for_backward"] if operator == "forward" else ["backend"]
+    assert [argument.name for argument in found][len(tensors) + len(options) :] == rest
     for argument, x in zip(found, (*tensors, *options), strict=False):
         if isinstance(x, OptionArgument):
             assert argument.name == x.name
@@ -65,7 +67,6 @@ def test_schemas(kind: str, operator: str) -> None:
         assert argument.name in (x.name, (x.cache_name or "").rpartition(".")[2])
         assert str(argument.type) == ("Tensor" if kind in x.required else "Optional[Tensor]")
         assert argument.is_write == (kind in x.written)
-    assert len(found) >= len(tensors) + len(options)
 
 
 @KINDS
@@ -123,7 +124,7 @@ def test_native_tables_have_every_tensor() -> None:
 
 
 def test_native_params_have_every_argument() -> None:
-    """A field of the same name, but for ALiBi's slopes, and two options that Python has turned into others."""
+    """A field of the same name, except ALiBi's slopes, and the options that Python turns into others."""
     text = (CALL / "params.h").read_text()
     body = text[text.index("struct Params {") : text.index("\n};", text.index("struct Params {"))]
     body = re.sub(r"//.*", "", body)
@@ -138,6 +139,12 @@ def test_native_params_have_every_argument() -> None:
     assert wanted <= fields, f"params.h lacks {sorted(wanted - fields)}"
 
 
-def test_schema_spells_what_is_written_to() -> None:
-    assert "Tensor(a!) k_cache, Tensor(b!) v_cache" in schema("cache")
-    assert "!" not in schema("dense")
+def test_kernels_bound_offsets_as_the_checks_do() -> None:
+    """On GPUs nobody checks them, and both languages spell the number again."""
+    power = LARGEST_OFFSET.bit_length() - 1
+    assert 2**power == LARGEST_OFFSET
+    assert f"kLargest = int64_t(1) << {power};" in (CALL / "params.h").read_text()
+    assert (
+        f"tl.maximum(given, -(2**{power})), 2**{power})" in (CALL.parents[1] / "kernels" / "block_info.py").read_text()
+    )
+    assert f"-2**{power} and 2**{power}" in OFFSETS

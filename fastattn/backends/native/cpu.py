@@ -96,11 +96,10 @@ class _CpuCalls(PreparedCalls):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # Likewise.
-        out, lse = self._allocate_out(q), self._allocate_lse(self._lse_like)
-        residual = self._allocate_out(q) if self._residual_of_out else self._allocate_lse(self._lse_like)
+        results = out, lse, residual = self._allocate_results(q)
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), residual.data_ptr())
         self._forward.method(*addresses, torch.get_num_threads())
-        return out, lse, residual
+        return results
 
 
 def instruction_set() -> str | None:

@@ -89,10 +89,13 @@ class PreparedCalls(ABC):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Prepared.forward`."""
+        results = self._allocate_results(q)
+        self._run(self._forward, (q, k, v, *results))
+        return results
+
+    def _allocate_results(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out, lse = self._allocate_out(q), self._allocate_lse(self._lse_like)
-        residual = self._allocate_out(q) if self._residual_of_out else self._allocate_lse(self._lse_like)
-        self._run(self._forward, (q, k, v, out, lse, residual))
-        return out, lse, residual
+        return out, lse, self._allocate_out(q) if self._residual_of_out else self._allocate_lse(self._lse_like)
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, results: Sequence[Tensor], dout: Tensor, needs: tuple[bool, bool, bool]
